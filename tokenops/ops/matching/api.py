@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bipartite similarity matching of tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ... import _backend, _checks
+from ...splits import Explicit, ResolvedSplit, Split, Strided
+from ...token_map import TokenMap
+from . import reference, schema  # noqa: F401 - registers the operators
+
+SIMILARITIES = ("cosine", "dot")
+ORDERS = ("position", "tome")
+
+_nearest = torch.ops.tokenops.nearest.default
+_match = torch.ops.tokenops.match.default
+_ALTERNATE = Strided(2)
+
+
+def nearest(
+    a: Tensor,
+    b: Tensor,
+    *,
+    similarity: str = "cosine",
+    a_mask: Tensor | None = None,
+    b_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Most similar row of ``b`` for each row of ``a``, without the matrix of similarities.
+
+    ``score[i] = max_j sim(a[i], b[j])``, ``index[i]`` the lowest ``j`` that attains it. A row of
+    length zero has cosine similarity 0 to everything; a NaN similarity counts as -inf.
+
+    Args:
+        a: ``[B, Na, D]``, or attention keys ``[B, H, Na, D]`` whose mean over heads is meant; any
+            strides; float16, bfloat16, float32 or float64.
+        b: ``[B, Nb, D]`` or ``[B, H, Nb, D]`` of the same rank and dtype.
+        similarity: ``"cosine"`` or ``"dot"``.
+        a_mask: Bool ``[B, Na]``, true for rows that take part.
+        b_mask: Bool ``[B, Nb]``, true for rows that take part.
+
+    Returns:
+        ``score`` ``[B, Na]`` in float32 (float64 for double inputs) and ``index`` int32
+        ``[B, Na]``. Rows that take no part, or have no candidate: -inf and -1.
+
+    Differentiable in: ``a`` and ``b`` through ``score`` at the chosen pair, twice and more.
+
+    Determinism: the same bits from run to run, for any number of threads. Backends may choose
+    differently where two similarities differ by less than their rounding.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices do not fit, or ``similarity`` is unknown.
+        NotImplementedError: If an explicitly chosen backend cannot serve the call.
+
+    Source: the node similarity of ToMe (Bolya et al., ICLR 2023, section 3).
+
+    Example:
+        >>> import tokenops
+        >>> a = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+        >>> tokenops.nearest(a, a.flip(1))[1].tolist()
+        [[1, 0]]
+    """
+    _checks.check_floating("nearest", "a", a, dims=(3, 4))
+    _checks.check_floating("nearest", "b", b, dims=(3, 4))
+    if b.dtype != a.dtype:
+        raise _checks.type_error("nearest", "b", f"of dtype {a.dtype} as a", b)
+    expected = (*a.shape[:-2], b.shape[-2], a.shape[-1])
+    _checks.check_shape("nearest", "b", b, [expected])
+    _checks.check_same_device("nearest", "b", b, a)
+    _check_heads("nearest", "a", a)
+    _checks.check_choice("nearest", "similarity", similarity, SIMILARITIES)
+    for argument, mask, rows in (("a_mask", a_mask, a), ("b_mask", b_mask, b)):
+        if mask is not None:
+            _checks.check_bool("nearest", argument, mask)
+            _checks.check_shape("nearest", argument, mask, [(rows.shape[0], rows.shape[-2])])
+            _checks.check_same_device("nearest", argument, mask, a)
+    if _backend.forced_reference("nearest", a):
+        return reference.nearest(a, b, a_mask, b_mask, similarity)
+    score, index = _nearest(a, b, a_mask, b_mask, similarity)
+    return score, index
+
+
+def match(
+    metric: Tensor,
+    r: int,
+    *,
+    num_prefix: int = 0,
+    protected: Tensor | None = None,
+    split: Split | tuple[Tensor, Tensor] = _ALTERNATE,
+    threshold: float | None = None,
+    order: str = "position",
+    similarity: str = "cosine",
+) -> TokenMap:
+    """Match tokens by similarity: the ``r`` best sources merge into their best destination.
+
+    Each source's most similar destination is found without the matrix of similarities; the sources
+    with the highest similarity merge. Ties go to the lowest token index.
+
+    Args:
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant;
+            any strides, for example a view of a packed qkv; float16, bfloat16, float32 or float64.
+        r: Number of tokens to merge away, clamped to the number of sources outside the prefix.
+        num_prefix: Leading tokens (class, distillation, registers) that take no part.
+        protected: Bool ``[N]`` or ``[B, N]``, true for tokens that take no part. Each image needs
+            at least ``r`` sources besides, and a destination, unless a ``threshold`` is given: the
+            number of output tokens cannot depend on values. Where values cannot be checked without
+            waiting for the device, protected sources then merge as the last resort.
+        split: Sources and destinations: ``alternate()`` (ToMe), ``strided(k)``, ``random(n)``,
+            ``grid(h, w, sy, sx)`` (tomesd), or a pair of index tensors ``([Ns] or [B, Ns],
+            [Nd] or [B, Nd])``.
+        threshold: Merge only pairs at least that similar, at most ``r`` of them. Counts then differ
+            between images: the map has N output tokens, of which ``counts`` are live.
+        order: ``"position"``: output tokens in the order of their first member. ``"tome"``: prefix,
+            unmerged sources, destinations, as ToMe concatenates them.
+        similarity: ``"cosine"`` or ``"dot"``.
+
+    Returns:
+        A map of N tokens to N - r (to N, padded, with a ``threshold``).
+
+    Differentiable in: nothing; indices carry no gradient.
+
+    Determinism: the same bits from run to run, for any number of threads. Backends may choose
+    differently where two similarities differ by less than their rounding.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value does not fit.
+        NotImplementedError: If an explicitly chosen backend cannot serve the call.
+
+    Source: ToMe's ``bipartite_soft_matching`` (Bolya et al., ICLR 2023, section 3).
+
+    Example:
+        >>> import tokenops
+        >>> metric = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 0.5]]])
+        >>> tokenops.match(metric, 1).assign.tolist()
+        [[0, 0, 1, 2]]
+    """
+    _checks.check_floating("match", "metric", metric, dims=(3, 4))
+    _check_heads("match", "metric", metric)
+    r = _checks.check_int("match", "r", r)
+    num_prefix = _checks.check_int("match", "num_prefix", num_prefix)
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    if num_prefix > tokens:
+        raise _checks.value_error("match", "num_prefix", f"at most N = {tokens}", num_prefix)
+    if order not in ORDERS:
+        _checks.check_choice("match", "order", order, ORDERS)
+    if similarity not in SIMILARITIES:
+        _checks.check_choice("match", "similarity", similarity, SIMILARITIES)
+    if threshold is not None:
+        threshold = _check_threshold(threshold)
+    if protected is not None:
+        _checks.check_bool("match", "protected", protected)
+        _checks.check_shape("match", "protected", protected, [(tokens,), (batch, tokens)])
+        _checks.check_same_device("match", "protected", protected, metric)
+    resolved = _resolve(split, batch, tokens, num_prefix, metric.device)
+    limit = resolved.num_sources if resolved.num_destinations > 0 else 0
+    r = min(r, limit)
+    if threshold is None and (protected is not None or isinstance(split, tuple)):
+        _check_enough_tokens(r, batch, tokens, num_prefix, protected, resolved)
+    arguments = (
+        metric.detach(),
+        r,
+        num_prefix,
+        protected,
+        resolved.source_index,
+        resolved.destination_index,
+        resolved.stride,
+        threshold,
+        order,
+        similarity,
+    )
+    serve = reference.match if _backend.forced_reference("match", metric) else _match
+    assign, offsets, members, counts = serve(*arguments)
+    return TokenMap(assign, offsets, members, None if threshold is None else counts)
+
+
+def _resolve(
+    split: object, batch: int, tokens: int, num_prefix: int, device: torch.device
+) -> ResolvedSplit:
+    if isinstance(split, tuple) and len(split) == 2:
+        split = Explicit(*split)
+    if not isinstance(split, Split):
+        expected = "a split or a pair of index tensors (source_index, destination_index)"
+        raise _checks.type_error("match", "split", expected, split)
+    return split.resolve(batch, tokens, num_prefix, device)
+
+
+def _check_heads(name: str, argument: str, x: Tensor) -> None:
+    if x.dim() == 4 and x.shape[1] == 0:
+        raise _checks.value_error(name, argument, "of at least one head", x)
+
+
+def _check_threshold(threshold: object) -> float:
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise _checks.type_error("match", "threshold", "a float or None", threshold)
+    if math.isnan(threshold):
+        raise _checks.value_error("match", "threshold", "a number", threshold)
+    return float(threshold)
+
+
+def _check_enough_tokens(
+    r: int,
+    batch: int,
+    tokens: int,
+    num_prefix: int,
+    protected: Tensor | None,
+    split: ResolvedSplit,
+) -> None:
+    """Each image must have r sources and a destination that are free, or N - r cannot hold."""
+    index = split.source_index if protected is None else protected
+    if index is None or not _checks.values_visible(index) or r == 0:
+        return
+    token = torch.arange(tokens, device=index.device)
+    free = (token >= num_prefix).expand(batch, tokens)
+    if protected is not None:
+        free = free & ~protected
+    if split.source_index is None or split.destination_index is None:
+        is_destination = token % split.stride == split.stride - 1
+        sources, destinations = free & ~is_destination, free & is_destination
+    else:
+        sources = free.gather(1, split.source_index.expand(batch, -1))
+        destinations = free.gather(1, split.destination_index.expand(batch, -1))
+    enough = (sources.sum(1) >= r) & destinations.any(1)  # [B]
+    if not _checks.holds(enough.all()):
+        image = int(enough.int().argmin())
+        raise ValueError(
+            f"match: r must be at most the number of unprotected sources, with at least one "
+            f"unprotected destination, in each image; got r = {r} and, in image {image}, "
+            f"{int(sources[image].sum())} sources and {int(destinations[image].sum())} "
+            f"destinations (threshold=-inf lifts this, at the price of a padded map)"
+        )

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators of matching: schemas, shapes, backward formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._library import register
+from ..merging import schema as _merging  # noqa: F401 - registers what the backward calls
+from . import reference
+
+_ops = torch.ops.tokenops
+
+
+# ---- nearest ----
+
+
+def _nearest_fake(
+    a: Tensor, b: Tensor, a_mask: Tensor | None, b_mask: Tensor | None, similarity: str
+) -> tuple[Tensor, Tensor]:
+    shape = (a.shape[0], a.shape[-2])
+    return (
+        a.new_empty(shape, dtype=reference.acc_dtype(a)),
+        a.new_empty(shape, dtype=torch.int32),
+    )
+
+
+def _nearest_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, b, _, _, similarity = inputs
+    ctx.similarity = similarity
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(a, b, output[1])
+
+
+def _nearest_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    a, b, index = ctx.saved_tensors
+    rows_a, rows_b = reference.metric_rows(a), reference.metric_rows(b)  # [B, Na, D], [B, Nb, D]
+    # The chosen pairs are a token map from the rows of a to those of b.
+    pairs = index, *_ops.invert(index, rows_b.shape[1])
+    if ctx.similarity == "cosine":
+        unit_a, inverse_a = reference.unit_rows(rows_a)
+        unit_b, inverse_b = reference.unit_rows(rows_b)
+    else:
+        unit_a, unit_b = rows_a, rows_b
+    grad_a = grad_b = None
+    if ctx.needs_input_grad[0]:
+        grad_a = _ops.unmerge(unit_b, *pairs, grad, None, None, False)
+        if ctx.similarity == "cosine":
+            grad_a = _through_normalization(grad_a, unit_a, inverse_a)
+        grad_a = _through_metric(grad_a, a)
+    if ctx.needs_input_grad[1]:
+        grad_b = _ops.merge(unit_a, *pairs, grad, None, "sum")
+        if ctx.similarity == "cosine":
+            grad_b = _through_normalization(grad_b, unit_b, inverse_b)
+        grad_b = _through_metric(grad_b, b)
+    return grad_a, grad_b, None, None, None
+
+
+def _through_normalization(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    return (grad - unit * (unit * grad).sum(-1, keepdim=True)) * inverse
+
+
+def _through_metric(grad: Tensor, x: Tensor) -> Tensor:
+    if x.dim() == 4:
+        grad = (grad / x.shape[1])[:, None].expand(x.shape)
+    return grad.to(x.dtype)
+
+
+register(
+    "nearest(Tensor a, Tensor b, Tensor? a_mask, Tensor? b_mask, str similarity)"
+    " -> (Tensor score, Tensor index)",
+    reference=reference.nearest,
+    fake=_nearest_fake,
+    backward=_nearest_backward,
+    setup_context=_nearest_setup,
+    public=True,
+)
+
+
+# ---- match ----
+
+
+def _match_fake(
+    metric: Tensor,
+    r: int,
+    num_prefix: int,
+    protected: Tensor | None,
+    source_index: Tensor | None,
+    destination_index: Tensor | None,
+    stride: int,
+    threshold: float | None,
+    order: str,
+    similarity: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    num_tokens = tokens if threshold is not None else tokens - r
+    return (
+        metric.new_empty((batch, tokens), dtype=torch.int32),
+        metric.new_empty((batch, num_tokens + 1), dtype=torch.int32),
+        metric.new_empty((batch, tokens), dtype=torch.int32),
+        metric.new_empty((batch,), dtype=torch.int32),
+    )
+
+
+register(
+    "match(Tensor metric, SymInt r, SymInt num_prefix, Tensor? protected, Tensor? source_index,"
+    " Tensor? destination_index, SymInt stride, float? threshold, str order, str similarity)"
+    " -> (Tensor assign, Tensor offsets, Tensor members, Tensor counts)",
+    reference=reference.match,
+    fake=_match_fake,
+    shared=("protected", "source_index", "destination_index"),
+    public=True,
+)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging and unmerging tokens by a token map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _backend, _checks
+from ...token_map import TokenMap
+from . import reference, schema  # noqa: F401 - registers the operators
+
+REDUCTIONS = ("sum", "mean", "amax", "amin", "prod")
+
+_merge = torch.ops.tokenops.merge.default
+_merge_wavg = torch.ops.tokenops.merge_wavg.default
+_unmerge = torch.ops.tokenops.unmerge.default
+
+
+def merge(
+    x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tensor | None = None
+) -> Tensor:
+    """Reduce the members of each output token to one row.
+
+    ``out[b, m] = reduce_{n: assign[b, n] = m} x[b, n]``. With ``weight``, a sum becomes
+    ``sum(w * x)``, a mean ``sum(w * x) / sum(w)`` (0 where the weights sum to 0), and the other
+    reductions apply to ``w * x``. An output token without members is 0.
+
+    Args:
+        x: Tokens ``[B, N, C]`` of float16, bfloat16, float32 or float64; any strides, fastest when
+            the last dimension is contiguous.
+        token_map: Map of N to M tokens.
+        reduce: ``"sum"``, ``"mean"``, ``"amax"``, ``"amin"`` or ``"prod"``.
+        weight: Weight of each member, floating ``[B, N]`` or ``[B, N, 1]``.
+
+    Returns:
+        ``[B, M, C]`` of the dtype of ``x``; half types accumulate in float32.
+
+    Differentiable in: ``x`` (ties of amax and amin share the gradient equally) and ``weight``,
+    twice and more.
+
+    Determinism: the same bits from run to run, for any number of threads; no atomics.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices do not fit, or ``reduce`` is unknown.
+        NotImplementedError: If an explicitly chosen backend cannot serve the call.
+
+    Source: ``scatter_reduce(include_self=True)`` of ToMe's ``merge`` (Bolya et al., ICLR 2023);
+    ``weight`` as in EViT's fused token (Liang et al., ICLR 2022, section 3.2).
+
+    Example:
+        >>> import tokenops
+        >>> token_map = tokenops.TokenMap.from_assign(torch.tensor([[0, 1, 0]]), 2)
+        >>> tokenops.merge(torch.tensor([[[1.0], [5.0], [3.0]]]), token_map).flatten().tolist()
+        [2.0, 5.0]
+    """
+    _check_tokens("merge", "x", x, token_map, token_map_inputs=True)
+    if reduce not in REDUCTIONS:
+        _checks.check_choice("merge", "reduce", reduce, REDUCTIONS)
+    if weight is not None:
+        weight = _per_token("merge", "weight", weight, x)
+        if reduce == "mean":
+            return _weighted_mean("merge", x, token_map, weight)[0]
+        if reduce != "sum":
+            x, weight = (x * weight[..., None]).to(x.dtype), None
+    index = token_map.assign, token_map.offsets, token_map.members
+    if _backend.forced_reference("merge", x):
+        return reference.merge(x, *index, weight, None, reduce)
+    return _merge(x, *index, weight, None, reduce)
+
+
+def merge_wavg(
+    x: Tensor, token_map: TokenMap, size: Tensor | None = None, *, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Size-weighted mean of the members of each output token, and the new sizes, in one pass.
+
+    ``out[b, m] = sum(w * s * x) / sum(w * s)`` and ``size_out[b, m] = sum(s)`` over the members n
+    of m. An output token without members, or whose weights sum to 0, is 0.
+
+    Args:
+        x: Tokens ``[B, N, C]`` of float16, bfloat16, float32 or float64, any strides.
+        token_map: Map of N to M tokens.
+        size: Number of patches that each token stands for, floating ``[B, N]`` or ``[B, N, 1]``;
+            ones when None.
+        weight: Importance of each member beside its size, floating ``[B, N]`` or ``[B, N, 1]``.
+
+    Returns:
+        The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]``: float32 whatever
+        ``x`` is (bfloat16 counts exactly up to 256 only), float64 when ``size`` is.
+
+    Differentiable in: ``x``, ``size`` and ``weight``, twice and more.
+
+    Determinism: the same bits from run to run, for any number of threads; no atomics.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices do not fit.
+        NotImplementedError: If an explicitly chosen backend cannot serve the call.
+
+    Source: ToMe's ``merge_wavg`` (Bolya et al., ICLR 2023, section 3).
+
+    Example:
+        >>> import tokenops
+        >>> token_map = tokenops.TokenMap.from_assign(torch.tensor([[0, 1, 0]]), 2)
+        >>> x, size = tokenops.merge_wavg(torch.tensor([[[1.0], [5.0], [3.0]]]), token_map)
+        >>> size.flatten().tolist()
+        [2.0, 1.0]
+    """
+    _check_tokens("merge_wavg", "x", x, token_map, token_map_inputs=True)
+    size_dtype = torch.float32
+    if size is not None:
+        if isinstance(size, Tensor) and size.dtype == torch.float64:
+            size_dtype = torch.float64
+        size = _per_token("merge_wavg", "size", size, x)
+    if weight is None:
+        out, total = _weighted_mean("merge_wavg", x, token_map, size)
+    else:
+        weight = _per_token("merge_wavg", "weight", weight, x)
+        if size is None:
+            size = torch.ones_like(weight)
+        out, _ = _weighted_mean("merge_wavg", x, token_map, weight * size)
+        total = merge(size[..., None], token_map, reduce="sum")[..., 0]
+    return out, total[..., None].to(size_dtype)
+
+
+def unmerge(y: Tensor, token_map: TokenMap, *, residual: Tensor | None = None) -> Tensor:
+    """Give each input token the row of the output token it went to.
+
+    ``out[b, n] = y[b, assign[b, n]] + residual[b, n]``; dropped tokens get 0, or the residual.
+
+    Args:
+        y: Tokens ``[B, M, C]`` of float16, bfloat16, float32 or float64, any strides.
+        token_map: Map of N to M tokens.
+        residual: ``[B, N, C]`` of the dtype of ``y``, added in the same pass.
+
+    Returns:
+        ``[B, N, C]`` of the dtype of ``y``.
+
+    Differentiable in: ``y`` and ``residual``, twice and more.
+
+    Determinism: the same bits from run to run, for any number of threads; no atomics.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices do not fit.
+        NotImplementedError: If an explicitly chosen backend cannot serve the call.
+
+    Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
+
+    Example:
+        >>> import tokenops
+        >>> token_map = tokenops.TokenMap.from_assign(torch.tensor([[0, 1, 0]]), 2)
+        >>> tokenops.unmerge(torch.tensor([[[2.0], [5.0]]]), token_map).flatten().tolist()
+        [2.0, 5.0, 2.0]
+    """
+    _check_tokens("unmerge", "y", y, token_map, token_map_inputs=False)
+    if residual is not None:
+        _checks.check_floating("unmerge", "residual", residual, dims=(3,))
+        if residual.dtype != y.dtype:
+            raise _checks.type_error("unmerge", "residual", f"of dtype {y.dtype}", residual)
+        shape = (y.shape[0], token_map.num_inputs, y.shape[2])
+        _checks.check_shape("unmerge", "residual", residual, [shape])
+        _checks.check_same_device("unmerge", "residual", residual, y)
+    index = token_map.assign, token_map.offsets, token_map.members
+    if _backend.forced_reference("unmerge", y):
+        return reference.unmerge(y, *index, None, None, residual, False)
+    return _unmerge(y, *index, None, None, residual, False)
+
+
+def _weighted_mean(
+    name: str, x: Tensor, token_map: TokenMap, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    index = token_map.assign, token_map.offsets, token_map.members
+    if _backend.forced_reference(name, x):
+        return reference.merge_wavg(x, *index, weight)
+    out, total = _merge_wavg(x, *index, weight)
+    return out, total
+
+
+def _per_token(name: str, argument: str, value: Tensor, x: Tensor) -> Tensor:
+    """A number per input token as [B, N] in the type of sums."""
+    _checks.check_floating(name, argument, value, dims=(2, 3))
+    batch, tokens = x.shape[:2]
+    _checks.check_shape(name, argument, value, [(batch, tokens), (batch, tokens, 1)])
+    _checks.check_same_device(name, argument, value, x)
+    return value.reshape(batch, tokens).to(reference.acc_dtype(x))
+
+
+def _check_tokens(
+    name: str, argument: str, x: Tensor, token_map: TokenMap, token_map_inputs: bool
+) -> None:
+    _checks.check_floating(name, argument, x, dims=(3,))
+    if not isinstance(token_map, TokenMap):
+        raise _checks.type_error(name, "token_map", "a TokenMap", token_map)
+    batch = token_map.assign.shape[0]
+    tokens = token_map.num_inputs if token_map_inputs else token_map.num_tokens
+    if x.shape[0] != batch or x.shape[1] != tokens:
+        raise _checks.value_error(
+            name, argument, f"of shape [{batch}, {tokens}, C] as token_map has it", x
+        )
+    _checks.check_same_device(name, argument, x, token_map.assign)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging in plain PyTorch: the oracle of every kernel and the fallback where there is none.
+
+Letters: B batch, N tokens in, M tokens out, C channels. All functions but ``invert`` and
+``merge_select_backward`` are differentiable by ordinary autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """Type of sums and weights: float64 for double data, float32 for all other."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """CSR inverse of ``assign`` [B, N] -> ``offsets`` [B, M + 1], ``members`` [B, N]."""
+    slot = _slot(assign, num_tokens)  # [B, N], M where dropped
+    members = slot.argsort(dim=1, stable=True).int()
+    counts = torch.zeros(assign.shape[0], num_tokens + 1, dtype=torch.int32, device=assign.device)
+    counts = counts.scatter_add(1, slot, torch.ones_like(slot, dtype=torch.int32))
+    ends = counts[:, :num_tokens].cumsum(1, dtype=torch.int32)  # [B, M]
+    offsets = torch.nn.functional.pad(ends, (1, 0))
+    position = torch.arange(assign.shape[1], dtype=torch.int32, device=assign.device)
+    return offsets, torch.where(position < offsets[:, -1:], members, -1)
+
+
+def merge(
+    x: Tensor,
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    reduce: str,
+) -> Tensor:
+    """Reduce the members of each output token; see the schema for the arguments."""
+    num_tokens = offsets.shape[1] - 1
+    values = x.to(acc_dtype(x))
+    if reduce in ("sum", "mean"):
+        if weight is not None:
+            values = values * weight[..., None]
+        out = _sum(values, assign, num_tokens)
+        if reduce == "mean":
+            out = out / _member_counts(offsets)
+        if scale is not None:
+            out = out * scale[..., None]
+    else:
+        # One row more than there are outputs takes the dropped tokens.
+        slot = _slot(assign, num_tokens)[..., None].expand_as(values)
+        out = values.new_zeros(x.shape[0], num_tokens + 1, x.shape[2])
+        out = out.scatter_reduce(1, slot, values, reduce, include_self=False)[:, :num_tokens]
+    return out.to(x.dtype)
+
+
+def unmerge(
+    y: Tensor,
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    """Give each input token the row of its output token; see the schema for the arguments."""
+    rows = y.to(acc_dtype(y))
+    if mean:
+        rows = rows / _member_counts(offsets)
+    if scale is not None:
+        rows = rows * scale[..., None]
+    out = _take(rows, assign)
+    if weight is not None:
+        out = out * weight[..., None]
+    if residual is not None:
+        out = out + residual
+    return out.to(y.dtype)
+
+
+def pair_dot(x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
+    """Dot product [B, N] of each input row with the row of its output token."""
+    return (x.to(acc_dtype(x)) * _take(y.to(acc_dtype(y)), assign)).sum(-1)
+
+
+def merge_wavg(
+    x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, size: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Size-weighted mean ``sum(x * size) / sum(size)`` and the summed sizes [B, M]."""
+    num_tokens = offsets.shape[1] - 1
+    if size is None:
+        size = x.new_ones(x.shape[:2], dtype=acc_dtype(x))
+    total = _sum(size[..., None], assign, num_tokens)  # [B, M, 1]
+    weighted = _sum(x.to(acc_dtype(x)) * size[..., None], assign, num_tokens)
+    empty = total == 0
+    out = torch.where(empty, 0, weighted / torch.where(empty, 1, total))
+    return out.to(x.dtype), total.squeeze(-1)
+
+
+def merge_select_backward(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    reduce: str,
+) -> Tensor:
+    """Gradient of amax, amin (shared equally by ties) and prod with respect to ``x``.
+
+    Made of differentiable operations, so that it serves double backward too.
+    """
+    num_tokens = offsets.shape[1] - 1
+    values, grads = x.to(acc_dtype(x)), grad.to(acc_dtype(x))
+    if reduce == "prod":
+        return (_take(grads, assign) * _product_of_others(values, assign, members)).to(x.dtype)
+    best = _take(out.to(values.dtype), assign)
+    chosen = ((values == best) | (values.isnan() & best.isnan())) & _live(assign, num_tokens)
+    share = _sum(chosen.to(values.dtype), assign, num_tokens).clamp(min=1)
+    return (chosen * _take(grads / share, assign)).to(x.dtype)
+
+
+def _live(assign: Tensor, num_tokens: int) -> Tensor:
+    return ((assign >= 0) & (assign < num_tokens))[..., None]  # [B, N, 1]
+
+
+def _slot(assign: Tensor, num_tokens: int) -> Tensor:
+    """Output token as int64 [B, N]; M where the token is dropped."""
+    live = (assign >= 0) & (assign < num_tokens)
+    return torch.where(live, assign, num_tokens).long()
+
+
+def _sum(values: Tensor, assign: Tensor, num_tokens: int) -> Tensor:
+    """Sum the members of each output token: [B, N, C] -> [B, M, C]."""
+    batch, _, channels = values.shape
+    slot = _slot(assign, num_tokens)
+    out = values.new_zeros(batch, num_tokens + 1, channels)
+    if values.is_cuda:  # sorts, where scatter_add would use atomics in no fixed order
+        image = torch.arange(batch, device=slot.device)[:, None]
+        out = out.index_put((image, slot), values, accumulate=True)
+    else:
+        out = out.scatter_add(1, slot[..., None].expand_as(values), values)
+    return out[:, :num_tokens]
+
+
+def _take(rows: Tensor, assign: Tensor) -> Tensor:
+    """Row of each token's output token, zero where dropped: [B, M, C] -> [B, N, C]."""
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, 1))  # the last row, zero, serves the dropped
+    slot = _slot(assign, rows.shape[1])[..., None]
+    return padded.gather(1, slot.expand(-1, -1, rows.shape[2]))
+
+
+def _member_counts(offsets: Tensor) -> Tensor:
+    return offsets.diff(dim=1).clamp(min=1)[..., None]  # [B, M, 1]
+
+
+def _product_of_others(values: Tensor, assign: Tensor, members: Tensor) -> Tensor:
+    """Product of all other members of each token's output token, right where some are zero.
+
+    Exclusive products from the left and from the right, by a scan over runs of equal output token
+    that doubles its reach at each step.
+    """
+    order = members.clamp(min=0).long()  # [B, N]
+    sorted_values = values.gather(1, order[..., None].expand_as(values))
+    group = torch.where(members >= 0, assign.gather(1, order), -1)
+
+    def exclusive_scan(x: Tensor, group: Tensor) -> Tensor:
+        x = _shift_in_group(x, group, 1)
+        step = 1
+        while step < x.shape[1]:
+            x = x * _shift_in_group(x, group, step)
+            step *= 2
+        return x
+
+    left = exclusive_scan(sorted_values, group)
+    right = exclusive_scan(sorted_values.flip(1), group.flip(1)).flip(1)
+    # Entries past the last member go to a row of their own, which is cut off.
+    target = torch.where(members >= 0, members, values.shape[1]).long()
+    out = torch.zeros_like(torch.nn.functional.pad(values, (0, 0, 0, 1)))
+    return out.scatter(1, target[..., None].expand_as(values), left * right)[:, :-1]
+
+
+def _shift_in_group(x: Tensor, group: Tensor, step: int) -> Tensor:
+    """Entry ``step`` places before each one, or one where that lies in another group."""
+    moved = torch.nn.functional.pad(x[:, :-step], (0, 0, step, 0), value=1.0)
+    same = torch.nn.functional.pad(group[:, :-step], (step, 0), value=-2) == group
+    return torch.where(same[..., None], moved, 1)

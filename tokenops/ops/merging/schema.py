@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators of merging: schemas, shapes, backward formulas.
+
+``merge`` (sum), ``unmerge`` and ``pair_dot`` are the three faces of one trilinear form
+
+    sum_{b,n,c} scale[b, a(n)] * weight[b, n] * x[b, n, c] * y[b, a(n), c],   a = assign[b],
+
+so that each one's derivatives are the other two, to any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._library import register
+from . import reference
+
+_ops = torch.ops.tokenops
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return reference.acc_dtype(x)
+
+
+def _per_output(value: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
+    """Spread a number per output token [B, M] to its members [B, N]."""
+    rows = value[..., None]
+    return _ops.unmerge(rows, assign, offsets, members, None, None, None, False)[..., 0]
+
+
+def _per_input(value: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
+    """Sum a number per input token [B, N] over each output token's members [B, M]."""
+    return _ops.merge(value[..., None], assign, offsets, members, None, None, "sum")[..., 0]
+
+
+# ---- invert ----
+
+
+def _invert_fake(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    offsets = assign.new_empty(assign.shape[0], num_tokens + 1, dtype=torch.int32)
+    return offsets, assign.new_empty(assign.shape, dtype=torch.int32)
+
+
+register(
+    "invert(Tensor assign, SymInt num_tokens) -> (Tensor offsets, Tensor members)",
+    reference=reference.invert,
+    fake=_invert_fake,
+)
+
+
+# ---- merge ----
+
+
+def _merge_fake(
+    x: Tensor,
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    reduce: str,
+) -> Tensor:
+    return x.new_empty(x.shape[0], offsets.shape[1] - 1, x.shape[2])
+
+
+def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, assign, offsets, members, weight, scale, reduce = inputs
+    ctx.reduce = reduce
+    selects = reduce in ("amax", "amin", "prod")
+    # The backward of sum and mean needs x for the gradient of weight and scale alone.
+    keep_x = selects or weight is not None or scale is not None
+    ctx.save_for_backward(
+        x if keep_x else None, output if selects else None, assign, offsets, members, weight, scale
+    )
+
+
+def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, out, *index, weight, scale = ctx.saved_tensors
+    needs_x, _, _, _, needs_weight, needs_scale, _ = ctx.needs_input_grad
+    grad_x = grad_weight = grad_scale = None
+    if ctx.reduce == "mean":
+        grad_x = _ops.unmerge(grad, *index, None, None, None, True)
+    elif ctx.reduce == "sum":
+        if needs_x:
+            grad_x = _ops.unmerge(grad, *index, weight, scale, None, False)
+        if needs_weight or needs_scale:
+            grad_weight, grad_scale = _factor_grads(x, grad, index, weight, scale)
+    elif needs_x:
+        # The fused kernel has no derivative of its own; the formula in PyTorch has.
+        fused = not torch.is_grad_enabled()
+        backward = _ops.merge_select_backward if fused else reference.merge_select_backward
+        grad_x = backward(grad, x, out, *index, ctx.reduce)
+    return grad_x, None, None, None, grad_weight, grad_scale, None
+
+
+def _factor_grads(
+    x: Tensor, y: Tensor, index: list[Tensor], weight: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Derivatives of the trilinear form with respect to weight [B, N] and scale [B, M]."""
+    dot = _ops.pair_dot(x, y, *index)  # [B, N]
+    grad_weight = grad_scale = None
+    if weight is not None:
+        grad_weight = dot if scale is None else dot * _per_output(scale, *index)
+    if scale is not None:
+        grad_scale = _per_input(dot if weight is None else dot * weight, *index)
+    return grad_weight, grad_scale
+
+
+register(
+    "merge(Tensor x, Tensor assign, Tensor offsets, Tensor members, Tensor? weight, Tensor? scale,"
+    " str reduce) -> Tensor",
+    reference=reference.merge,
+    fake=_merge_fake,
+    backward=_merge_backward,
+    setup_context=_merge_setup,
+    public=True,
+)
+
+
+def _merge_select_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    reduce: str,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+register(
+    "merge_select_backward(Tensor grad, Tensor x, Tensor out, Tensor assign, Tensor offsets,"
+    " Tensor members, str reduce) -> Tensor",
+    reference=reference.merge_select_backward,
+    fake=_merge_select_backward_fake,
+)
+
+
+# ---- unmerge ----
+
+
+def _unmerge_fake(
+    y: Tensor,
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    return y.new_empty(y.shape[0], assign.shape[1], y.shape[2])
+
+
+def _unmerge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, assign, offsets, members, weight, scale, _, mean = inputs
+    ctx.mean = mean
+    keep_y = weight is not None or scale is not None
+    ctx.save_for_backward(y if keep_y else None, assign, offsets, members, weight, scale)
+
+
+def _unmerge_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    y, *index, weight, scale = ctx.saved_tensors
+    needs_y, _, _, _, needs_weight, needs_scale, needs_residual, _ = ctx.needs_input_grad
+    grad_y = grad_weight = grad_scale = None
+    if needs_y:
+        reduce = "mean" if ctx.mean else "sum"
+        grad_y = _ops.merge(grad, *index, weight, scale, reduce)
+    if needs_weight or needs_scale:
+        grad_weight, grad_scale = _factor_grads(grad, y, index, weight, scale)
+    grad_residual = grad if needs_residual else None
+    return grad_y, None, None, None, grad_weight, grad_scale, grad_residual, None
+
+
+register(
+    "unmerge(Tensor y, Tensor assign, Tensor offsets, Tensor members, Tensor? weight,"
+    " Tensor? scale, Tensor? residual, bool mean) -> Tensor",
+    reference=reference.unmerge,
+    fake=_unmerge_fake,
+    backward=_unmerge_backward,
+    setup_context=_unmerge_setup,
+    public=True,
+)
+
+
+# ---- pair_dot ----
+
+
+def _pair_dot_fake(
+    x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor
+) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=_acc(x))
+
+
+def _pair_dot_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _pair_dot_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, y, *index = ctx.saved_tensors
+    grad_x = grad_y = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _ops.unmerge(y, *index, grad, None, None, False)
+    if ctx.needs_input_grad[1]:
+        grad_y = _ops.merge(x, *index, grad, None, "sum")
+    return grad_x, grad_y, None, None, None
+
+
+register(
+    "pair_dot(Tensor x, Tensor y, Tensor assign, Tensor offsets, Tensor members) -> Tensor",
+    reference=reference.pair_dot,
+    fake=_pair_dot_fake,
+    backward=_pair_dot_backward,
+    setup_context=_pair_dot_setup,
+)
+
+
+# ---- merge_wavg ----
+
+
+def _merge_wavg_fake(
+    x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, size: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], offsets.shape[1] - 1)
+    return x.new_empty(*shape, x.shape[2]), x.new_empty(shape, dtype=_acc(x))
+
+
+def _merge_wavg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, assign, offsets, members, size = inputs
+    out, total = output
+    # Only the gradient of the sizes needs x and the result.
+    keep = size is not None
+    ctx.save_for_backward(
+        x if keep else None, out if keep else None, total, assign, offsets, members, size
+    )
+
+
+def _merge_wavg_backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
+    x, out, total, *index, size = ctx.saved_tensors
+    empty = total == 0
+    scale = torch.where(empty, 0, 1 / torch.where(empty, 1, total))  # [B, M]
+    grad_x = grad_size = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _ops.unmerge(grad, *index, size, scale, None, False)
+    if ctx.needs_input_grad[4]:
+        # d out / d size_n = (x_n - out) / total
+        excess = (out.to(_acc(out)) * grad).sum(-1) * scale  # [B, M]
+        dot = _ops.pair_dot(x, grad, *index)  # [B, N]
+        grad_size = dot * _per_output(scale, *index) + _per_output(grad_total - excess, *index)
+    return grad_x, None, None, None, grad_size
+
+
+register(
+    "merge_wavg(Tensor x, Tensor assign, Tensor offsets, Tensor members, Tensor? size)"
+    " -> (Tensor out, Tensor size_out)",
+    reference=reference.merge_wavg,
+    fake=_merge_wavg_fake,
+    backward=_merge_wavg_backward,
+    setup_context=_merge_wavg_setup,
+    public=True,
+)

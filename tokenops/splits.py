@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits: which tokens are sources, which may merge away, and which are destinations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+
+class ResolvedSplit(NamedTuple):
+    """A split for one input. Without index tensors, token i is a destination iff
+    ``i % stride == stride - 1``, and a source otherwise."""
+
+    stride: int
+    source_index: Tensor | None  # int64 [Ns] or [B, Ns]
+    destination_index: Tensor | None  # int64 [Nd] or [B, Nd]
+    num_sources: int  # outside the prefix
+    num_destinations: int  # outside the prefix
+
+
+class Split:
+    """How tokens divide into sources and destinations; made by the functions of this module."""
+
+    def resolve(
+        self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
+    ) -> ResolvedSplit:
+        """Apply the split to ``batch`` images of ``num_tokens``, the first ``num_prefix`` taboo."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Strided(Split):
+    """Every k-th token is a destination; see :func:`strided`."""
+
+    k: int
+
+    def resolve(
+        self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
+    ) -> ResolvedSplit:
+        destinations = num_tokens // self.k - num_prefix // self.k
+        sources = num_tokens - num_prefix - destinations
+        return ResolvedSplit(self.k, None, None, sources, destinations)
+
+
+@dataclass(frozen=True)
+class Random(Split):
+    """Sources drawn at random in each image; see :func:`random`."""
+
+    num_sources: int
+    generator: torch.Generator | None = None
+
+    def resolve(
+        self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
+    ) -> ResolvedSplit:
+        free = num_tokens - num_prefix
+        if self.num_sources > free:
+            raise _checks.value_error(
+                "random", "num_sources", f"at most the {free} tokens outside the prefix",
+                self.num_sources,
+            )  # fmt: skip
+        where = device if self.generator is None else self.generator.device
+        draw = torch.rand(batch, free, generator=self.generator, device=where)
+        index = draw.argsort(dim=1).to(device) + num_prefix
+        n = self.num_sources
+        return ResolvedSplit(1, index[:, :n], index[:, n:], n, free - n)
+
+
+@dataclass(frozen=True)
+class Grid(Split):
+    """One destination in each cell of a 2-D grid; see :func:`grid`."""
+
+    h: int
+    w: int
+    sy: int
+    sx: int
+    generator: torch.Generator | None = None
+
+    def resolve(
+        self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
+    ) -> ResolvedSplit:
+        if self.h * self.w != num_tokens - num_prefix:
+            raise _checks.value_error(
+                "grid", "h * w", f"the {num_tokens - num_prefix} tokens outside the prefix",
+                f"{self.h} * {self.w} = {self.h * self.w}",
+            )  # fmt: skip
+        rows, columns = self.h // self.sy, self.w // self.sx
+        y = torch.arange(rows, device=device)[:, None] * self.sy  # [rows, 1]
+        x = torch.arange(columns, device=device)[None, :] * self.sx  # [1, columns]
+        if self.generator is not None:
+            draw = torch.randint(
+                self.sy * self.sx,
+                (rows, columns, 1),
+                generator=self.generator,
+                device=self.generator.device,
+            )
+            cell = draw.to(device)[..., 0]  # [rows, columns], position within the cell
+            y, x = y + cell // self.sx, x + cell % self.sx
+        is_destination = torch.zeros(self.h * self.w, dtype=torch.int8, device=device)
+        is_destination[(y * self.w + x).flatten()] = 1
+        # Stable, so that both halves ascend; tokens of no whole cell stay among the sources.
+        order = is_destination.argsort(stable=True) + num_prefix
+        sources = self.h * self.w - rows * columns
+        return ResolvedSplit(1, order[:sources], order[sources:], sources, rows * columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Explicit(Split):
+    """Sources and destinations given by index."""
+
+    source_index: Tensor
+    destination_index: Tensor
+
+    def resolve(
+        self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
+    ) -> ResolvedSplit:
+        a, b = self.source_index, self.destination_index
+        for argument, index in (("split[0]", a), ("split[1]", b)):
+            _checks.check_index("match", argument, index, dims=(1, 2))
+            if index.dim() == 2 and index.shape[0] != batch:
+                shape = f"of shape [Ns] or [{batch}, Ns]"
+                raise _checks.value_error("match", argument, shape, index)
+            if index.device != device:
+                raise _checks.value_error("match", argument, f"on {device}", index)
+            if index.shape[-1] > num_tokens:
+                raise _checks.value_error("match", argument, f"at most {num_tokens} long", index)
+        if _checks.values_visible(a):
+            self._check_values(batch, num_tokens)
+        return ResolvedSplit(1, a.long(), b.long(), a.shape[-1], b.shape[-1])
+
+    def _check_values(self, batch: int, num_tokens: int) -> None:
+        a, b = (
+            index.long().expand(batch, index.shape[-1])
+            for index in (self.source_index, self.destination_index)
+        )
+        both = torch.cat([a, b], dim=1)  # [B, Ns + Nd]
+        if not _checks.holds(((both >= 0) & (both < num_tokens)).all()):
+            raise _checks.value_error("match", "split", f"indices in [0, {num_tokens})", both)
+        ordered = both.sort(dim=1).values
+        if not _checks.holds((ordered[:, 1:] != ordered[:, :-1]).all()):
+            raise ValueError(
+                "match: split must name each token at most once, got sources and destinations "
+                "that overlap or repeat"
+            )
+
+
+def alternate() -> Split:
+    """Even tokens are sources, odd tokens destinations: ToMe's split.
+
+    Returns:
+        The split, for ``match(split=...)``.
+
+    Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3.
+    """
+    return Strided(2)
+
+
+def strided(k: int) -> Split:
+    """Every k-th token is a destination (tokens k-1, 2k-1, ...), the rest are sources.
+
+    Args:
+        k: Stride, at least 1; with 1 there are no sources and nothing merges.
+
+    Returns:
+        The split, for ``match(split=...)``.
+
+    Raises:
+        TypeError: If ``k`` is no int.
+        ValueError: If ``k`` is below 1.
+
+    Source: ToMe's ``kth_bipartite_soft_matching``.
+    """
+    return Strided(_checks.check_int("strided", "k", k, minimum=1))
+
+
+def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
+    """Draw the sources of each image at random; all other tokens are destinations.
+
+    Args:
+        num_sources: Number of sources per image, at most the tokens outside the prefix.
+        generator: Source of randomness; the device's default one when None.
+
+    Returns:
+        The split, for ``match(split=...)``. Each use draws anew.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If ``num_sources`` is negative or, at use, more than there are tokens.
+    """
+    num_sources = _checks.check_int("random", "num_sources", num_sources)
+    _check_generator("random", generator)
+    return Random(num_sources, generator)
+
+
+def grid(
+    h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = None
+) -> Split:
+    """One destination in each ``sy`` by ``sx`` cell of an ``h`` by ``w`` image: tomesd's split.
+
+    The choice is shared across the batch. Tokens at the lower and right border that fill no whole
+    cell are sources, so the image need not divide. Prefix tokens come before the grid.
+
+    Args:
+        h: Height in tokens.
+        w: Width in tokens.
+        sy: Height of a cell, at most ``h``.
+        sx: Width of a cell, at most ``w``.
+        generator: Draws the position in each cell, anew at each use; None takes the top left one.
+
+    Returns:
+        The split, for ``match(split=...)``.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If a size is below 1, a cell exceeds the image, or, at use, ``h * w`` is not the
+            number of tokens outside the prefix.
+
+    Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
+    """
+    for argument, value in (("h", h), ("w", w), ("sy", sy), ("sx", sx)):
+        _checks.check_int("grid", argument, value, minimum=1)
+    if sy > h:
+        raise _checks.value_error("grid", "sy", f"at most h = {h}", sy)
+    if sx > w:
+        raise _checks.value_error("grid", "sx", f"at most w = {w}", sx)
+    _check_generator("grid", generator)
+    return Grid(h, w, sy, sx, generator)
+
+
+def _check_generator(name: str, generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise _checks.type_error(name, "generator", "a torch.Generator or None", generator)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token map: which output token each input token goes to. Operators exchange nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import _checks
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """Which output token each input token goes to, and the inverse of that.
+
+    Matching, pruning and clustering make token maps; merging applies one, unmerging inverts it and
+    composing two of them tracks sources. A token map is immutable, a pytree of its tensors, and
+    carries no gradient.
+
+    Attributes:
+        assign: int32 ``[B, N]``, output token of each input token; ``-1`` means dropped.
+        offsets: int32 ``[B, M + 1]``, start of each output token's members in ``members``.
+        members: int32 ``[B, N]``, input tokens sorted by output token and, within one, ascending
+            (this fixes the order of summation, so that reductions are deterministic). Entries at
+            and after ``offsets[b, M]`` are ``-1``: dropped tokens are nobody's members.
+        counts: int32 ``[B]`` when the number of live output tokens differs between images (a
+            ``threshold`` was given), else None. Output tokens at and after ``counts[b]`` are
+            padding without members.
+
+    Example:
+        >>> from tokenops import TokenMap
+        >>> token_map = TokenMap.from_assign(torch.tensor([[0, 1, 0, 2]]), 3)
+        >>> token_map.merge(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])).flatten().tolist()
+        [2.0, 2.0, 4.0]
+    """
+
+    assign: Tensor
+    offsets: Tensor
+    members: Tensor
+    counts: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of output tokens M, padding included. A shape: reading it never synchronizes."""
+        return self.offsets.shape[-1] - 1
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of input tokens N."""
+        return self.assign.shape[-1]
+
+    @staticmethod
+    def from_assign(assign: Tensor, num_tokens: int, counts: Tensor | None = None) -> TokenMap:
+        """Make a token map from anyone's labels: k-means, DPC-KNN, union-find, halting masks.
+
+        Args:
+            assign: int32 or int64 ``[B, N]``, output token of each input token, ``-1`` to drop it.
+            num_tokens: Number of output tokens M.
+            counts: int32 or int64 ``[B]``, live output tokens per image, if they differ.
+
+        Returns:
+            The map. Output tokens that nobody is assigned to are empty: zero after a sum or mean.
+
+        Determinism: the same bits from run to run on every backend.
+
+        Raises:
+            TypeError: If ``assign`` or ``counts`` is no integer tensor or ``num_tokens`` no int.
+            ValueError: If a shape is wrong or an index lies outside ``[-1, num_tokens)``. On
+                devices where reading values would synchronize, such an index drops the token
+                instead, unless ``TOKENOPS_DEBUG=1``.
+        """
+        name = "TokenMap.from_assign"
+        num_tokens = _checks.check_int(name, "num_tokens", num_tokens)
+        _checks.check_index(name, "assign", assign, dims=(2,))
+        if _checks.values_visible(assign):
+            inside = ((assign >= -1) & (assign < num_tokens)).all()
+            if not _checks.holds(inside):
+                low, high = int(assign.min()), int(assign.max())
+                raise _checks.value_error(
+                    name, "assign", f"in [-1, {num_tokens})", f"values from {low} to {high}"
+                )
+        if counts is not None:
+            _checks.check_index(name, "counts", counts, dims=(1,))
+            _checks.check_shape(name, "counts", counts, [(assign.shape[0],)])
+            _checks.check_same_device(name, "counts", counts, assign)
+            counts = counts.int()
+        # Clamp before the cast: a wild int64 must not wrap around into the valid range.
+        assign = assign.clamp(-1, num_tokens).int()
+        assign = torch.where(assign < num_tokens, assign, -1).contiguous()
+        offsets, members = torch.ops.tokenops.invert(assign, num_tokens)
+        return TokenMap(assign, offsets, members, counts)
+
+    @staticmethod
+    def identity(batch: int, num_tokens: int, device: torch.device | str = "cpu") -> TokenMap:
+        """The map that keeps all ``num_tokens`` tokens of ``batch`` images where they are."""
+        index = torch.arange(num_tokens, dtype=torch.int32, device=device).repeat(batch, 1)
+        offsets = torch.arange(num_tokens + 1, dtype=torch.int32, device=device).repeat(batch, 1)
+        return TokenMap(index, offsets, index.clone())
+
+    def compose(self, earlier: TokenMap) -> TokenMap:
+        """The map from the inputs of ``earlier`` to the outputs of this one (source tracking).
+
+        Args:
+            earlier: Map that was applied before this one; its M is this map's N.
+
+        Returns:
+            A map of ``[B, N0]`` integers, where ToMe keeps a dense ``[B, M, N0]`` matrix.
+
+        Raises:
+            TypeError: If ``earlier`` is no TokenMap.
+            ValueError: If the batch, the number of tokens or the device does not fit.
+        """
+        name = "TokenMap.compose"
+        if not isinstance(earlier, TokenMap):
+            raise _checks.type_error(name, "earlier", "a TokenMap", earlier)
+        batch, tokens = self.assign.shape
+        if earlier.assign.shape[0] != batch or earlier.num_tokens != tokens:
+            raise _checks.value_error(
+                name,
+                "earlier",
+                f"a map of {batch} images to {tokens} tokens",
+                f"a map of {earlier.assign.shape[0]} images to {earlier.num_tokens} tokens",
+            )
+        _checks.check_same_device(name, "earlier", earlier.assign, self.assign)
+        if tokens == 0:
+            assign = torch.full_like(earlier.assign, -1)
+        else:
+            through = self.assign.gather(1, earlier.assign.clamp(min=0).long())
+            assign = torch.where(earlier.assign >= 0, through, -1)
+        offsets, members = torch.ops.tokenops.invert(assign, self.num_tokens)
+        return TokenMap(assign, offsets, members, self.counts)
+
+    def source_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense 0/1 matrix ``[B, M, N]`` of which input is in which output (ToMe's source)."""
+        index = torch.arange(self.num_tokens, dtype=torch.int32, device=self.assign.device)
+        return (self.assign[:, None, :] == index[None, :, None]).to(dtype)
+
+    def key_mask(self) -> Tensor:
+        """Bool ``[B, M]``: true for live output tokens, false for padding."""
+        index = torch.arange(self.num_tokens, dtype=torch.int32, device=self.assign.device)
+        if self.counts is None:
+            return torch.ones_like(index, dtype=torch.bool).expand(self.assign.shape[0], -1)
+        return index < self.counts[:, None]
+
+    def merge(self, x: Tensor, *, reduce: str = "mean", weight: Tensor | None = None) -> Tensor:
+        """Reduce ``x`` ``[B, N, C]`` to ``[B, M, C]``; see :func:`tokenops.merge`."""
+        from .ops.merging.api import merge
+
+        return merge(x, self, reduce=reduce, weight=weight)
+
+    def merge_wavg(
+        self, x: Tensor, size: Tensor | None = None, *, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Size-weighted mean of ``x`` ``[B, N, C]``; see :func:`tokenops.merge_wavg`."""
+        from .ops.merging.api import merge_wavg
+
+        return merge_wavg(x, self, size, weight=weight)
+
+    def unmerge(self, y: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Give each input token its output token's row; see :func:`tokenops.unmerge`."""
+        from .ops.merging.api import unmerge
+
+        return unmerge(y, self, residual=residual)
+
+
+def _flatten(token_map: TokenMap) -> tuple[list[Any], None]:
+    return [token_map.assign, token_map.offsets, token_map.members, token_map.counts], None
+
+
+def _flatten_with_keys(token_map: TokenMap) -> tuple[list[Any], None]:
+    leaves, context = _flatten(token_map)
+    names = ("assign", "offsets", "members", "counts")
+    return [(pytree.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)], context
+
+
+def _unflatten(leaves: Any, context: None) -> TokenMap:
+    return TokenMap(*leaves)
+
+
+pytree.register_pytree_node(
+    TokenMap,
+    _flatten,
+    _unflatten,
+    serialized_type_name="tokenops.TokenMap",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
