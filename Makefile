@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target first sets up what it needs, once: an environment, its packages, the native library.
+#
+#   make test ARGS="-k merge"          arguments for pytest, the demo, the benchmarks or the report
+#   make test VENV=/path/to/env        an environment that is already there, with its own torch
+#   make test PYTHON=python3.12        the interpreter that a new environment is made from
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   make test TOKENOPS_BUILD=none      see CONTRIBUTING.md
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+SANITIZE ?= address,undefined
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+READY := $(VENV)/.tokenops
+CPP_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Every build, also one without a compiler, ends by writing this file.
+NATIVE := tokenops/_build_info.json
+SANITIZED := build/sanitize/tokenops/_C.abi3.so
+
+.PHONY: help demo test bench docs lint format sanitize native clean FORCE
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo | test | bench | docs | lint | format | sanitize | native | clean"
+
+demo: $(READY)/demo $(NATIVE)
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(READY)/test $(NATIVE)
+	$(PY) -m pytest $(ARGS)
+
+bench: $(READY)/bench $(NATIVE)
+	$(PY) -m benchmarks.run $(ARGS)
+
+docs: $(READY)/bench
+	$(PY) -m benchmarks.report $(ARGS)
+
+lint: $(READY)/lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(READY)/lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+# The interpreter is not instrumented, so the sanitizers' runtime must be there before everything
+# else, and the C++ library with it, whose throw it has to find.
+sanitize: $(READY)/test
+	TOKENOPS_BUILD=cpu TOKENOPS_SANITIZE=$(SANITIZE) CXX=g++ $(PY) setup.py --quiet build_ext \
+		--build-lib build/sanitize --build-temp build/sanitize/temp
+	export LD_PRELOAD="$$(ldd $(SANITIZED) | awk '/libasan/ {a = $$3} /libstdc/ {s = $$3} \
+		END {print a " " s}')" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+		UBSAN_OPTIONS=print_stacktrace=1 \
+		TOKENOPS_LIBRARY=$(SANITIZED); \
+	$(PY) -c "from tokenops import _native as n; exit(0 if n.loaded else n.reason)" && \
+	$(PY) -m pytest --capture=sys tests/ops $(ARGS)
+
+native: $(NATIVE)
+
+$(NATIVE): setup.py $(shell find csrc) | $(READY)/tools
+	$(PY) setup.py --quiet build_ext --inplace
+
+# Without a library there may be a compiler by now; a build that was asked for is made.
+ifeq ($(wildcard tokenops/_C.*),)
+$(NATIVE): FORCE
+endif
+ifdef TOKENOPS_BUILD
+export TOKENOPS_BUILD
+$(NATIVE): FORCE
+endif
+
+$(READY)/tools:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
+	$(PIP) "setuptools>=77" wheel ninja pybind11
+	mkdir -p $(READY)
+	touch $@
+
+# Test, lint, bench and demo are extras of the package. No torch is fetched: the installed one does.
+$(READY)/test $(READY)/lint $(READY)/bench $(READY)/demo: pyproject.toml $(READY)/tools
+	$(PIP) --no-build-isolation --editable ".[$(@F)]"
+	touch $@
+
+clean:
+	rm -rf build dist tokenops.egg-info $(NATIVE) tokenops/*.so

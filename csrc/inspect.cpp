@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// What Python may ask about the build and the machine. pybind11 ties this module to one version of
+// Python, so it stands apart from the operators' library, which knows none.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+#include "common.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string dotted(int major, int minor) {
+  return std::to_string(major) + "." + std::to_string(minor);
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+  info["flags"] = TOKENOPS_FLAGS;
+  info["torch"] = dotted(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR);
+  info["torch_target"] = dotted(static_cast<int>(TORCH_TARGET_VERSION >> 56),
+                                static_cast<int>(TORCH_TARGET_VERSION >> 48 & 0xff));
+  info["python"] = dotted(PY_MAJOR_VERSION, PY_MINOR_VERSION);
+  info["pybind11"] = dotted(PYBIND11_VERSION_MAJOR, PYBIND11_VERSION_MINOR);
+  return info;
+}
+
+const char* isa_name() {
+  switch (tokenops::isa()) {
+    case tokenops::Isa::avx512_bf16: return "avx512_bf16";
+    case tokenops::Isa::avx512: return "avx512";
+    case tokenops::Isa::avx2: return "avx2";
+    case tokenops::Isa::portable: break;
+  }
+  return "portable";
+}
+
+py::dict cpu_features() {
+  py::dict features;
+#if TOKENOPS_X86
+  __builtin_cpu_init();
+  features["avx2"] = __builtin_cpu_supports("avx2") != 0;
+  features["fma"] = __builtin_cpu_supports("fma") != 0;
+  features["f16c"] = __builtin_cpu_supports("f16c") != 0;
+  features["avx512f"] = __builtin_cpu_supports("avx512f") != 0;
+  features["avx512bw"] = __builtin_cpu_supports("avx512bw") != 0;
+  features["avx512dq"] = __builtin_cpu_supports("avx512dq") != 0;
+  features["avx512vl"] = __builtin_cpu_supports("avx512vl") != 0;
+  features["avx512_bf16"] = __builtin_cpu_supports("avx512bf16") != 0;
+  features["amx_tile"] = __builtin_cpu_supports("amx-tile") != 0;
+  features["amx_bf16"] = __builtin_cpu_supports("amx-bf16") != 0;
+#endif
+  features["isa"] = isa_name();
+  return features;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_inspect, module) {
+  module.doc() = "How tokenops was compiled, and what this CPU offers to its kernels.";
+  module.def("build_info", &build_info, "Compiler, flags and versions of this build.");
+  module.def("cpu_features", &cpu_features,
+             "Vector extensions that this CPU and its system offer, and under \"isa\" the level "
+             "that the kernels use, which TOKENOPS_CPU_ISA can lower.");
+}

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the native library where that is possible; the rest of the package is plain Python.
+
+Environment variables (CONTRIBUTING.md has more on them):
+    TOKENOPS_BUILD     auto (default): compile if torch and a compiler are there, else make a
+                       pure-Python package; none: pure; cpu, cuda: compile or fail.
+    TOKENOPS_INSPECT   1: always build the pybind11 module, 0: never; by default in place only.
+    TOKENOPS_SANITIZE  sanitizers to compile with, for example "address,undefined".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext as plain_build_ext
+
+MODE = os.environ.get("TOKENOPS_BUILD") or "auto"
+INSPECT = os.environ.get("TOKENOPS_INSPECT") or "in-place"
+SANITIZE = os.environ.get("TOKENOPS_SANITIZE") or ""
+COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install"} & set(sys.argv)
+# torch 2.10, the oldest one that the library runs with
+TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+LINK_FLAGS = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
+if SANITIZE:
+    FLAGS += [*LINK_FLAGS, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
+    FLAGS += ["-fno-wrapv"]  # Python's own flags define the overflow that is to be found
+
+
+class CannotCompileError(Exception):
+    """Nothing can be compiled here, for the reason given."""
+
+
+def native() -> tuple[list[Extension], dict[str, Any], type]:
+    """What to compile, what to record about it, and the command that compiles it."""
+    if MODE == "none":
+        raise CannotCompileError("TOKENOPS_BUILD=none at build time")
+    try:
+        import torch
+        from torch.utils import cpp_extension as torch_build
+    except Exception as error:
+        hint = "pip install --no-build-isolation compiles against the installed one"
+        raise CannotCompileError(f"no torch at build time ({error}); {hint}") from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise CannotCompileError(f"torch {torch.__version__} at build time, 2.10 needed")
+    compiler = shlex.split(torch_build.get_cxx_compiler())
+    if not shutil.which(compiler[0]):
+        raise CannotCompileError(f"no C++ compiler at build time ({compiler[0]} not found)")
+
+    cuda_sources = sorted(map(str, Path("csrc").glob("*/*.cu")))
+    no_cuda = None
+    if MODE == "cpu":
+        no_cuda = "TOKENOPS_BUILD=cpu at build time"
+    elif not cuda_sources:
+        no_cuda = "this version has no CUDA kernels"
+    elif torch.version.cuda is None:
+        no_cuda = f"torch {torch.__version__} at build time, which has no CUDA"
+    elif not shutil.which("nvcc", path=f"{torch_build.CUDA_HOME}/bin"):
+        no_cuda = "no nvcc at build time (CUDA_HOME names its toolkit)"
+    if MODE == "cuda" and no_cuda:
+        raise CannotCompileError(no_cuda)
+
+    kind = torch_build.CppExtension if no_cuda else torch_build.CUDAExtension
+    library = kind(
+        "tokenops._C",
+        sorted(map(str, Path("csrc").glob("*/*.cpp"))) + ([] if no_cuda else cuda_sources),
+        depends=sorted(map(str, Path("csrc").glob("**/*.*h"))),
+        define_macros=[TARGET] if no_cuda else [TARGET, ("USE_CUDA", None)],
+        extra_compile_args={"cxx": FLAGS, "nvcc": ["-std=c++17", "-O3"]},
+        extra_link_args=LINK_FLAGS,
+        py_limited_api=True,
+    )
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    record = {
+        "built": "cpu" if no_cuda else "cuda",
+        "compiler": version.partition("\n")[0],
+        "flags": " ".join(FLAGS),
+        "torch": torch.__version__,
+        "torch_target": TARGET[1],
+        "no_cuda": no_cuda,
+    }
+    return [library, *inspect_module(torch_build)], record, torch_build.BuildExtension
+
+
+def inspect_module(torch_build: Any) -> list[Extension]:
+    """The pybind11 module: a convenience that fails nothing unless it was asked for."""
+    if INSPECT == "0" or SANITIZE:
+        return []
+    try:
+        import pybind11
+    except ImportError:
+        return [] if INSPECT != "1" else sys.exit("setup.py: TOKENOPS_INSPECT=1 needs pybind11")
+    return [
+        Extension(
+            "tokenops._inspect",
+            ["csrc/inspect.cpp"],
+            include_dirs=[pybind11.get_include(), *torch_build.include_paths()],
+            define_macros=[TARGET, ("TOKENOPS_FLAGS", json.dumps(" ".join(FLAGS)))],
+            extra_compile_args=FLAGS,
+            language="c++",
+            optional=INSPECT != "1",
+        )
+    ]
+
+
+def build_ext_command(base: type, record: dict[str, Any]) -> type:
+    """``build_ext`` that leaves a working pure-Python package behind when it cannot compile."""
+
+    class build_ext(base):  # type: ignore[misc] # noqa: N801 - the name setuptools looks for
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.editable_mode:  # its own folder would be gone before the next build
+                name = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+                self.build_temp = os.path.join("build", name)
+
+        def build_extension(self, extension: Extension) -> None:
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                if not extension.optional:
+                    raise
+                self.warn(f"{extension.name} is left out: {error}")
+
+        def run(self) -> None:
+            inplace, result = self.inplace, record
+            wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+            if wheel and not inplace and INSPECT != "1":  # would tie the wheel to one Python
+                self.extensions = [e for e in self.extensions if e.py_limited_api]
+            try:
+                if self.extensions:
+                    super().run()
+            except Exception as error:
+                if MODE != "auto" or "build_ext" in self.distribution.commands:
+                    raise
+                why = f"compiling it failed ({error}); TOKENOPS_BUILD=cpu shows the messages"
+                result = {"built": None, "reason": why}
+                self.extensions = self.distribution.ext_modules = []
+                if wheel:
+                    wheel.root_is_pure = True
+            package = Path("tokenops" if inplace else f"{self.build_lib}/tokenops")
+            package.mkdir(parents=True, exist_ok=True)
+            if not self.extensions:
+                print(f"tokenops: pure Python, no compiled library: {result['reason']}")
+                for stale in (*package.glob("_C.*"), *package.glob("_inspect.*")):
+                    stale.unlink()
+            result = {"mode": MODE, "sanitizers": SANITIZE, **result}
+            text = json.dumps(result, indent=2) + "\n"
+            (package / "_build_info.json").write_text(text, encoding="utf-8")
+
+    return build_ext
+
+
+class clean_build(build):  # noqa: N801 - as above
+    """``build`` without leftovers of an earlier one, which ends in ``build_ext`` in any case."""
+
+    def get_sub_commands(self) -> list[str]:
+        names = super().get_sub_commands()
+        return names if "build_ext" in names else [*names, "build_ext"]
+
+    def run(self) -> None:
+        shutil.rmtree(os.path.join(self.build_lib, "tokenops"), ignore_errors=True)
+        super().run()
+
+
+if MODE not in ("auto", "none", "cpu", "cuda"):
+    sys.exit(f"setup.py: TOKENOPS_BUILD must be auto, none, cpu or cuda, got {MODE!r}")
+extensions: list[Extension] = []
+record: dict[str, Any] = {}
+base: type = plain_build_ext
+try:
+    if COMPILING:
+        extensions, record, base = native()
+except CannotCompileError as error:
+    if MODE in ("cpu", "cuda"):
+        sys.exit(f"setup.py: TOKENOPS_BUILD={MODE} cannot be had: {error}")
+    record = {"built": None, "reason": str(error)}
+abi3 = extensions and INSPECT != "1" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+setup(
+    ext_modules=extensions,
+    cmdclass={"build": clean_build, "build_ext": build_ext_command(base, record)},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if abi3 else {},
+)
