@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in for ToMe: the functions of ``tome.merge`` and ``parse_r`` of ``tome.utils``.
+
+Arguments, results and order of outputs are the originals', for the price of fused operators.
+Matching functions return a pair ``(merge, unmerge)``: ``merge(x, mode="mean")`` takes ``[B, N, C]``
+to ``[B, M, C]`` by ``"sum"``, ``"mean"``, ``"amax"``, ``"amin"`` or ``"prod"``; ``unmerge(y)`` goes
+back. Both carry their ``token_map``, which all of tokenops understands.
+
+Where the original is plainly wrong, this is right:
+
+* A token of zero length has similarity 0 to every other; it no longer wins every match as NaN does.
+* ``unmerge`` knows the layout that ``merge`` makes for a distillation token.
+* ``unmerge`` of ``kth_bipartite_soft_matching`` gives all N tokens; the tail that ``merge`` drops
+  comes back as zeros instead of being missing.
+* Sizes are float32 whatever ``x`` is; in half precision they would stop growing.
+
+Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import TokenMap, match, random, strided
+from .. import merge as _merge
+from .. import merge_wavg as _merge_wavg
+from .. import unmerge as _unmerge
+
+__all__ = [
+    "bipartite_soft_matching",
+    "do_nothing",
+    "kth_bipartite_soft_matching",
+    "merge_source",
+    "merge_wavg",
+    "parse_r",
+    "random_bipartite_soft_matching",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """Reduces ``x`` ``[B, N, C]`` to ``[B, M, C]`` by a token map; see :func:`tokenops.merge`."""
+
+    token_map: TokenMap
+
+    def __call__(self, x: Tensor, mode: str = "mean") -> Tensor:
+        return _merge(x, _for_batch(self.token_map, x), reduce=mode)
+
+
+@dataclass(frozen=True, eq=False)
+class Unmerge:
+    """Spreads ``x`` ``[B, M, C]`` to ``[B, N, C]`` by a token map; see :func:`tokenops.unmerge`."""
+
+    token_map: TokenMap
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _unmerge(x, _for_batch(self.token_map, x))
+
+
+@dataclass(frozen=True, eq=False)
+class DoNothing:
+    """Returns its argument itself: what there is to do when nothing merges."""
+
+    batch: int
+    num_tokens: int
+    device: torch.device
+
+    @property
+    def token_map(self) -> TokenMap:
+        """The identity, made when it is asked for."""
+        return TokenMap.identity(self.batch, self.num_tokens, self.device)
+
+    def __call__(self, x: Tensor, mode: str | None = None) -> Tensor:
+        return x
+
+
+Matching: TypeAlias = tuple[Merge, Unmerge] | tuple[DoNothing, DoNothing]
+
+
+def do_nothing(x: Tensor, mode: str | None = None) -> Tensor:
+    """Stand-in for ``merge`` and ``unmerge`` that returns ``x`` itself."""
+    return x
+
+
+def bipartite_soft_matching(
+    metric: Tensor, r: int, class_token: bool = False, distill_token: bool = False
+) -> Matching:
+    """Match even tokens to odd ones and merge the ``r`` most similar pairs.
+
+    Args:
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant.
+        r: Tokens to merge away, clamped to half of the tokens that may merge; nothing merges when
+            it is not positive.
+        class_token: Whether token 0 is a class token, which never merges.
+        distill_token: Whether token 1 is a distillation token, into which nothing merges.
+
+    Returns:
+        ``(merge, unmerge)``, to N - r tokens in the order ``[unmerged | destinations]``. Unmerged
+        tokens descend in similarity; with a class token they ascend in index, so that it stays in
+        front. With a distillation token, it comes second.
+
+    Determinism: as :func:`tokenops.match`; ties go to the lowest token index.
+
+    Raises:
+        TypeError: If ``metric`` is no floating-point tensor or ``r`` no int.
+        ValueError: If ``metric`` has a wrong shape.
+
+    Source: ToMe's ``bipartite_soft_matching``, except that ``unmerge`` knows the layout of the
+    distillation token, that a token of zero length is similar to nothing, and that three tokens
+    with a distillation token alone stay three: the only destination is not to be touched.
+
+    Example:
+        >>> from tokenops.compat import tome
+        >>> merge, unmerge = tome.bipartite_soft_matching(torch.eye(4)[None], 1)
+        >>> merge(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])).flatten().tolist()
+        [3.0, 1.5, 4.0]
+    """
+    tokens = metric.shape[-2]
+    r = min(r, (tokens - bool(class_token) - bool(distill_token)) // 2)
+    only_distill = distill_token and not class_token
+    if r <= 0 or (only_distill and tokens < 4):
+        return _nothing(metric)
+    if not only_distill:
+        prefix = 1 + bool(distill_token) if class_token else 0
+        return _pair(match(metric, r, num_prefix=prefix, order="tome"))
+    is_distill = torch.arange(tokens, device=metric.device) == 1
+    token_map = match(metric, r, protected=is_distill, order="tome")
+    # [unmerged | token 1 | destinations] -> [first unmerged | token 1 | unmerged | destinations]
+    unmerged = (tokens + 1) // 2 - r
+    assign = token_map.assign
+    moved = assign + ((assign > 0) & (assign < unmerged))
+    return _pair(TokenMap.from_assign(torch.where(assign == unmerged, 1, moved), tokens - r))
+
+
+def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
+    """Merge all tokens into the last one of each ``k``, each into the most similar of these.
+
+    Args:
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant.
+        k: Stride of the destinations; nothing merges when it is below 2.
+
+    Returns:
+        ``(merge, unmerge)``, to N // k tokens in the order of the destinations. ``merge`` drops the
+        N % k tokens of the tail; ``unmerge`` gives zeros for them.
+
+    Determinism: as :func:`tokenops.match`; ties go to the lowest token index.
+
+    Raises:
+        TypeError: If ``metric`` is no floating-point tensor or ``k`` no int.
+        ValueError: If ``metric`` has a wrong shape or fewer than ``k`` tokens.
+
+    Source: ToMe's ``kth_bipartite_soft_matching``, except that ``unmerge`` does not lose the tail
+    and that a token of zero length is similar to nothing.
+
+    Example:
+        >>> from tokenops.compat import tome
+        >>> merge, unmerge = tome.kth_bipartite_soft_matching(torch.ones(1, 5, 2), 2)
+        >>> unmerge(merge(torch.arange(5.0)[None, :, None])).flatten().tolist()
+        [1.0, 1.0, 1.0, 3.0, 0.0]
+    """
+    if k <= 1:
+        return _nothing(metric)
+    split = strided(k)
+    tokens = metric.shape[-2]
+    if tokens < k:
+        raise ValueError(
+            f"kth_bipartite_soft_matching: metric must have at least k = {k} tokens, got {tokens}"
+        )
+    tail = tokens % k
+    whole = metric[..., : tokens - tail, :]
+    token_map = match(whole, tokens - tail - tokens // k, split=split, order="tome")
+    if tail:
+        # The tail belongs to nobody, so only the ends of the two lists change.
+        assign, members = (
+            torch.nn.functional.pad(index, (0, tail), value=-1)
+            for index in (token_map.assign, token_map.members)
+        )
+        token_map = TokenMap(assign, token_map.offsets, members)
+    return _pair(token_map)
+
+
+def random_bipartite_soft_matching(metric: Tensor, r: int) -> Matching:
+    """Merge ``r`` tokens drawn at random in each image, each into the most similar of the rest.
+
+    Args:
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant.
+        r: Tokens to merge away; nothing merges when it is not positive.
+
+    Returns:
+        ``(merge, unmerge)``, to the N - r tokens that were not drawn, in the order of the draw.
+
+    Determinism: the draw takes ``[B, N]`` numbers from the default generator of the metric's
+    device, as the original does: the same seed gives the same split. None are taken if ``r <= 0``.
+
+    Raises:
+        TypeError: If ``metric`` is no floating-point tensor or ``r`` no int.
+        ValueError: If ``metric`` has a wrong shape or ``r`` is not below N.
+
+    Source: ToMe's ``random_bipartite_soft_matching``, except that a token of zero length is similar
+    to nothing.
+    """
+    if r <= 0:
+        return _nothing(metric)
+    tokens = metric.shape[-2]
+    if r >= tokens:
+        raise ValueError(
+            f"random_bipartite_soft_matching: r must be below the {tokens} tokens of metric, "
+            f"got {r}"
+        )
+    return _pair(match(metric, r, split=random(r), order="tome"))
+
+
+def merge_wavg(
+    merge: Callable[..., Tensor], x: Tensor, size: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge ``x`` by the mean weighted with the sizes of tokens, and sum the sizes.
+
+    Args:
+        merge: What a matching function of tokenops returned, served by one fused pass; or any
+            callable ``merge(x, mode="sum")``.
+        x: Tokens ``[B, N, C]``.
+        size: Patches that each token stands for, ``[B, N, 1]``; ones when None.
+
+    Returns:
+        The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]`` in float32
+        (float64 if ``size`` is). Outside autocast, cast their logarithm before you add it to half
+        precision attention.
+
+    Differentiable in: ``x`` and ``size``.
+
+    Raises:
+        TypeError: If ``x`` or ``size`` is no floating-point tensor.
+        ValueError: If a shape does not fit.
+
+    Source: ToMe's ``merge_wavg``, except that sizes do not take the dtype of ``x``: float16 counts
+    exactly up to 2048 only, bfloat16 up to 256.
+    """
+    nothing = isinstance(merge, DoNothing)
+    token_map = None if nothing else getattr(merge, "token_map", None)
+    if isinstance(token_map, TokenMap):
+        return _merge_wavg(x, _for_batch(token_map, x), size)
+    if size is None:
+        size = torch.ones_like(x[..., :1], dtype=torch.float32)
+    elif size.dtype != torch.float64:
+        size = size.float()
+    if nothing:
+        return x, size
+    total = merge(size, mode="sum")
+    return (merge(size * x, mode="sum") / total).to(x.dtype), total
+
+
+def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None = None) -> Tensor:
+    """Track which of the first layer's tokens each token is made of.
+
+    Args:
+        merge: What a matching function of tokenops returned, or any callable
+            ``merge(x, mode="amax")``.
+        x: Tokens ``[B, N, C]`` before the merge; only its shape and device are used.
+        source: Matrix of 0 and 1 so far, ``[B, N, N0]``; the identity when None.
+
+    Returns:
+        The matrix after the merge, ``[B, M, N0]``; ``TokenMap.compose`` says the same in
+        ``[B, N0]`` integers.
+
+    Raises:
+        TypeError: If ``source`` is no floating-point tensor.
+        ValueError: If a shape does not fit.
+
+    Source: ToMe's ``merge_source``.
+    """
+    nothing = isinstance(merge, DoNothing)
+    if source is None:
+        token_map = None if nothing else getattr(merge, "token_map", None)
+        if isinstance(token_map, TokenMap):  # the merged identity, without the identity
+            return _for_batch(token_map, x).source_matrix(torch.get_default_dtype())
+        source = torch.eye(x.shape[1], device=x.device).expand(x.shape[0], -1, -1)
+    return merge(source, mode="amax")
+
+
+def parse_r(num_layers: int, r: list[int] | tuple[int, float] | int) -> list[int]:
+    """Turn a schedule of ``r`` into one number for each layer.
+
+    Args:
+        num_layers: Number of layers L.
+        r: A number for all layers; ``(r, inflect)``, a line from ``r * (1 - inflect)`` to
+            ``r * (1 + inflect)``, so that +1 rises from 0, -1 falls to 0 and the sum stays about
+            ``L * r``; or a list of numbers, filled up with zeros.
+
+    Returns:
+        L numbers, rounded towards zero (a list that is longer than L as it is).
+
+    Source: ToMe's ``parse_r``, except that one layer alone gets ``[r]`` and no division by zero.
+    """
+    if isinstance(r, list):
+        return r + [0] * (num_layers - len(r))
+    middle, inflect = r if isinstance(r, tuple) else (r, 0.0)
+    if num_layers == 1:
+        return [int(middle)]
+    first = int(middle * (1.0 - inflect))
+    slope = 2 * (middle - first) / (num_layers - 1)
+    return [int(first + slope * layer) for layer in range(num_layers)]
+
+
+def _pair(token_map: TokenMap) -> Matching:
+    return Merge(token_map), Unmerge(token_map)
+
+
+def _nothing(metric: Tensor) -> Matching:
+    nothing = DoNothing(metric.shape[0], metric.shape[-2], metric.device)
+    return nothing, nothing
+
+
+def _for_batch(token_map: TokenMap, x: Tensor) -> TokenMap:
+    """The map itself; one that was made from a single image serves a batch of any size."""
+    batch = x.shape[0]
+    if token_map.assign.shape[0] != 1 or batch == 1:
+        return token_map
+    assign, offsets, members = (
+        index.expand(batch, -1).contiguous()
+        for index in (token_map.assign, token_map.offsets, token_map.members)
+    )
+    return TokenMap(assign, offsets, members)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in for tomesd: the functions of ``tomesd.merge``.
+
+Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import grid, match
+from .tome import Matching, _nothing, _pair, do_nothing
+
+__all__ = ["bipartite_soft_matching_random2d", "do_nothing"]
+
+
+def bipartite_soft_matching_random2d(
+    metric: Tensor,
+    w: int,
+    h: int,
+    sx: int,
+    sy: int,
+    r: int,
+    no_rand: bool = False,
+    generator: torch.Generator | None = None,
+) -> Matching:
+    """Match the tokens of an image to one destination in each ``sy`` by ``sx`` cell.
+
+    The destinations are the same in the whole batch; the ``r`` most similar pairs of each image
+    merge.
+
+    Args:
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant;
+            N = w * h, row by row.
+        w: Width in tokens.
+        h: Height in tokens.
+        sx: Width of a cell, at most ``w``; it need not divide it.
+        sy: Height of a cell, at most ``h``; it need not divide it.
+        r: Tokens to merge away, clamped to the number of sources; nothing merges when it is not
+            positive.
+        no_rand: Take the top left token of each cell and draw no random number.
+        generator: Source of randomness, the CPU's default one when None.
+
+    Returns:
+        ``(merge, unmerge)``: ``merge(x, mode="mean")`` takes ``[B, N, C]`` to ``[B, N - r, C]`` in
+        the order ``[unmerged | destinations]``, unmerged tokens by descending similarity,
+        destinations by index; ``unmerge(y)`` goes back. Both carry their ``token_map``.
+
+    Determinism: as :func:`tokenops.match`; ties go to the lowest token index. The draw takes one
+    integer for each cell on the generator's device, as the original does: the same seed gives the
+    same destinations.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If ``w * h`` is not N or a cell exceeds the image.
+
+    Source: tomesd's ``bipartite_soft_matching_random2d``, except that destinations come in the
+    order of their index (there an unstable sort decides), that a token of zero length is similar to
+    nothing (there it becomes NaN and wins every match), and that randomness without a generator is
+    no error.
+
+    Example:
+        >>> from tokenops.compat import tomesd
+        >>> m, u = tomesd.bipartite_soft_matching_random2d(torch.ones(1, 4, 2), 2, 2, 2, 2, 3, True)
+        >>> u(m(torch.arange(4.0)[None, :, None])).flatten().tolist()
+        [1.5, 1.5, 1.5, 1.5]
+    """
+    if r <= 0:
+        return _nothing(metric)
+    if no_rand:
+        generator = None
+    elif generator is None:
+        generator = torch.default_generator
+    return _pair(match(metric, r, split=grid(h, w, sy, sx, generator), order="tome"))
