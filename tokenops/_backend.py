@@ -67,6 +67,11 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
         _forced = self._previous
 
 
+def chosen() -> str | None:
+    """Name of the backend that was chosen explicitly, if any."""
+    return _forced
+
+
 def _obstacle(operator: str, backend: str, device: str) -> str | None:
     """The reason why ``backend`` can't serve ``operator`` on ``device``; None when it can."""
     if backend == "reference":
@@ -75,20 +80,36 @@ def _obstacle(operator: str, backend: str, device: str) -> str | None:
         return f"no Triton kernel of {operator} in this version"
     if not _native.loaded:
         return _native.reason
+    if _transformed():
+        return "torch.func.grad, vjp and jvp differentiate plain PyTorch alone"
     key = device.upper()
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key):
         return None
     return f"the compiled library has no {operator} kernel for {device} tensors"
 
 
+def _transformed() -> bool:
+    """Whether torch.func.grad, vjp or jvp is at work: PyTorch has no way to register an operator
+    with them (torch.func.vmap alone is no obstacle)."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(t.key() != torch._C._functorch.TransformType.Vmap for t in transforms)
+
+
+# As torch.compiler.assume_constant_result marks it, without the import of the compiler: torch.compile
+# takes the answer as it is while tracing and guards on the transforms by itself.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def forced_reference(operator: str, tensor: Tensor) -> bool:
-    """Whether an explicit choice sends this call to the reference.
+    """Whether this call must go to the reference, by an explicit choice or for want of another.
 
     Raises:
         NotImplementedError: If another backend was chosen and cannot serve the call.
     """
     if _forced is None:
-        return False
+        return _transformed()
     obstacle = _obstacle(operator, _forced, tensor.device.type)
     if obstacle is not None:
         raise NotImplementedError(
@@ -124,7 +145,7 @@ def why_not(operator: str, *args: object) -> dict[str, str]:
 
     Args:
         operator: Name of a public operator, for example ``"match"``.
-        *args: The arguments of the call; the device of the first tensor counts, the CPU without any.
+        *args: The arguments of the call; the device of the first tensor counts, else the CPU.
 
     Returns:
         A reason for each backend that can't serve the call; a backend that can is not among them.

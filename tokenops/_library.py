@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration of operators with PyTorch: one call gives an operator all it owes to the framework."""
+"""Registration of operators with PyTorch: one call does all that the framework asks for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from torch.utils import _pytree as pytree
 
 NAMESPACE = "tokenops"
 
-#: Names of the operators that users call, as they register; the rest serve their backwards.
+#: Names of all operators, and of those that users call; the rest serve their backwards.
+defined: list[str] = []
 operators: list[str] = []
 
+_shared: dict[str, frozenset[str]] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """Type of sums, weights and similarities: float64 for double data, float32 for all other."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def register(
@@ -44,6 +51,7 @@ def register(
         public: Whether a public function of the same name calls it.
     """
     name = schema.partition("(")[0]
+    defined.append(name)
     if public:
         operators.append(name)
     qualified = f"{NAMESPACE}::{name}"
@@ -55,7 +63,13 @@ def register(
             qualified, backward, setup_context=setup_context, lib=_library
         )
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-    torch.library.register_vmap(qualified, _batch_rule(operator, frozenset(shared)), lib=_library)
+    _shared[name] = frozenset(shared)
+    torch.library.register_vmap(qualified, _batch_rule(operator, _shared[name]), lib=_library)
+
+
+def shared_arguments(name: str) -> frozenset[str]:
+    """Arguments of an operator that may come with one dimension, meant for every image."""
+    return _shared[name]
 
 
 def _batch_rule(operator: Any, shared: frozenset[str]) -> Callable[..., Any]:

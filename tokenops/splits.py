@@ -13,8 +13,11 @@ from . import _checks
 
 
 class ResolvedSplit(NamedTuple):
-    """A split for one input. Without index tensors, token i is a destination iff
-    ``i % stride == stride - 1``, and a source otherwise."""
+    """A split of one input's tokens.
+
+    Without index tensors, token i is a destination iff ``i % stride == stride - 1``, and a source
+    otherwise.
+    """
 
     stride: int
     source_index: Tensor | None  # int64 [Ns] or [B, Ns]
@@ -42,6 +45,7 @@ class Strided(Split):
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
     ) -> ResolvedSplit:
+        """Apply the split; see :meth:`Split.resolve`."""
         destinations = num_tokens // self.k - num_prefix // self.k
         sources = num_tokens - num_prefix - destinations
         return ResolvedSplit(self.k, None, None, sources, destinations)
@@ -57,6 +61,7 @@ class Random(Split):
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
     ) -> ResolvedSplit:
+        """Apply the split; see :meth:`Split.resolve`."""
         free = num_tokens - num_prefix
         if self.num_sources > free:
             raise _checks.value_error(
@@ -83,6 +88,7 @@ class Grid(Split):
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
     ) -> ResolvedSplit:
+        """Apply the split; see :meth:`Split.resolve`."""
         if self.h * self.w != num_tokens - num_prefix:
             raise _checks.value_error(
                 "grid", "h * w", f"the {num_tokens - num_prefix} tokens outside the prefix",
@@ -118,6 +124,7 @@ class Explicit(Split):
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
     ) -> ResolvedSplit:
+        """Apply the split; see :meth:`Split.resolve`."""
         a, b = self.source_index, self.destination_index
         for argument, index in (("split[0]", a), ("split[1]", b)):
             _checks.check_index("match", argument, index, dims=(1, 2))
@@ -196,9 +203,7 @@ def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
     return Random(num_sources, generator)
 
 
-def grid(
-    h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = None
-) -> Split:
+def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = None) -> Split:
     """One destination in each ``sy`` by ``sx`` cell of an ``h`` by ``w`` image: tomesd's split.
 
     The choice is shared across the batch. Tokens at the lower and right border that fill no whole

@@ -167,14 +167,18 @@ class TokenMap:
         return unmerge(y, self, residual=residual)
 
 
+_FIELDS = ("assign", "offsets", "members", "counts")
+
+
 def _flatten(token_map: TokenMap) -> tuple[list[Any], None]:
-    return [token_map.assign, token_map.offsets, token_map.members, token_map.counts], None
+    # Without counts there is no leaf for them: transforms want tensors alone.
+    leaves = [token_map.assign, token_map.offsets, token_map.members, token_map.counts]
+    return [leaf for leaf in leaves if leaf is not None], None
 
 
 def _flatten_with_keys(token_map: TokenMap) -> tuple[list[Any], None]:
     leaves, context = _flatten(token_map)
-    names = ("assign", "offsets", "members", "counts")
-    return [(pytree.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)], context
+    return [(pytree.GetAttrKey(n), leaf) for n, leaf in zip(_FIELDS, leaves, strict=False)], context
 
 
 def _unflatten(leaves: Any, context: None) -> TokenMap:

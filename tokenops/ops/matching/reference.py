@@ -7,11 +7,14 @@ Letters: B batch, N tokens, Na sources, Nb destinations, D width of the metric.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..merging.reference import acc_dtype, invert
+from ..._library import acc_dtype
+from ..merging.reference import invert
 
 #: Similarities that are held at a time: rows of the score matrix come in blocks of so many entries,
 #: which keeps memory linear in N.
@@ -48,10 +51,13 @@ def nearest(
         return score, torch.full_like(score, -1, dtype=torch.int32)
     if b_mask is None:
         b_mask = torch.ones(1, 1, dtype=torch.bool, device=b.device).expand(batch, columns)
-    block = max(1, SCORES_AT_A_TIME // (batch * columns))
-    parts = [_nearest_block(a[:, i : i + block], b, b_mask) for i in range(0, rows, block)]
-    score = torch.cat([p[0] for p in parts], dim=1)
-    index = torch.cat([p[1] for p in parts], dim=1)
+    if batch * rows * columns <= SCORES_AT_A_TIME:
+        score, index = _nearest_block(a, b, b_mask)
+    else:  # a loop over blocks fixes the sizes when traced, hence apart
+        block = max(1, SCORES_AT_A_TIME // (batch * columns))
+        parts = [_nearest_block(a[:, i : i + block], b, b_mask) for i in range(0, rows, block)]
+        score = torch.cat([p[0] for p in parts], dim=1)
+        index = torch.cat([p[1] for p in parts], dim=1)
     if a_mask is not None:
         score = score.masked_fill(~a_mask, -math.inf)
         index = index.masked_fill(~a_mask, -1)
@@ -59,13 +65,21 @@ def nearest(
 
 
 def _nearest_block(a: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
-    scores = a @ b.transpose(1, 2)  # [B, block, Nb]
+    with _no_autocast(a.device.type):
+        scores = a @ b.transpose(1, 2)  # [B, block, Nb]
     scores = scores.masked_fill(scores.isnan() | ~b_mask[:, None, :], -math.inf)
     score, index = scores.max(dim=2)  # the first of equal maxima
     # Nothing but NaN among the candidates: the first candidate, or none at all.
     first = b_mask.int().argmax(dim=1)
     fallback = torch.where(b_mask.any(dim=1), first, -1)[:, None]
     return score, torch.where(score == -math.inf, fallback, index).int()
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast would take the similarities in half precision."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def match(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import register
+from ..._library import acc_dtype, register
 from ..merging import schema as _merging  # noqa: F401 - registers what the backward calls
 from . import reference
 
@@ -23,7 +23,7 @@ def _nearest_fake(
 ) -> tuple[Tensor, Tensor]:
     shape = (a.shape[0], a.shape[-2])
     return (
-        a.new_empty(shape, dtype=reference.acc_dtype(a)),
+        a.new_empty(shape, dtype=acc_dtype(a)),
         a.new_empty(shape, dtype=torch.int32),
     )
 

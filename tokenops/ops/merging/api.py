@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
+from ..._library import acc_dtype
 from ...token_map import TokenMap
 from . import reference, schema  # noqa: F401 - registers the operators
 
@@ -67,7 +68,8 @@ def merge(
     index = token_map.assign, token_map.offsets, token_map.members
     if _backend.forced_reference("merge", x):
         return reference.merge(x, *index, weight, None, reduce)
-    return _merge(x, *index, weight, None, reduce)
+    out: Tensor = _merge(x, *index, weight, None, reduce)
+    return out
 
 
 def merge_wavg(
@@ -165,7 +167,8 @@ def unmerge(y: Tensor, token_map: TokenMap, *, residual: Tensor | None = None) -
     index = token_map.assign, token_map.offsets, token_map.members
     if _backend.forced_reference("unmerge", y):
         return reference.unmerge(y, *index, None, None, residual, False)
-    return _unmerge(y, *index, None, None, residual, False)
+    out: Tensor = _unmerge(y, *index, None, None, residual, False)
+    return out
 
 
 def _weighted_mean(
@@ -184,7 +187,7 @@ def _per_token(name: str, argument: str, value: Tensor, x: Tensor) -> Tensor:
     batch, tokens = x.shape[:2]
     _checks.check_shape(name, argument, value, [(batch, tokens), (batch, tokens, 1)])
     _checks.check_same_device(name, argument, value, x)
-    return value.reshape(batch, tokens).to(reference.acc_dtype(x))
+    return value.reshape(batch, tokens).to(acc_dtype(x))
 
 
 def _check_tokens(

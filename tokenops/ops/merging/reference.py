@@ -10,10 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def acc_dtype(x: Tensor) -> torch.dtype:
-    """Type of sums and weights: float64 for double data, float32 for all other."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from ..._library import acc_dtype
 
 
 def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -15,25 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import register
+from ..._library import acc_dtype, register
 from . import reference
 
 _ops = torch.ops.tokenops
 
 
-def _acc(x: Tensor) -> torch.dtype:
-    return reference.acc_dtype(x)
-
-
 def _per_output(value: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
     """Spread a number per output token [B, M] to its members [B, N]."""
     rows = value[..., None]
-    return _ops.unmerge(rows, assign, offsets, members, None, None, None, False)[..., 0]
+    out: Tensor = _ops.unmerge(rows, assign, offsets, members, None, None, None, False)
+    return out[..., 0]
 
 
 def _per_input(value: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
     """Sum a number per input token [B, N] over each output token's members [B, M]."""
-    return _ops.merge(value[..., None], assign, offsets, members, None, None, "sum")[..., 0]
+    out: Tensor = _ops.merge(value[..., None], assign, offsets, members, None, None, "sum")
+    return out[..., 0]
 
 
 # ---- invert ----
@@ -90,9 +88,8 @@ def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_weight, grad_scale = _factor_grads(x, grad, index, weight, scale)
     elif needs_x:
         # The fused kernel has no derivative of its own; the formula in PyTorch has.
-        fused = not torch.is_grad_enabled()
-        backward = _ops.merge_select_backward if fused else reference.merge_select_backward
-        grad_x = backward(grad, x, out, *index, ctx.reduce)
+        source: Any = reference if torch.is_grad_enabled() else _ops
+        grad_x = source.merge_select_backward(grad, x, out, *index, ctx.reduce)
     return grad_x, None, None, None, grad_weight, grad_scale, None
 
 
@@ -193,7 +190,7 @@ register(
 def _pair_dot_fake(
     x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor
 ) -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=_acc(x))
+    return x.new_empty(x.shape[:2], dtype=acc_dtype(x))
 
 
 def _pair_dot_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -226,7 +223,7 @@ def _merge_wavg_fake(
     x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, size: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], offsets.shape[1] - 1)
-    return x.new_empty(*shape, x.shape[2]), x.new_empty(shape, dtype=_acc(x))
+    return x.new_empty(*shape, x.shape[2]), x.new_empty(shape, dtype=acc_dtype(x))
 
 
 def _merge_wavg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -248,7 +245,7 @@ def _merge_wavg_backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[An
         grad_x = _ops.unmerge(grad, *index, size, scale, None, False)
     if ctx.needs_input_grad[4]:
         # d out / d size_n = (x_n - out) / total
-        excess = (out.to(_acc(out)) * grad).sum(-1) * scale  # [B, M]
+        excess = (out.to(acc_dtype(out)) * grad).sum(-1) * scale  # [B, M]
         dot = _ops.pair_dot(x, grad, *index)  # [B, N]
         grad_size = dot * _per_output(scale, *index) + _per_output(grad_total - excess, *index)
     return grad_x, None, None, None, grad_size

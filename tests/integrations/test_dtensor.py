@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch that is sharded over two processes gives the same bits as the whole one."""
+
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import tokenops
+
+
+def _layer(x: torch.Tensor) -> tuple[tokenops.TokenMap, torch.Tensor, torch.Tensor]:
+    token_map = tokenops.match(x, 3, num_prefix=1)
+    merged, size = tokenops.merge_wavg(x, token_map)
+    return token_map, token_map.unmerge(merged, residual=x), size
+
+
+def _worker(rank: int, port: int, folder: str) -> None:
+    import tokenops.integrations.dtensor  # noqa: F401 - registers the sharding
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    x = torch.randn(4, 9, 8, generator=torch.Generator().manual_seed(0))
+    sharded = distribute_tensor(x, mesh, [Shard(0)]).requires_grad_()
+    whole = x.clone().requires_grad_()
+
+    token_map, out, size = _layer(sharded)
+    expected_map, expected, expected_size = _layer(whole)
+    assert isinstance(out, DTensor)
+    assert out.placements == (Shard(0),)
+    assert torch.equal(token_map.assign.full_tensor(), expected_map.assign)
+    assert torch.equal(out.full_tensor(), expected)
+    assert torch.equal(size.full_tensor(), expected_size)
+
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    assert torch.equal(sharded.grad.full_tensor(), whole.grad)
+    dist.destroy_process_group()
+    Path(folder, str(rank)).touch()
+
+
+def test_batch_sharding(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_worker, args=(port, str(tmp_path)), nprocs=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

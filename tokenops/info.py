@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this installation can do: ``python -m tokenops.info``."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+
+from . import __version__, _backend, _library, _native
+
+
+def report() -> str:
+    """Describe versions, hardware, the compiled library, and which backend serves what.
+
+    Returns:
+        Lines of text. Reads the state of the process and of the devices; changes nothing.
+    """
+    return "\n".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    yield f"tokenops {__version__}"
+    system = f"{platform.system()} {platform.machine()}"
+    yield f"  python           {platform.python_version()} on {system}"
+    yield f"  torch            {torch.__version__} ({torch.get_num_threads()} threads)"
+    yield f"  triton           {_version('triton')}"
+    yield f"  CUDA             {_cuda()}"
+    if _native.loaded:
+        yield f"  compiled library {_native.path}"
+    else:
+        yield f"  compiled library none: {_native.reason}"
+    inspect = _native.inspect()
+    if inspect is None:
+        yield "  inspection       not built (needs pybind11 at build time)"
+    else:
+        features = inspect.cpu_features()
+        selected = features.pop("isa")
+        present = " ".join(name for name, there in features.items() if there)
+        yield f"  build            {'; '.join(f'{k} {v}' for k, v in inspect.build_info().items())}"
+        yield f"  CPU              {present or 'no vector extension known'}"
+        yield f"  instruction set  {selected}"
+    chosen = _backend.chosen() or "the best one for the tensors' device"
+    yield f"  chosen backend   {chosen}"
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        yield f"operators on {device}"
+        for operator in _library.operators:
+            reasons = _backend.why_not(operator, torch.empty(0, device=device))
+            serving = [b for b in _backend.BACKENDS if b not in reasons]
+            yield f"  {operator:<16} {', '.join(serving)}"
+            for backend, reason in reasons.items():
+                yield f"  {'':<16}   not {backend}: {reason}"
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "installed, version unknown"
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "torch was built without it"
+    if not torch.cuda.is_available():
+        return f"{torch.version.cuda}, no device"
+    names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return f"{torch.version.cuda}, " + ", ".join(names)
+
+
+if __name__ == "__main__":
+    print(report())

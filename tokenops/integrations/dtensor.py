@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sharding of the operators over the batch: importing this module teaches them to DTensor.
+
+Every operator treats each image by itself, so a batch that is split over devices needs no
+communication. Importing DTensor takes longer than all of tokenops, hence the module of its own:
+
+    import tokenops.integrations.dtensor
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+from .._library import NAMESPACE, defined, shared_arguments
+
+
+def _register(name: str) -> None:
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    shared = shared_arguments(name)
+    names = [argument.name for argument in operator._schema.arguments]
+    outputs = len(operator._schema.returns)
+
+    @register_sharding(operator)  # type: ignore[untyped-decorator]
+    def strategies(*args: Any) -> list[tuple[list[Placement], list[Placement | None]]]:
+        def place(argument: Any, name: str, placement: Placement) -> Placement | None:
+            if not hasattr(argument, "shape"):
+                return None
+            one_for_all = name in shared and len(argument.shape) == 1
+            return Replicate() if one_for_all else placement
+
+        return [
+            (
+                [placement] * outputs,
+                [place(a, n, placement) for a, n in zip(args, names, strict=False)],
+            )
+            for placement in (Replicate(), Shard(0))
+        ]
+
+
+for _name in defined:
+    _register(_name)

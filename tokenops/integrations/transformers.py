@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token merging in the vision transformers of Hugging Face ``transformers`` (5.x).
+
+A patched model merges tokens in each layer, between attention and MLP, as ToMe does (Bolya et al.,
+"Token Merging: Your ViT But Faster", ICLR 2023): the keys of the attention are the metric, and
+attention counts each token by its size. Weights, configuration and ``state_dict`` stay as they are.
+
+Example:
+    >>> from transformers import ViTConfig, ViTForImageClassification
+    >>> from tokenops.integrations.transformers import apply_patch, last_trace, remove_patch
+    >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    ...                    intermediate_size=64, image_size=32, patch_size=8)
+    >>> model = ViTForImageClassification(config).eval()
+    >>> patch = apply_patch(model, r=4)
+    >>> logits = model(torch.randn(1, 3, 32, 32)).logits
+    >>> [token_map.num_tokens for token_map in last_trace(model).token_maps]
+    [13, 9]
+    >>> remove_patch(model)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import TokenMap, match, merge_wavg
+from ..compat.tome import parse_r
+
+Schedule = int | list[int] | tuple[int, float]
+
+#: Where a patched base model keeps its patch; an ordinary attribute, so not in the state_dict.
+_ATTRIBUTE = "_tokenops_patch"
+
+#: What the patch needs to find in a layer and in its attention.
+_LAYER_PARTS = ("attention", "layernorm_before", "layernorm_after", "mlp", "dropout")
+_ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
+
+#: Attention implementations of transformers that add a floating-point mask to the logits.
+_TAKE_BIAS = ("sdpa", "eager")
+
+
+class MergeTrace:
+    """What one forward pass of a patched model did to the tokens, layer by layer.
+
+    Attributes:
+        token_maps: The map of each layer from its tokens to those it hands on.
+        sizes: Number of patches in each token after each layer, float32 ``[B, M, 1]``.
+        sources: With ``track_source``, the map of each layer from the model's tokens (prefix
+            tokens, then patches) to those after the layer; else empty.
+    """
+
+    def __init__(self, patch: MergePatch) -> None:
+        self.token_maps: list[TokenMap] = []
+        self.sizes: list[Tensor] = []
+        self.sources: list[TokenMap] = []
+        self._patch = patch
+        self._r = patch.r
+        self._key: Tensor | None = None  # keys of the running layer's attention
+
+    def _record(self, layer: int, token_map: TokenMap, size: Tensor) -> None:
+        """Set, not append: gradient checkpointing runs a layer again, with the same outcome."""
+        self.token_maps[layer:] = [token_map]
+        self.sizes[layer:] = [size]
+        if self._patch.track_source:
+            source = token_map if layer == 0 else token_map.compose(self.sources[layer - 1])
+            self.sources[layer:] = [source]
+
+
+class MergePatch:
+    """A patch in force; :func:`apply_patch` makes it, :func:`remove_patch` ends it.
+
+    Attributes:
+        num_prefix: Leading tokens that never merge.
+        order: Order of the tokens after each layer.
+        proportional: Whether attention counts each token by its size.
+        track_source: Whether traces hold ``sources``.
+        trace: :class:`MergeTrace` of the last forward pass; None before the first.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        r: Schedule,
+        num_prefix: int,
+        order: str,
+        proportional: bool,
+        track_source: bool,
+    ) -> None:
+        self._num_layers = num_layers
+        self.r = r
+        self.num_prefix = num_prefix
+        self.order = order
+        self.proportional = proportional
+        self.track_source = track_source
+        self.trace: MergeTrace | None = None
+        self._hooks: list[Any] = []
+
+    @property
+    def r(self) -> list[int]:
+        """Number of tokens each layer merges away; may be set to any schedule at any time."""
+        return list(self._r)
+
+    @r.setter
+    def r(self, schedule: Schedule) -> None:
+        self._r = _parse_schedule(schedule, self._num_layers)
+
+    def _before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give this forward pass a trace of its own, which travels to the layers as a keyword."""
+        mask = kwargs.get("attention_mask", args[3] if len(args) > 3 else None)
+        if mask is not None:
+            raise ValueError(
+                "apply_patch: attention_mask must be None in a model that merges tokens, got "
+                f"{type(mask).__name__}"
+            )
+        return args, {**kwargs, "merge_trace": MergeTrace(self)}
+
+    def _after_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self.trace = kwargs["merge_trace"]
+
+
+def apply_patch(
+    model: nn.Module,
+    r: Schedule,
+    *,
+    num_prefix: int | None = None,
+    order: str = "tome",
+    proportional: bool = True,
+    track_source: bool = False,
+) -> MergePatch:
+    """Make a vision transformer merge tokens in each layer.
+
+    Between attention and MLP, layer ``l`` merges the ``r[l]`` most similar tokens by their keys
+    (mean over heads) into the size-weighted mean of each group. Attention then counts a token of
+    size s as s patches, by ``log(s)`` added to its logits, unless ``proportional`` is false.
+
+    Args:
+        model: ``ViTModel``, ``ViTForImageClassification``, ``DeiTModel``,
+            ``DeiTForImageClassification`` or ``DeiTForImageClassificationWithTeacher``; training
+            and eval mode, any device and floating dtype.
+        r: Tokens to merge away: an int for all layers, a list with an int for each (layers past
+            its end merge nothing), or a tuple ``(r, inflect)``, inflect in [-1, 1]: r on average,
+            along a line from ``r * (1 - inflect)`` to ``r * (1 + inflect)``. Clamped in each layer
+            to half of the tokens outside the prefix.
+        num_prefix: Leading tokens that never merge; by default 1 for ViT (class) and 2 for DeiT
+            (class, distillation).
+        order: ``"tome"``: after each layer the tokens stand as ToMe leaves them, so that the next
+            layer divides them alike and the results are ToMe's. ``"position"``: they stay in the
+            order of their first patch.
+        proportional: Whether attention counts each token by its size.
+        track_source: Whether the trace tells for each layer which patches are in which token.
+
+    Returns:
+        The patch; its ``trace`` tells after each forward pass what happened, its ``r`` can be set.
+
+    Differentiable in: all that the model is differentiable in; the choice of the tokens that merge
+    carries no gradient.
+
+    Raises:
+        TypeError: If ``model`` is of a class that the patch does not know, or an argument has a
+            wrong type.
+        ValueError: If the model is patched already, or a value does not fit.
+        ImportError: If transformers is not installed.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                            intermediate_size=64, image_size=32, patch_size=8))
+        >>> patch = apply_patch(model, r=[5, 2])
+        >>> model(torch.randn(1, 3, 32, 32)).last_hidden_state.shape
+        torch.Size([1, 10, 32])
+    """
+    base, default_prefix = _base_model(model, "apply_patch")
+    if hasattr(base, _ATTRIBUTE):
+        raise ValueError("apply_patch: model is patched already, call remove_patch(model) first")
+    if num_prefix is None:
+        num_prefix = default_prefix
+    _check_int("num_prefix", num_prefix)
+    if order not in ("tome", "position"):
+        raise ValueError(f"apply_patch: order must be 'tome' or 'position', got {order!r}")
+    for argument, flag in (("proportional", proportional), ("track_source", track_source)):
+        if not isinstance(flag, bool):
+            raise _type_error(argument, "a bool", flag)
+    for layer in base.layers:
+        _check_layer(layer)
+    patch = MergePatch(len(base.layers), r, num_prefix, order, proportional, track_source)
+    patch._hooks = [
+        base.register_forward_pre_hook(patch._before_forward, with_kwargs=True),
+        base.register_forward_hook(patch._after_forward, with_kwargs=True),
+    ]
+    for index, layer in enumerate(base.layers):
+        layer.forward = partial(_layer_forward, layer, index)
+        layer.attention.forward = partial(_attention_forward, layer.attention)
+    setattr(base, _ATTRIBUTE, patch)
+    return patch
+
+
+def remove_patch(model: nn.Module) -> None:
+    """Undo :func:`apply_patch`: the model computes again what it computed before, to the bit.
+
+    Args:
+        model: A model that :func:`apply_patch` patched.
+
+    Raises:
+        TypeError: If ``model`` is of a class that the patch does not know.
+        ValueError: If the model is not patched.
+    """
+    base, patch = _patched(model, "remove_patch")
+    for hook in patch._hooks:
+        hook.remove()
+    for layer in base.layers:
+        del layer.forward
+        del layer.attention.forward
+    delattr(base, _ATTRIBUTE)
+
+
+def last_trace(model: nn.Module) -> MergeTrace:
+    """What the last forward pass of a patched model did to the tokens.
+
+    Args:
+        model: A model that :func:`apply_patch` patched and that has run since.
+
+    Returns:
+        Token maps, sizes and, if tracked, sources after each layer.
+
+    Raises:
+        TypeError: If ``model`` is of a class that the patch does not know.
+        ValueError: If the model is not patched or has not run.
+    """
+    _, patch = _patched(model, "last_trace")
+    if patch.trace is None:
+        raise ValueError("last_trace: model must have run since it was patched")
+    return patch.trace
+
+
+def _layer_forward(
+    layer: Any,
+    index: int,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    merge_trace: MergeTrace | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Replaces ``forward`` of a layer; a layer that is called by itself computes as ever."""
+    out: Tensor
+    if merge_trace is None:
+        out = type(layer).forward(layer, hidden_states, attention_mask, **kwargs)
+    elif getattr(layer, "gradient_checkpointing", False) and layer.training:
+        run = partial(_merge_in_layer, layer, index, merge_trace)
+        out = layer._gradient_checkpointing_func(run, hidden_states)
+    else:
+        out = _merge_in_layer(layer, index, merge_trace, hidden_states)
+    return out
+
+
+def _merge_in_layer(layer: Any, index: int, trace: MergeTrace, x: Tensor) -> Tensor:
+    x = _attend_in_layer(layer, index, trace, x)
+    x = _merge_tokens(index, trace, x)
+    out: Tensor = layer.dropout(layer.mlp(layer.layernorm_after(x))) + x
+    return out
+
+
+def _attend_in_layer(layer: Any, index: int, trace: MergeTrace, x: Tensor) -> Tensor:
+    # Until something has merged, all sizes are 1 and plain attention says the same.
+    weighted = trace._patch.proportional and any(trace._r[:index])
+    size = trace.sizes[index - 1] if weighted else None
+    attended, _ = layer.attention(layer.layernorm_before(x), merge_trace=trace, key_size=size)
+    out: Tensor = layer.dropout(attended) + x
+    return out
+
+
+def _merge_tokens(index: int, trace: MergeTrace, x: Tensor) -> Tensor:
+    patch, r = trace._patch, trace._r[index]
+    size = trace.sizes[index - 1] if index > 0 else None
+    key, trace._key = trace._key, None
+    if r > 0 and key is not None:
+        token_map = match(key, r, num_prefix=patch.num_prefix, order=patch.order)
+        x, size = merge_wavg(x, token_map, size)
+        size = size.detach()  # a count; with a graph it would keep the pass alive in the trace
+    else:
+        token_map = TokenMap.identity(x.shape[0], x.shape[1], x.device)
+        if size is None:
+            size = torch.ones(*x.shape[:2], 1, device=x.device)
+    trace._record(index, token_map, size)
+    return x
+
+
+def _attention_forward(
+    attention: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    merge_trace: MergeTrace | None = None,
+    key_size: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Replaces ``forward`` of an attention: leaves its keys in the trace, weights keys by size."""
+    if merge_trace is None:
+        plain: tuple[Tensor, Tensor | None] = type(attention).forward(
+            attention, hidden_states, attention_mask, **kwargs
+        )
+        return plain
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.vit.modeling_vit import eager_attention_forward
+
+    name = attention.config._attn_implementation
+    if key_size is not None and name not in _TAKE_BIAS:
+        raise ValueError(
+            f"apply_patch: the model's attention must be one of {', '.join(_TAKE_BIAS)} for "
+            f"proportional attention, got {name} (model.set_attn_implementation('sdpa') changes "
+            "it; proportional=False does without)"
+        )
+    batch, tokens, _ = hidden_states.shape
+    per_head = (batch, tokens, -1, attention.head_dim)
+    query = attention.q_proj(hidden_states).view(per_head).transpose(1, 2)  # [B, H, N, D]
+    key = attention.k_proj(hidden_states).view(per_head).transpose(1, 2)
+    value = attention.v_proj(hidden_states).view(per_head).transpose(1, 2)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+    out, weights = attend(
+        attention,
+        query,
+        key,
+        value,
+        None if key_size is None else _key_bias(key_size, query),
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+    )
+    merge_trace._key = key
+    return attention.o_proj(out.reshape(batch, tokens, -1)), weights
+
+
+def _key_bias(size: Tensor, query: Tensor) -> Tensor:
+    """``log(size)`` [B, 1, 1, N], which SDPA broadcasts over heads and queries."""
+    bias = size.to(torch.promote_types(query.dtype, torch.float32)).log()[:, None].mT
+    # Only the CPU's kernel takes a float32 bias beside half queries; there it costs no more.
+    return bias if query.device.type == "cpu" else bias.to(query.dtype)
+
+
+def _base_model(model: nn.Module, function: str) -> tuple[Any, int]:
+    """The module that holds the layers, and how many prefix tokens its kind has."""
+    from transformers.models.deit import modeling_deit as deit
+    from transformers.models.vit import modeling_vit as vit
+
+    known: Mapping[type, int] = {
+        vit.ViTModel: 1,
+        vit.ViTForImageClassification: 1,
+        deit.DeiTModel: 2,
+        deit.DeiTForImageClassification: 2,
+        deit.DeiTForImageClassificationWithTeacher: 2,
+    }
+    for kind, prefix in known.items():
+        if isinstance(model, kind):
+            return model.base_model, prefix
+    names = ", ".join(kind.__name__ for kind in known)
+    raise TypeError(f"{function}: model must be one of {names}, got {type(model).__name__}")
+
+
+def _patched(model: nn.Module, function: str) -> tuple[Any, MergePatch]:
+    base, _ = _base_model(model, function)
+    patch = getattr(base, _ATTRIBUTE, None)
+    if patch is None:
+        raise ValueError(f"{function}: model must have been patched by apply_patch")
+    return base, patch
+
+
+def _check_layer(layer: Any) -> None:
+    missing = [part for part in _LAYER_PARTS if not hasattr(layer, part)]
+    if not missing:
+        missing = [part for part in _ATTENTION_PARTS if not hasattr(layer.attention, part)]
+    if missing:
+        raise TypeError(
+            f"apply_patch: a layer of model must have {', '.join(missing)}, as in transformers "
+            f"5.x, got {type(layer).__name__}"
+        )
+    if "forward" in vars(layer) or "forward" in vars(layer.attention):
+        raise ValueError(
+            "apply_patch: model's layers must compute by their class's forward, got one that "
+            "something else has replaced"
+        )
+
+
+def _parse_schedule(schedule: Schedule, num_layers: int) -> list[int]:
+    """Tokens to merge away in each layer, checked."""
+    if isinstance(schedule, tuple):
+        if len(schedule) != 2 or not isinstance(schedule[1], (int, float)):
+            raise _type_error("r", "an int, a list of ints or (int, float)", schedule)
+        _check_int("r[0]", schedule[0])
+        if not -1 <= schedule[1] <= 1:
+            raise ValueError(f"apply_patch: r[1] must be in [-1, 1], got {schedule[1]}")
+    elif isinstance(schedule, list):
+        for index, value in enumerate(schedule):
+            _check_int(f"r[{index}]", value)
+        if len(schedule) > num_layers:
+            raise ValueError(
+                f"apply_patch: r must be at most {num_layers} long, one for each layer, got "
+                f"{len(schedule)} of them"
+            )
+    else:
+        _check_int("r", schedule)
+    return parse_r(num_layers, schedule)
+
+
+def _check_int(argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _type_error(argument, "an int", value)
+    if value < 0:
+        raise ValueError(f"apply_patch: {argument} must be >= 0, got {value}")
+
+
+def _type_error(argument: str, expected: str, got: object) -> TypeError:
+    return TypeError(
+        f"apply_patch: {argument} must be {expected}, got {type(got).__name__} {got!r}"
+    )
