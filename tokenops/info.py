@@ -33,14 +33,15 @@ def _lines() -> Iterator[str]:
         yield f"  compiled library {_native.path}"
     else:
         yield f"  compiled library none: {_native.reason}"
+        build = _native.build_info()
+        yield f"  built with       {build.get('compiler')}, {build.get('flags')}"
+        if build.get("no_cuda"):
+            yield f"  CUDA kernels     none: {build['no_cuda']}"
     inspect = _native.inspect()
-    if inspect is None:
-        yield "  inspection       not built (needs pybind11 at build time)"
-    else:
+    if inspect is not None:
         features = inspect.cpu_features()
         selected = features.pop("isa")
         present = " ".join(name for name, there in features.items() if there)
-        yield f"  build            {'; '.join(f'{k} {v}' for k, v in inspect.build_info().items())}"
         yield f"  CPU              {present or 'no vector extension known'}"
         yield f"  instruction set  {selected}"
     chosen = _backend.chosen() or "the best one for the tensors' device"

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark case is: its sizes, its rivals, and the least work that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokenops
+from tokenops.splits import Split
+
+from .timing import Rival
+
+#: Rivals by name, in the order of columns. ``tokenops`` is always there.
+RIVALS = ("tokenops", "reference", "eager", "compile")
+
+#: Yardsticks are no rivals: they do less, or something else.
+YARDSTICKS = ("copy", "bmm", "bmm+max")
+
+LEGEND = {
+    "tokenops": "tokenops as installed",
+    "reference": "tokenops' plain PyTorch reference",
+    "eager": "the recipe of ToMe or tomesd in PyTorch operators",
+    "compile": "the same under torch.compile(dynamic=False, fullgraph=True), compiled beforehand",
+    "copy": "a torch copy_ that moves as many bytes, read and written together",
+    "bmm": "nothing but the matrix product of the scores, stored",
+    "bmm+max": "that product and the maximum of each row",
+}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a case.
+
+    Attributes:
+        batch: Images B.
+        tokens: Tokens N.
+        width: Width D of the metric, or channels C.
+        r: Tokens that merge.
+        prefix: Leading tokens that take no part.
+        heads: Attention heads of a packed qkv that the metric is a view of; 0 without.
+        grid: ``(h, w, sy, sx)`` for tomesd's split; None for ToMe's.
+    """
+
+    batch: int
+    tokens: int
+    width: int
+    r: int
+    prefix: int = 0
+    heads: int = 0
+    grid: tuple[int, int, int, int] | None = None
+
+    def describe(self, letter: str) -> str:
+        """Sizes in words; ``letter`` stands for the width."""
+        words = [f"B{self.batch}", f"N{self.tokens}"]
+        words += [f"H{self.heads}"] if self.heads else []
+        words += [f"{letter}{self.width}", f"r{self.r}"]
+        if self.grid is not None:
+            words.append("grid {}x{} in {}x{}".format(*self.grid))
+        return " ".join(words)
+
+    def tiny(self) -> Shape:
+        """Sizes of the same kind that take no time."""
+        tokens, grid = (17, None) if self.grid is None else (24, (4, 6, 2, 2))
+        return Shape(2, tokens, 8, 4, self.prefix, min(self.heads, 2), grid)
+
+    def split(self) -> Split:
+        """The split into sources and destinations."""
+        return tokenops.alternate() if self.grid is None else tokenops.grid(*self.grid)
+
+    def num_sources(self) -> int:
+        """Number of sources, those in the prefix included."""
+        if self.grid is None:
+            return (self.tokens + 1) // 2
+        h, w, sy, sx = self.grid
+        return self.tokens - (h // sy) * (w // sx)
+
+    def split_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens that are sources [Ns] and destinations [Nd], in the order of the recipes."""
+        token = torch.arange(self.tokens, device=device)
+        if self.grid is None:
+            return token[0::2], token[1::2]
+        resolved = self.split().resolve(self.batch, self.tokens, self.prefix, device)
+        if resolved.source_index is None or resolved.destination_index is None:
+            raise RuntimeError("a grid split comes as index tensors")
+        return resolved.source_index, resolved.destination_index
+
+
+@dataclass
+class Work:
+    """A case made ready: its inputs exist, its rivals can be made.
+
+    Attributes:
+        rivals: Makes each rival, and each yardstick but ``copy``, by name. One by one, so that a
+            rival that cannot run (no compiler, say) does not keep the others from running.
+        bytes: Least number of bytes that must be read and written.
+        flops: Least number of floating point operations, where they could be the bound.
+        difference: ``(name, result, expected)``: how far a rival's result is from tokenops'.
+        tolerance: Largest difference at which a rival counts as doing the same.
+        tensor: One of the inputs; tells device and dtype.
+        inference: Whether to time under ``torch.inference_mode``.
+    """
+
+    rivals: Mapping[str, Callable[[], Rival]]
+    bytes: int
+    flops: int
+    difference: Callable[[str, Any, Any], float]
+    tolerance: float
+    tensor: Tensor
+    inference: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a table.
+
+    Attributes:
+        operator: What is timed: a public operator, ``_backward`` appended for its backward.
+        name: Name of the case, unique within the operator.
+        shape: Sizes.
+        setup: Makes the work from the shape, a dtype and a device.
+        skip: Rivals and yardsticks that do not run, with the reason.
+        memory: Rivals whose extra memory is measured besides.
+    """
+
+    operator: str
+    name: str
+    shape: Shape
+    setup: Callable[[Shape, torch.dtype, torch.device], Work]
+    skip: Mapping[str, str] = field(default_factory=dict)
+    memory: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> str:
+        """The shape in words: D is the width of a metric, C the number of channels."""
+        return self.shape.describe("D" if self.operator == "match" else "C")
+
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> Work:
+        """Make the inputs, from a fixed seed."""
+        return self.setup(self.shape, dtype, device)
+
+    def tiny(self) -> Case:
+        """The same case at sizes that take no time."""
+        return replace(self, shape=self.shape.tiny())
+
+
+def use_reference() -> tokenops.use_backend:
+    """Context in which tokenops runs on its reference."""
+    return tokenops.use_backend("reference")
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under ``torch.compile``, for its exact shapes and without graph breaks."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def generator(device: torch.device) -> torch.Generator:
+    """A generator with a fixed seed."""
+    return torch.Generator(device).manual_seed(0)
+
+
+def make_metric(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Metric [B, N, D], or keys [B, H, N, D] as a view of a packed qkv [B, N, 3, H, D]."""
+    batch, tokens, width, random = shape.batch, shape.tokens, shape.width, generator(device)
+    if not shape.heads:
+        return torch.randn(batch, tokens, width, generator=random, device=device).to(dtype)
+    size = (batch, tokens, 3, shape.heads, width)
+    qkv = torch.randn(size, generator=random, device=device).to(dtype)
+    return qkv.permute(2, 0, 3, 1, 4)[1]

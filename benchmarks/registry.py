@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is timed. The operators of ``tokenops/ops/<word>/`` have their cases in ``CASES["<word>"]``.
+
+Shapes: ViT-B/16 at 224 pixels (197 tokens), ViT-L/16 at 512 (1025 tokens), Stable Diffusion 1.5 at
+512 (4096 tokens, two images by classifier-free guidance) and at 1024 (16384 tokens), and 65536
+tokens, where scores of all pairs no longer are a sensible thing to store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from .cases import Case, Shape
+from .matching import setup_match
+from .merging import backward, forward, merge_pair, unmerge_pair, wavg_pair
+
+VIT_B = Shape(batch=32, tokens=197, width=768, r=16, prefix=1)
+VIT_L = Shape(batch=4, tokens=1025, width=1024, r=40, prefix=1)
+SD = Shape(batch=2, tokens=4096, width=320, r=2048, grid=(64, 64, 2, 2))
+N16384 = Shape(batch=2, tokens=16384, width=320, r=8192, grid=(128, 128, 2, 2))
+N65536 = Shape(batch=1, tokens=65536, width=64, r=32768, grid=(256, 256, 2, 2))
+
+_TOO_LARGE = "not run: it stores 49152 x 16384 scores, 3.2 GB in float32"
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "matching": (
+        Case("match", "vit-b", replace(VIT_B, width=64), setup_match),
+        Case("match", "vit-b-qkv", replace(VIT_B, width=64, heads=12), setup_match),
+        Case("match", "vit-l-512", replace(VIT_L, width=64), setup_match),
+        Case("match", "sd", SD, setup_match, memory=("tokenops", "eager")),
+        Case("match", "n16384", N16384, setup_match, memory=("tokenops", "reference", "eager")),
+        Case(
+            "match",
+            "n65536",
+            N65536,
+            setup_match,
+            skip=dict.fromkeys(("eager", "compile", "bmm", "bmm+max"), _TOO_LARGE),
+            memory=("tokenops",),
+        ),
+    ),
+    "merging": (
+        Case("merge", "vit-b", VIT_B, forward(merge_pair)),
+        Case("merge", "vit-l-512", VIT_L, forward(merge_pair)),
+        Case("merge", "sd", SD, forward(merge_pair)),
+        Case("merge", "overhead", Shape(1, 16, 64, 4), forward(merge_pair)),
+        Case("merge_wavg", "vit-b", VIT_B, forward(wavg_pair)),
+        Case("unmerge", "vit-b", VIT_B, forward(unmerge_pair)),
+        Case("unmerge", "sd", SD, forward(unmerge_pair)),
+        Case("merge_backward", "vit-b", VIT_B, backward(merge_pair)),
+        Case("merge_wavg_backward", "vit-b", VIT_B, backward(wavg_pair)),
+        Case("unmerge_backward", "vit-b", VIT_B, backward(unmerge_pair)),
+    ),
+}
+
+
+def all_cases() -> Iterator[Case]:
+    """Every case, in the order of the tables."""
+    for cases in CASES.values():
+        yield from cases
+
+
+def operators() -> list[str]:
+    """Names that ``--op`` takes: operators, and the folders that hold them."""
+    return [*CASES, *dict.fromkeys(case.operator for case in all_cases())]
+
+
+def select(operators: Iterable[str] = (), names: Iterable[str] = ()) -> list[Case]:
+    """The cases of some operators or folders and of some names; all where none are given."""
+    wanted, called = set(operators), set(names)
+    return [
+        case
+        for word, cases in CASES.items()
+        for case in cases
+        if (not wanted or word in wanted or case.operator in wanted)
+        and (not called or case.name in called)
+    ]
+
+
+def find(operator: str, name: str) -> Case:
+    """One case.
+
+    Raises:
+        ValueError: If there is no such case.
+    """
+    for case in all_cases():
+        if (case.operator, case.name) == (operator, name):
+            return case
+    raise ValueError(f"there is no case {name!r} of {operator!r}")

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as Markdown tables: ``python -m benchmarks.report --help``.
+
+A table NAME stands in a Markdown file between the comments ``<!-- benchmarks:NAME:start -->`` and
+``<!-- benchmarks:NAME:end -->``, and is written anew from ``benchmarks/results/cpu.csv``; a NAME
+like ``cuda-summary`` takes ``benchmarks/results/cuda.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from . import store
+from .cases import LEGEND, RIVALS
+from .store import Row
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_BLOCK = re.compile(
+    r"(?P<start><!-- benchmarks:(?P<name>[a-z0-9-]+):start -->\n)(?P<body>.*?)"
+    r"(?P<end><!-- benchmarks:(?P=name):end -->)",
+    re.DOTALL,
+)
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+_DASH, _TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+
+
+class Group(dict[str, Row]):
+    """Rows of one run of a case in one dtype, by rival."""
+
+    @property
+    def ours(self) -> Row:
+        """The row of tokenops."""
+        return self["tokenops"]
+
+
+def groups(rows: Iterable[Row]) -> list[Group]:
+    """Rows by run, in the order of the file."""
+    found: dict[tuple[str, ...], Group] = {}
+    for row in rows:
+        key = tuple(row[name] for name in store.KEY)
+        found.setdefault(key, Group())[row["rival"]] = row
+    return [group for group in found.values() if "tokenops" in group]
+
+
+def duration(microseconds: str) -> str:
+    """A time in a unit that suits it, with three digits."""
+    value = float(microseconds)
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if value >= size:
+            return f"{store.number(value / size, 3)} {unit}"
+    return f"{store.number(value, 3)} µs"
+
+
+def _table(head: list[str], body: list[list[str]], left: int) -> list[str]:
+    """A Markdown table whose first columns are flush left and the others flush right."""
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return ["| " + " | ".join(cells) + " |" for cells in [head, rule, *body]]
+
+
+def _mark(row: Row) -> str:
+    """A star on figures from samples that other work on the machine disturbed."""
+    return "\\*" if row["statistics"] == "all" else ""
+
+
+def _time(group: Group) -> str:
+    return duration(group.ours["median_us"]) + _mark(group.ours)
+
+
+def _factor(group: Group, rival: str) -> str:
+    """How many times as long as tokenops a rival takes."""
+    row = group.get(rival)
+    if row is None:
+        return _DASH
+    if not row["ratio"]:
+        return row["status"]
+    return f"{store.number(float(row['ratio']), 3)}{_TIMES}{_mark(row)}"
+
+
+def _notes(chosen: list[Group], rivals: tuple[str, ...]) -> list[str]:
+    """Lines under a table: what did not run and why, and which figures to mistrust."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for group in chosen:
+        for rival in rivals:
+            row = group.get(rival)
+            if row is not None and row["status"] != "ok":
+                text = f"{row['status']}: {row['note']}".replace("skipped: ", "")
+                reasons.setdefault((row["operator"] + " " + row["case"], text), []).append(rival)
+    lines = []
+    for (case, text), names in reasons.items():
+        lines.append(f"{case}, {', '.join(dict.fromkeys(names))}: {text}.")
+    shown = ("tokenops", *rivals)
+    if any(name in g and _mark(g[name]) for g in chosen for name in shown):
+        lines.append(
+            "\\* disturbed: too few samples kept the processor; the median is over all samples."
+        )
+    if any(g.ours["mode"] == "quick" for g in chosen):
+        lines.append("From a quick run: not for quoting.")
+    return ["", *(f"- {line}" for line in lines)] if lines else []
+
+
+def _shape(group: Group, everything: list[Group]) -> str:
+    """Sizes, and what else tells runs of the same case apart."""
+    text = group.ours["shape"]
+    if len({g.ours["threads"] for g in everything}) > 1:
+        text += f", {group.ours['threads']} threads"
+    if len({g.ours["timer"] for g in everything}) > 1:
+        text += f", {group.ours['timer']}"
+    return text
+
+
+def hardware(rows: list[Row]) -> list[str]:
+    """What the figures were measured on."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for group in groups(rows):
+        names = ("hardware", "cores", "level", "threads", "torch", "python", "tokenops", "malloc")
+        found.setdefault(tuple(group.ours[n] for n in names), []).append(group.ours)
+    lines = []
+    for (name, cores, level, threads, torch, python, version, malloc), ours in found.items():
+        peaks = []
+        for dtype, short in _SHORT.items():
+            of_type = [row for row in ours if row["dtype"] == dtype]
+            if of_type:
+                peak = max(float(row["peak_gflops"]) for row in of_type)
+                mm = max(float(row["mm_gflops"]) for row in of_type)
+                source = of_type[0]["peak_source"]
+                peaks.append(f"{short} {peak:.0f} GFLOP/s by {source}, {mm:.0f} by torch.mm")
+        isa = next((f" ({row['isa']} kernels)" for row in ours if row["isa"]), "")
+        allocator = {"tuned": "; malloc keeps large blocks", "": ""}.get(malloc, f"; {malloc}")
+        days = sorted({row["date"] for row in ours})
+        lines.append(
+            f"{name}, {cores} cores ({level}), {threads} threads; torch {torch}, Python {python}, "
+            f"tokenops {version}{isa}{allocator}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
+            f". Measured ceilings: {'; '.join(peaks)}."
+        )
+    return lines
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """One line per case: time of tokenops, and the factors of eager and compile, per dtype."""
+    everything = groups(rows)
+    dtypes = [d for d in _SHORT if any(g.ours["dtype"] == d for g in everything)]
+    lines: dict[tuple[str, str, str], dict[str, Group]] = {}
+    for group in everything:
+        key = (group.ours["operator"], group.ours["case"], _shape(group, everything))
+        lines.setdefault(key, {})[group.ours["dtype"]] = group
+    head = ["operator", "shape"]
+    for dtype in dtypes:
+        head += [f"{_SHORT[dtype]} tokenops", "eager", "compile"]
+    body = []
+    for (operator, _, shape), by_dtype in lines.items():
+        cells = [operator.replace("_backward", " backward"), shape]
+        for dtype in dtypes:
+            if dtype in by_dtype:
+                found = by_dtype[dtype]
+                cells += [_time(found), _factor(found, "eager"), _factor(found, "compile")]
+            else:
+                cells += [_DASH] * 3
+        body.append(cells)
+    return _table(head, body, left=2) + _notes(everything, ("eager", "compile"))
+
+
+def _detail(
+    pick: Callable[[Row], bool], others: tuple[str, ...]
+) -> Callable[[list[Row]], list[str]]:
+    """A table of everything about some cases."""
+
+    def table(rows: list[Row]) -> list[str]:
+        chosen = [g for g in groups(rows) if pick(g.ours)]
+        if not chosen:
+            return []
+        head = [
+            "operator",
+            "shape",
+            "dtype",
+            "served by",
+            "tokenops",
+            f"p20{_DASH}p80",
+            "best",
+            "bound",
+        ]
+        head += ["share of bound", *others, "clean samples"]
+        body = []
+        for group in chosen:
+            ours = group.ours
+            span = f"{duration(ours['p20_us'])}{_DASH}{duration(ours['p80_us'])}"
+            bound = f"{duration(ours['bound_us'])} ({ours['bound_by']})"
+            body.append([
+                ours["operator"].replace("_backward", " backward"),
+                _shape(group, chosen),
+                _SHORT.get(ours["dtype"], ours["dtype"]),
+                ours["backend"],
+                _time(group),
+                span,
+                duration(ours["best_us"]),
+                bound,
+                f"{float(ours['bound_share']):.0%}",
+                *(_factor(group, rival) for rival in others),
+                f"{ours['clean']} of {ours['samples']}",
+            ])  # fmt: skip
+        return _table(head, body, left=4) + _notes(chosen, others)
+
+    return table
+
+
+def memory(rows: list[Row]) -> list[str]:
+    """Peak memory of one call beyond its inputs."""
+    everything = groups(rows)
+    chosen = [g for g in everything if any(row["extra_mb"] for row in g.values())]
+    if not chosen:
+        return []
+    names = [n for n in RIVALS if any(g.get(n, {}).get("extra_mb") for g in chosen)]
+    body = []
+    for group in chosen:
+        ours = group.ours
+        cells = [ours["operator"], _shape(group, everything), _SHORT.get(ours["dtype"], "")]
+        for name in names:
+            extra = group.get(name, {}).get("extra_mb")
+            cells.append(f"{extra} MB" if extra else _DASH)
+        body.append(cells)
+    return _table(["operator", "shape", "dtype", *names], body, left=3)
+
+
+def legend(rows: list[Row]) -> list[str]:
+    """Who is who."""
+    present = {row["rival"] for row in rows}
+    return [f"- *{name}*: {text}." for name, text in LEGEND.items() if name in present]
+
+
+def _is_backward(row: Row) -> bool:
+    return row["operator"].endswith("_backward")
+
+
+def _is_overhead(row: Row) -> bool:
+    return row["case"] == "overhead"
+
+
+def _is_merging(row: Row) -> bool:
+    return row["operator"] != "match" and not _is_backward(row) and not _is_overhead(row)
+
+
+TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
+    "hardware": hardware,
+    "summary": lambda rows: summary(rows) if rows else [],
+    "match": _detail(
+        lambda row: row["operator"] == "match",
+        ("reference", "eager", "compile", "bmm", "bmm+max"),
+    ),
+    "merge": _detail(_is_merging, ("reference", "eager", "compile", "copy")),
+    "backward": _detail(_is_backward, ("reference", "eager", "compile", "copy")),
+    "overhead": _detail(_is_overhead, ("reference", "eager", "compile", "copy")),
+    "memory": memory,
+    "legend": legend,
+}
+
+
+def render(name: str, results: Path = store.RESULTS) -> str:
+    """One table as text that ends in a newline; empty without results.
+
+    Raises:
+        ValueError: If there is no such table.
+    """
+    device, _, table = name.rpartition("-")
+    if table not in TABLES:
+        choices = ", ".join(TABLES)
+        raise ValueError(f"there is no table {name!r}; choose from {choices}, or cuda-NAME")
+    lines = TABLES[table](store.read(results / f"{device or 'cpu'}.csv"))
+    return "".join(line + "\n" for line in lines)
+
+
+def update(text: str, results: Path = store.RESULTS) -> str:
+    """A Markdown text with all its tables written anew.
+
+    Raises:
+        ValueError: If a marker has no partner or there is no table of its name.
+    """
+    markers = len(re.findall(r"<!-- benchmarks:[^>]*-->", text))
+    if markers != 2 * len(_BLOCK.findall(text)):
+        raise ValueError("a benchmarks marker has no partner, or a name that is not [a-z0-9-]+")
+    return _BLOCK.sub(
+        lambda found: found["start"] + render(found["name"], results) + found["end"], text
+    )
+
+
+def plot(path: Path, rows: list[Row]) -> None:
+    """Draw how many times as long as tokenops eager and compile take, a panel per dtype.
+
+    Raises:
+        SystemExit: Without matplotlib or results.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise SystemExit("benchmarks.report: --plot needs matplotlib") from None
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "tokenops"  # the same file from the same figures
+    from matplotlib import pyplot as plt
+
+    everything = groups(rows)
+    dtypes = [d for d in _SHORT if any(g.ours["dtype"] == d for g in everything)]
+    if not dtypes:
+        raise SystemExit("benchmarks.report: nothing to plot yet")
+    count = max(sum(g.ours["dtype"] == d for g in everything) for d in dtypes)
+    figure, axes = plt.subplots(
+        1, len(dtypes), figsize=(5.5 * len(dtypes), 1.2 + 0.38 * count), squeeze=False, sharex=True
+    )
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        chosen = [g for g in everything if g.ours["dtype"] == dtype]
+        for offset, rival, color in ((-0.2, "eager", "#31688e"), (0.2, "compile", "#90be6d")):
+            for y, group in enumerate(chosen):
+                text = group.get(rival, {}).get("ratio")
+                if text:  # a bar starts at 1, where both are as fast
+                    ratio = float(text)
+                    axis.barh(y + offset, ratio - 1, 0.38, left=1, color=color)
+                    label = f" {store.number(ratio, 2)}{_TIMES} "
+                    side = "left" if ratio >= 1 else "right"
+                    axis.text(ratio, y + offset, label, va="center", ha=side, fontsize=7)
+            axis.barh(0, 0, left=1, color=color, label=f"over {rival}")
+        axis.set_yticks(range(len(chosen)))
+        axis.set_yticklabels([f"{g.ours['operator']} {g.ours['case']}" for g in chosen], fontsize=8)
+        axis.invert_yaxis()
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_title(f"{dtype}: speed-up of tokenops", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.15)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="lower center", ncols=2, frameon=False)
+    figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stable = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=150, metadata=stable)
+    plt.close(figure)
+
+
+def documents() -> list[Path]:
+    """Markdown files that may hold tables."""
+    return [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print and write the tables, or check that they are fresh.
+
+    Returns:
+        The exit status: 1 if a check finds a stale file.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description="Write results into Markdown files, between their marker comments.",
+    )
+    parser.add_argument("files", nargs="*", type=Path, help="README.md and docs/ by default")
+    parser.add_argument("--check", action="store_true", help="fail if a file is stale; write none")
+    parser.add_argument("--print", action="store_true", help="print all tables; write nothing")
+    parser.add_argument("--results", type=Path, default=store.RESULTS, help="folder of CSV files")
+    parser.add_argument("--device", default="cpu", help="results to print or plot: cpu or cuda")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed-ups: .png or .svg")
+    arguments = parser.parse_args(argv)
+    if arguments.plot is not None:
+        plot(arguments.plot, store.read(arguments.results / f"{arguments.device}.csv"))
+        return 0
+    if arguments.print:
+        for name in TABLES:
+            print(f"## {name}\n\n{render(f'{arguments.device}-{name}', arguments.results)}")
+        return 0
+    stale = []
+    for path in arguments.files or documents():
+        text = path.read_text(encoding="utf-8")
+        try:
+            fresh = update(text, arguments.results)
+        except ValueError as error:
+            raise SystemExit(f"benchmarks.report: {path.name}: {error}") from None
+        if fresh != text:
+            stale.append(path)
+            if not arguments.check:
+                path.write_text(fresh, encoding="utf-8")
+    for path in stale:
+        if arguments.check:
+            print(f"{path.name} is stale: run python -m benchmarks.report", file=sys.stderr)
+        else:
+            print(f"wrote {path.name}")
+    return 1 if arguments.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks: that rivals do the same work, and that timing and tables do what they say."""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tokenops
+from benchmarks import machine, memory, report, rivals, run, store
+from benchmarks.cases import DTYPES, RIVALS, Shape, make_metric
+from benchmarks.matching import mean_similarity
+from benchmarks.merging import relative
+from benchmarks.registry import CASES, all_cases, find, operators, select
+from benchmarks.timing import CpuTimer, Policy, Rival, Sample, Series, interleave, is_clean
+
+CPU = torch.device("cpu")
+BRIEF = Policy(samples=2, enough=1, budget=0.2, rounds=2, sample_seconds=1e-5)
+
+
+def identify(case):
+    return f"{case.operator}-{case.name}"
+
+
+def brief_settings(**changes):
+    defaults = {
+        "device": CPU,
+        "threads": torch.get_num_threads(),
+        "rivals": ("reference", "eager"),
+        "policy": BRIEF,
+        "timer": CpuTimer(),
+        "timer_name": "wall clock",
+        "mode": "quick",
+        "measure_memory": False,
+        "ceilings": machine.Ceilings({"float32": 100.0}, "torch.mm", {"float32": 100.0}),
+        "environment": {"device": "cpu", "hardware": "some processor", "cores": "2"},
+    }
+    return run.Settings(**{**defaults, **changes})
+
+
+def measure(case, **changes):
+    rows = run.run_case(case.tiny(), "float32", brief_settings(**changes), lambda have, want: None)
+    return {row["rival"]: row for row in rows}
+
+
+# Rivals
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", list(all_cases()), ids=identify)
+def test_rivals_agree(case, dtype):
+    work = case.tiny().prepare(DTYPES[dtype], CPU)
+    assert work.tensor.dtype == DTYPES[dtype]
+    assert work.bytes > 0
+    with torch.inference_mode(work.inference):
+        expected = work.rivals["tokenops"]().call()
+        for name in ("reference", "eager"):
+            rival = work.rivals[name]()
+            with rival.context():
+                result = rival.call()
+                again = rival.call()
+            for value in (result, again):  # a backward must be able to run twice
+                assert abs(work.difference(name, value, expected)) <= work.tolerance
+
+
+@pytest.mark.parametrize("grid", [None, (5, 7, 2, 2)])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_recipes_are_what_tokenops_computes(grid, prefix):
+    if grid is not None and prefix:
+        pytest.skip("tomesd has no class token")
+    shape = Shape(3, 35, 8, 6, prefix=prefix, grid=grid)
+    metric = make_metric(shape, torch.float64, CPU)
+    x = torch.randn(3, 35, 5, dtype=torch.float64)
+    size = torch.randint(1, 4, (3, 35, 1)).double()
+    token_map = tokenops.match(metric, 6, num_prefix=prefix, split=shape.split(), order="tome")
+    if grid is None:
+        plan = rivals.tome_match(metric, 6, prefix > 0)
+        merged = rivals.tome_merge(x, plan, "mean")
+        back = rivals.tome_unmerge(merged, plan)
+        weighted, total = rivals.tome_merge_wavg(x, size, plan)
+        expected, expected_total = tokenops.merge_wavg(x, token_map, size)
+        torch.testing.assert_close(merged, tokenops.merge(x, token_map))
+        torch.testing.assert_close(weighted, expected)
+        torch.testing.assert_close(total, expected_total)
+    else:  # an argsort that is not stable lists sources and destinations in any order
+        plan = rivals.tomesd_match(metric, 6, *grid)
+        back = rivals.tomesd_unmerge(rivals.tomesd_merge(x, plan, "mean"), plan)
+    torch.testing.assert_close(back, tokenops.unmerge(tokenops.merge(x, token_map), token_map))
+
+
+def test_a_worse_matching_is_noticed():
+    case = find("match", "vit-b").tiny()
+    metric = make_metric(case.shape, torch.float32, CPU)
+    work = case.prepare(torch.float32, CPU)
+    best = work.rivals["tokenops"]().call()
+    arbitrary = rivals.tome_match(torch.randn_like(metric), case.shape.r, True)
+    assert work.difference("eager", arbitrary, best) > work.tolerance
+    assert mean_similarity(metric, case.shape, best) <= 1
+
+
+def test_relative_refuses_other_shapes():
+    with pytest.raises(ValueError, match="shapes differ"):
+        relative(torch.zeros(2, 1), torch.zeros(1, 2))
+
+
+def test_packed_keys_are_a_view():
+    metric = make_metric(Shape(2, 16, 8, 4, heads=3), torch.float32, CPU)
+    assert metric.shape == (2, 3, 16, 8)
+    assert not metric.is_contiguous()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(machine.cxx() is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("operator", ["merge_wavg", "merge_wavg_backward"])
+def test_compiled_rival(operator):
+    rows = measure(find(operator, "vit-b"), rivals=("compile",))
+    assert rows["compile"]["note"] == ""
+    assert rows["compile"]["status"] == "ok"
+    assert float(rows["compile"]["ratio"]) > 0
+
+
+# Registry
+
+
+def test_cases_have_unique_names_and_folders():
+    names = [(case.operator, case.name) for case in all_cases()]
+    assert len(set(names)) == len(names)
+    folders = os.listdir(os.path.join(os.path.dirname(tokenops.__file__), "ops"))
+    assert set(CASES) <= set(folders)
+    for case in all_cases():
+        assert case.operator in operators()
+        assert set(case.memory) <= set(RIVALS) - set(case.skip)
+
+
+def test_select():
+    assert len(select()) == len(list(all_cases()))
+    assert {case.name for case in select(["unmerge"])} == {"vit-b", "sd"}
+    assert {case.operator for case in select(["matching"])} == {"match"}
+    assert [case.operator for case in select(["match", "merge"], ["sd"])] == ["match", "merge"]
+    with pytest.raises(ValueError, match="no case 'vit-x' of 'match'"):
+        find("match", "vit-x")
+
+
+def test_least_work():
+    work = find("match", "vit-b").prepare(torch.bfloat16, CPU)
+    assert work.flops == 2 * 32 * 99 * 98 * 64
+    assert work.bytes == 32 * 197 * 64 * 2
+    work = find("merge", "vit-b").prepare(torch.float32, CPU)
+    assert work.bytes == 4 * 32 * 768 * (2 * 197 - 16)
+
+
+# Timing
+
+
+class ScriptedTimer:
+    """Hands out samples that were written down before, and notes who asked."""
+
+    def __init__(self, clean):
+        self.clean, self.asked, self.now = clean, [], 0.0
+
+    def prepare(self, call):
+        return call
+
+    def sample(self, call, calls):
+        name = call()
+        self.asked.append((name, calls))
+        self.now += 1.0
+        return Sample(seconds=1.0 if name == "slow" else 0.1, clean=self.clean(name, self.now))
+
+
+def scripted(policy, clean=lambda name, now: True):
+    timer = ScriptedTimer(clean)
+    racers = {name: Rival(lambda name=name: name) for name in ("slow", "fast", "other")}
+    series = interleave(racers, timer, policy, clock=lambda: timer.now)
+    calibration = 3 * len(racers)
+    return series, timer.asked[calibration:]
+
+
+def test_rivals_take_turns_in_random_order():
+    series, asked = scripted(Policy(samples=20, budget=1e9, sample_seconds=1e-9))
+    rounds = [tuple(name for name, _ in asked[i : i + 3]) for i in range(0, len(asked), 3)]
+    assert len(rounds) == 20
+    assert all(sorted(names) == ["fast", "other", "slow"] for names in rounds)
+    assert len(set(rounds)) > 3
+    assert {len(s.samples) for s in series.values()} == {20}
+    assert series["slow"].seconds(0.5) == 1.0
+    assert series["fast"].seconds(0.5) == 0.1
+
+
+def test_goes_on_until_enough_samples_are_clean():
+    # Every second sample of one rival is disturbed: the others wait for it.
+    turn = iter(range(10**6))
+    series, _ = scripted(
+        Policy(samples=10, budget=1e9, sample_seconds=1e-9),
+        clean=lambda name, now: name != "slow" or next(turn) % 2 == 0,
+    )
+    assert series["slow"].clean == 10
+    assert series["fast"].clean == len(series["slow"].samples) >= 19
+    assert series["slow"].used == "clean"
+
+
+def test_budget_ends_what_is_never_clean():
+    policy = Policy(samples=10, enough=2, budget=60.0, rounds=3, sample_seconds=1e-9)
+    series, asked = scripted(policy, clean=lambda name, now: False)
+    assert len(asked) < 70
+    assert series["slow"].clean == 0
+    assert series["slow"].used == "all"
+    assert series["slow"].seconds(0.5) == 1.0
+    series, asked = scripted(replace(policy, budget=0.0), clean=lambda name, now: False)
+    assert len(asked) == 3 * policy.rounds
+
+
+def test_short_calls_are_repeated():
+    timer = ScriptedTimer(lambda name, now: True)
+    series = interleave({"fast": Rival(lambda: "fast")}, timer, Policy(2, sample_seconds=0.7))
+    assert series["fast"].calls == 7
+    assert timer.asked[-1] == ("fast", 7)
+
+
+def test_disturbed_samples_do_not_count():
+    series = Series(1, enough=2)
+    series.samples += [Sample(1.0), Sample(9.0, clean=False), Sample(3.0), Sample(2.0, faults=4.0)]
+    assert series.seconds(0.0) == 1.0
+    assert series.seconds(0.5) == 2.0
+    assert series.seconds(1.0) == 3.0
+    assert series.clean == 3
+    series.enough = 4
+    assert series.used == "all"
+    assert series.seconds(1.0) == 9.0
+
+
+def test_clean():
+    assert is_clean(0, 1e-3)
+    assert not is_clean(1, 1e-3)
+    assert is_clean(4, 0.21)  # the pulse of an idle system
+    assert not is_clean(20, 0.21)
+
+
+def test_cpu_timer_times_calls_and_no_more():
+    calls = []
+    sample = CpuTimer().sample(lambda: calls.append(None), 5)
+    assert len(calls) == 6  # one more that settles the caches
+    assert 0 < sample.seconds < 1
+
+
+def test_contexts_hold_during_samples():
+    inside = []
+
+    class Context:
+        def __enter__(self):
+            inside.append(True)
+
+        def __exit__(self, *_):
+            inside.pop()
+
+    def call():
+        assert inside
+        assert gc.isenabled() or len(inside) == 1
+
+    interleave({"a": Rival(call, Context)}, CpuTimer(), BRIEF)
+    assert not inside
+    assert gc.isenabled()
+
+
+# Runs
+
+
+def test_rows_of_a_run():
+    rows = measure(find("merge", "vit-b"))
+    assert list(rows) == ["tokenops", "reference", "eager", "copy"]
+    for row in rows.values():
+        assert set(row) == set(store.COLUMNS)
+        assert row["status"] == "ok", row["note"]
+        assert float(row["best_us"]) <= float(row["p20_us"]) <= float(row["median_us"])
+        assert float(row["median_us"]) <= float(row["p80_us"])
+        assert float(row["bound_us"]) > 0
+    ours = rows["tokenops"]
+    assert ours["ratio"] == "1.000"
+    assert ours["backend"] in tokenops.available_backends()
+    assert ours["bound_by"] == "memory"
+    assert ours["shape"] == "B2 N17 C8 r4"
+
+
+def test_match_has_yardsticks():
+    rows = measure(find("match", "sd"), rivals=())
+    assert list(rows) == ["tokenops", "bmm", "bmm+max", "copy"]
+
+
+def test_reasons_stand_in_the_row(monkeypatch):
+    monkeypatch.setattr(machine, "cxx", lambda: None)
+    case = find("match", "n65536")
+    rows = measure(case, rivals=("reference", "eager", "compile"))
+    assert rows["eager"]["status"] == "skipped"
+    assert rows["eager"]["note"] == case.skip["eager"]
+    assert rows["eager"]["median_us"] == ""
+    rows = measure(find("merge", "sd"), rivals=("compile",))
+    assert rows["compile"]["status"] == "skipped"
+    assert "C++ compiler" in rows["compile"]["note"]
+    assert rows["tokenops"]["status"] == "ok"
+
+
+def test_a_rival_that_fails_or_differs_gets_no_ratio():
+    def setup(shape, dtype, device):
+        work = find("merge", "vit-b").setup(shape, dtype, device)
+
+        def broken():
+            raise RuntimeError("cannot open /usr/lib/somewhere/cc1plus: no such file\nmore")
+
+        def wrong():
+            right = work.rivals["eager"]()
+            return Rival(lambda: right.call() + 1)
+
+        return replace(work, rivals={**work.rivals, "eager": wrong, "reference": broken})
+
+    rows = measure(replace(find("merge", "vit-b"), setup=setup))
+    assert rows["reference"]["status"] == "failed"
+    assert rows["reference"]["note"] == "RuntimeError: cannot open cc1plus: no such file"
+    assert rows["eager"]["status"] == "differs"
+    assert rows["eager"]["ratio"] == ""
+    assert rows["eager"]["median_us"] != ""
+
+
+def test_command_line(capsys):
+    run.main(["--list", "--op", "unmerge", "--case", "sd"])
+    assert capsys.readouterr().out.split()[:2] == ["unmerge", "sd"]
+    with pytest.raises(SystemExit, match="no case"):
+        run.main(["--list", "--op", "unmerge", "--case", "n65536"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(machine.cxx() is None, reason="needs a C++ compiler")
+def test_fma_probe():
+    float32, bfloat16 = machine.fma_peak(1, 0.05)
+    assert float32 > 0.5
+    assert bfloat16 >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc")
+def test_memory_counts_the_scores():
+    extra = memory.extra_bytes(find("match", "sd"), "eager", "float32", CPU, 1)
+    scores = 2 * 3072 * 1024 * 4
+    assert scores < extra < 4 * scores
+
+
+# Tables
+
+
+def test_number():
+    assert store.number(0.0) == "0"
+    assert store.number(1234567.0) == "1234567"
+    assert store.number(12.3456) == "12.35"
+    assert store.number(0.00123456, 3) == "0.00123"
+    assert report.duration("12.345") == "12.3 µs"
+    assert report.duration("12345") == "12.3 ms"
+    assert report.duration("1234567") == "1.23 s"
+
+
+@pytest.fixture
+def results(tmp_path):
+    rows = measure(find("merge", "vit-b"), rivals=("eager",))
+    skipped = measure(find("match", "n65536"), rivals=("eager",))
+    skipped["tokenops"]["extra_mb"] = "1.50"
+    store.merge(tmp_path / "cpu.csv", [*rows.values(), *skipped.values()])
+    return tmp_path
+
+
+def test_a_second_run_replaces_the_first(results):
+    path = results / "cpu.csv"
+    before = store.read(path)
+    assert [row["operator"] for row in before] == ["match"] * 5 + ["merge"] * 3
+    again = [{**row, "median_us": "42"} for row in before if row["operator"] == "merge"][:2]
+    store.merge(path, again)
+    after = store.read(path)
+    assert [row["median_us"] for row in after if row["operator"] == "merge"] == ["42", "42"]
+    assert [r for r in after if r["operator"] == "match"] == before[:5]
+
+
+def test_tables_go_between_markers(results, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    blocks = [f"<!-- benchmarks:{n}:start -->\n<!-- benchmarks:{n}:end -->" for n in report.TABLES]
+    page.write_text("before\n\n" + "\n\n".join(blocks) + "\n\nafter\n", encoding="utf-8")
+    arguments = [str(page), "--results", str(results)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert "stale" in capsys.readouterr().err
+    assert report.main(arguments) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| merge | B2 N17 C8 r4 |" in text
+    assert "match n65536, eager: not run" in text
+    assert "1.50 MB" in text
+    assert "some processor" in text
+    assert "quick run" in text
+    assert report.main([*arguments, "--check"]) == 0
+    report.main(arguments)
+    assert page.read_text(encoding="utf-8") == text
+
+
+def test_without_results_tables_are_empty(tmp_path):
+    for name in report.TABLES:
+        assert report.render(name, tmp_path) == ""
+        assert report.render(f"cuda-{name}", tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- benchmarks:nothing:start -->\n<!-- benchmarks:nothing:end -->",
+        "<!-- benchmarks:match:start -->\n",
+        "<!-- benchmarks:match:start -->\n<!-- benchmarks:merge:end -->",
+    ],
+)
+def test_bad_markers_are_refused(text, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"page\.md"):
+        report.main([str(page), "--results", str(tmp_path)])
+
+
+def test_documents_are_fresh():
+    assert report.main(["--check"]) == 0
+
+
+def test_plot(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.svg"
+    report.main(["--plot", str(path), "--results", str(results)])
+    first = path.read_bytes()
+    report.main(["--plot", str(path), "--results", str(results)])
+    assert path.read_bytes() == first
