@@ -4,7 +4,8 @@
 from ._backend import available_backends, use_backend, why_not
 from .ops.matching.api import match, nearest
 from .ops.merging.api import merge, merge_wavg, unmerge
-from .splits import alternate, grid, random, strided
+from .splits import alternate, grid, strided
+from .splits import random as random  # not in __all__, where it would hide the standard module
 from .token_map import TokenMap
 
 __version__ = "0.1.0"
@@ -18,7 +19,6 @@ __all__ = [
     "merge",
     "merge_wavg",
     "nearest",
-    "random",
     "strided",
     "unmerge",
     "use_backend",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ContextDecorator
 from types import TracebackType
 
 import torch
@@ -26,8 +27,8 @@ def _check_name(where: str, name: object) -> None:
         raise ValueError(f"{where} must be one of {choices} or None, got {name!r}")
 
 
-class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
-    """Choose the backend of all operators, as a function or as a context manager.
+class use_backend(ContextDecorator):  # noqa: N801 - used like torch.set_grad_enabled
+    """Choose the backend of all operators: as a function, a context manager or a decorator.
 
     An explicit choice never falls back silently: an operator that the backend cannot serve raises
     ``NotImplementedError`` with the reason. ``None`` gives the choice back to tokenops, which takes
@@ -43,7 +44,7 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
         ValueError: If there is no backend of this name.
 
     Example:
-        >>> import tokenops
+        >>> import torch, tokenops
         >>> with tokenops.use_backend("reference"):
         ...     token_map = tokenops.match(torch.randn(1, 8, 4), 2)
     """
@@ -51,11 +52,13 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
     def __init__(self, name: str | None) -> None:
         global _forced
         _check_name("use_backend: name", name)
+        self._name = name
         self._previous = _forced
         _forced = name
 
     def __enter__(self) -> None:
-        return None
+        global _forced
+        _forced = self._name
 
     def __exit__(
         self,
@@ -80,36 +83,22 @@ def _obstacle(operator: str, backend: str, device: str) -> str | None:
         return f"no Triton kernel of {operator} in this version"
     if not _native.loaded:
         return _native.reason
-    if _transformed():
-        return "torch.func.grad, vjp and jvp differentiate plain PyTorch alone"
-    key = device.upper()
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key):
+    # Compiled kernels exist for these devices only; other names need not be dispatch keys.
+    if device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"{NAMESPACE}::{operator}", device.upper()
+    ):
         return None
     return f"the compiled library has no {operator} kernel for {device} tensors"
 
 
-def _transformed() -> bool:
-    """Whether torch.func.grad, vjp or jvp is at work: PyTorch has no way to register an operator
-    with them (torch.func.vmap alone is no obstacle)."""
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    return any(t.key() != torch._C._functorch.TransformType.Vmap for t in transforms)
-
-
-# As torch.compiler.assume_constant_result marks it, without the import of the compiler: torch.compile
-# takes the answer as it is while tracing and guards on the transforms by itself.
-_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def forced_reference(operator: str, tensor: Tensor) -> bool:
-    """Whether this call must go to the reference, by an explicit choice or for want of another.
+    """Whether an explicit choice sends this call to the reference.
 
     Raises:
         NotImplementedError: If another backend was chosen and cannot serve the call.
     """
     if _forced is None:
-        return _transformed()
+        return False
     obstacle = _obstacle(operator, _forced, tensor.device.type)
     if obstacle is not None:
         raise NotImplementedError(
@@ -128,7 +117,7 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
         Names out of ``("native", "triton", "reference")``; the reference is always among them.
 
     Example:
-        >>> import tokenops
+        >>> import torch, tokenops
         >>> "reference" in tokenops.available_backends()
         True
     """
@@ -154,7 +143,7 @@ def why_not(operator: str, *args: object) -> dict[str, str]:
         ValueError: If there is no operator of this name.
 
     Example:
-        >>> import tokenops
+        >>> import torch, tokenops
         >>> "reference" in tokenops.why_not("match", torch.randn(1, 8, 4))
         False
     """

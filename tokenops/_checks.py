@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -29,8 +30,13 @@ def type_error(operator: str, argument: str, expected: str, got: object) -> Type
     return TypeError(f"{operator}: {argument} must be {expected}, got {describe(got)}")
 
 
+def value_mismatch(operator: str, argument: str, expected: str, got: str) -> ValueError:
+    """An error about something that is no argument by itself, described by the caller."""
+    return ValueError(f"{operator}: {argument} must be {expected}, got {got}")
+
+
 def value_error(operator: str, argument: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"{operator}: {argument} must be {expected}, got {describe(got)}")
+    return value_mismatch(operator, argument, expected, describe(got))
 
 
 def check_floating(operator: str, argument: str, value: object, dims: Sequence[int]) -> None:
@@ -64,9 +70,11 @@ def check_same_device(operator: str, argument: str, value: Tensor, other: Tensor
 
 
 def check_int(operator: str, argument: str, value: object, minimum: int = 0) -> int:
-    """An integer (a symbolic one while tracing), not a bool, at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise type_error(operator, argument, "an int", value)
+    """An integer (NumPy's too, a symbolic one while tracing), not a bool, at least ``minimum``."""
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+            raise type_error(operator, argument, "an int", value)
+        value = index(value)
     if value < minimum:
         raise value_error(operator, argument, f">= {minimum}", value)
     return value  # type: ignore[return-value]

@@ -56,7 +56,7 @@ def register(
         operators.append(name)
     qualified = f"{NAMESPACE}::{name}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, reference, "CompositeExplicitAutograd")
+    _library.impl(name, _contiguous(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
@@ -65,6 +65,15 @@ def register(
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
     _shared[name] = frozenset(shared)
     torch.library.register_vmap(qualified, _batch_rule(operator, _shared[name]), lib=_library)
+
+
+def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference with dense outputs, as the fakes promise and as compiled graphs rely on."""
+
+    def kernel(*args: Any) -> Any:
+        return pytree.tree_map_only(Tensor, Tensor.contiguous, reference(*args))
+
+    return kernel
 
 
 def shared_arguments(name: str) -> frozenset[str]:

@@ -68,8 +68,11 @@ class Random(Split):
                 "random", "num_sources", f"at most the {free} tokens outside the prefix",
                 self.num_sources,
             )  # fmt: skip
-        where = device if self.generator is None else self.generator.device
-        draw = torch.rand(batch, free, generator=self.generator, device=where)
+        if self.generator is None:  # the overload with a generator knows no symbolic shapes
+            draw = torch.rand(batch, free, device=device)
+        else:
+            generator = self.generator
+            draw = torch.rand(batch, free, generator=generator, device=generator.device)
         index = draw.argsort(dim=1).to(device) + num_prefix
         n = self.num_sources
         return ResolvedSplit(1, index[:, :n], index[:, n:], n, free - n)
@@ -90,7 +93,7 @@ class Grid(Split):
     ) -> ResolvedSplit:
         """Apply the split; see :meth:`Split.resolve`."""
         if self.h * self.w != num_tokens - num_prefix:
-            raise _checks.value_error(
+            raise _checks.value_mismatch(
                 "grid", "h * w", f"the {num_tokens - num_prefix} tokens outside the prefix",
                 f"{self.h} * {self.w} = {self.h * self.w}",
             )  # fmt: skip
@@ -136,17 +139,19 @@ class Explicit(Split):
             if index.shape[-1] > num_tokens:
                 raise _checks.value_error("match", argument, f"at most {num_tokens} long", index)
         if _checks.values_visible(a):
-            self._check_values(batch, num_tokens)
+            self._check_values(batch, num_tokens, num_prefix)
         return ResolvedSplit(1, a.long(), b.long(), a.shape[-1], b.shape[-1])
 
-    def _check_values(self, batch: int, num_tokens: int) -> None:
+    def _check_values(self, batch: int, num_tokens: int, num_prefix: int) -> None:
         a, b = (
             index.long().expand(batch, index.shape[-1])
             for index in (self.source_index, self.destination_index)
         )
         both = torch.cat([a, b], dim=1)  # [B, Ns + Nd]
-        if not _checks.holds(((both >= 0) & (both < num_tokens)).all()):
-            raise _checks.value_error("match", "split", f"indices in [0, {num_tokens})", both)
+        if not _checks.holds(((both >= num_prefix) & (both < num_tokens)).all()):
+            expected = f"indices in [{num_prefix}, {num_tokens}), of tokens outside the prefix"
+            got = f"{int(both.min())} to {int(both.max())}"
+            raise _checks.value_mismatch("match", "split", expected, got)
         ordered = both.sort(dim=1).values
         if not _checks.holds((ordered[:, 1:] != ordered[:, :-1]).all()):
             raise ValueError(
@@ -189,7 +194,8 @@ def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
 
     Args:
         num_sources: Number of sources per image, at most the tokens outside the prefix.
-        generator: Source of randomness; the device's default one when None.
+        generator: Source of randomness; the device's default one when None. ``torch.compile``
+            knows the default one only.
 
     Returns:
         The split, for ``match(split=...)``. Each use draws anew.
@@ -214,7 +220,8 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
         w: Width in tokens.
         sy: Height of a cell, at most ``h``.
         sx: Width of a cell, at most ``w``.
-        generator: Draws the position in each cell, anew at each use; None takes the top left one.
+        generator: Draws the position in each cell, anew at each use; None takes the top left one,
+            which is what works under ``torch.compile``.
 
     Returns:
         The split, for ``match(split=...)``.

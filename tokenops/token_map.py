@@ -32,6 +32,7 @@ class TokenMap:
             padding without members.
 
     Example:
+        >>> import torch
         >>> from tokenops import TokenMap
         >>> token_map = TokenMap.from_assign(torch.tensor([[0, 1, 0, 2]]), 3)
         >>> token_map.merge(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])).flatten().tolist()
@@ -80,7 +81,7 @@ class TokenMap:
             inside = ((assign >= -1) & (assign < num_tokens)).all()
             if not _checks.holds(inside):
                 low, high = int(assign.min()), int(assign.max())
-                raise _checks.value_error(
+                raise _checks.value_mismatch(
                     name, "assign", f"in [-1, {num_tokens})", f"values from {low} to {high}"
                 )
         if counts is not None:
@@ -119,7 +120,7 @@ class TokenMap:
             raise _checks.type_error(name, "earlier", "a TokenMap", earlier)
         batch, tokens = self.assign.shape
         if earlier.assign.shape[0] != batch or earlier.num_tokens != tokens:
-            raise _checks.value_error(
+            raise _checks.value_mismatch(
                 name,
                 "earlier",
                 f"a map of {batch} images to {tokens} tokens",
@@ -129,8 +130,9 @@ class TokenMap:
         if tokens == 0:
             assign = torch.full_like(earlier.assign, -1)
         else:
-            through = self.assign.gather(1, earlier.assign.clamp(min=0).long())
-            assign = torch.where(earlier.assign >= 0, through, -1)
+            through = self.assign.gather(1, earlier.assign.clamp(0, tokens - 1).long())
+            live = (earlier.assign >= 0) & (earlier.assign < tokens)
+            assign = torch.where(live, through, -1)
         offsets, members = torch.ops.tokenops.invert(assign, self.num_tokens)
         return TokenMap(assign, offsets, members, self.counts)
 
@@ -138,6 +140,10 @@ class TokenMap:
         """The dense 0/1 matrix ``[B, M, N]`` of which input is in which output (ToMe's source)."""
         index = torch.arange(self.num_tokens, dtype=torch.int32, device=self.assign.device)
         return (self.assign[:, None, :] == index[None, :, None]).to(dtype)
+
+    def to(self, device: torch.device | str) -> TokenMap:
+        """The same map on another device."""
+        return pytree.tree_map_only(Tensor, lambda t: t.to(device), self)  # type: ignore[no-any-return]
 
     def key_mask(self) -> Tensor:
         """Bool ``[B, M]``: true for live output tokens, false for padding."""

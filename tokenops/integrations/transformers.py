@@ -62,12 +62,12 @@ class MergeTrace:
         self._key: Tensor | None = None  # keys of the running layer's attention
 
     def _record(self, layer: int, token_map: TokenMap, size: Tensor) -> None:
-        """Set, not append: gradient checkpointing runs a layer again, with the same outcome."""
-        self.token_maps[layer:] = [token_map]
-        self.sizes[layer:] = [size]
+        if layer < len(self.token_maps):
+            return  # activation checkpointing runs the layer again, with the same outcome
+        self.token_maps.append(token_map)
+        self.sizes.append(size)
         if self._patch.track_source:
-            source = token_map if layer == 0 else token_map.compose(self.sources[layer - 1])
-            self.sources[layer:] = [source]
+            self.sources.append(token_map.compose(self.sources[-1]) if layer > 0 else token_map)
 
 
 class MergePatch:
@@ -117,6 +117,13 @@ class MergePatch:
             raise ValueError(
                 "apply_patch: attention_mask must be None in a model that merges tokens, got "
                 f"{type(mask).__name__}"
+            )
+        attention = getattr(model.config, "_attn_implementation", None)
+        if self.proportional and any(self._r[:-1]) and attention not in _TAKE_BIAS:
+            raise ValueError(
+                f"apply_patch: attention must be one of {', '.join(_TAKE_BIAS)} to count tokens by "
+                f"their size, got {attention}; model.set_attn_implementation('sdpa') changes it, "
+                "proportional=False does without"
             )
         return args, {**kwargs, "merge_trace": MergeTrace(self)}
 
@@ -311,19 +318,14 @@ def _attention_forward(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.vit.modeling_vit import eager_attention_forward
 
-    name = attention.config._attn_implementation
-    if key_size is not None and name not in _TAKE_BIAS:
-        raise ValueError(
-            f"apply_patch: the model's attention must be one of {', '.join(_TAKE_BIAS)} for "
-            f"proportional attention, got {name} (model.set_attn_implementation('sdpa') changes "
-            "it; proportional=False does without)"
-        )
     batch, tokens, _ = hidden_states.shape
     per_head = (batch, tokens, -1, attention.head_dim)
     query = attention.q_proj(hidden_states).view(per_head).transpose(1, 2)  # [B, H, N, D]
     key = attention.k_proj(hidden_states).view(per_head).transpose(1, 2)
     value = attention.v_proj(hidden_states).view(per_head).transpose(1, 2)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention.config._attn_implementation, eager_attention_forward
+    )
     out, weights = attend(
         attention,
         query,

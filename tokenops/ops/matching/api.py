@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def nearest(
     Source: the node similarity of ToMe (Bolya et al., ICLR 2023, section 3).
 
     Example:
-        >>> import tokenops
+        >>> import torch, tokenops
         >>> a = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
         >>> tokenops.nearest(a, a.flip(1))[1].tolist()
         [[1, 0]]
@@ -111,9 +112,11 @@ def match(
             waiting for the device, protected sources then merge as the last resort.
         split: Sources and destinations: ``alternate()`` (ToMe), ``strided(k)``, ``random(n)``,
             ``grid(h, w, sy, sx)`` (tomesd), or a pair of index tensors ``([Ns] or [B, Ns],
-            [Nd] or [B, Nd])``.
+            [Nd] or [B, Nd])`` that name tokens outside the prefix, each at most once; a token that
+            neither names stays as it is.
         threshold: Merge only pairs at least that similar, at most ``r`` of them. Counts then differ
-            between images: the map has N output tokens, of which ``counts`` are live.
+            between images: the map has N output tokens, of which ``counts`` are live. The cosine of
+            equal tokens may round to just below 1.
         order: ``"position"``: output tokens in the order of their first member. ``"tome"``: prefix,
             unmerged sources, destinations, as ToMe concatenates them.
         similarity: ``"cosine"`` or ``"dot"``.
@@ -134,7 +137,7 @@ def match(
     Source: ToMe's ``bipartite_soft_matching`` (Bolya et al., ICLR 2023, section 3).
 
     Example:
-        >>> import tokenops
+        >>> import torch, tokenops
         >>> metric = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 0.5]]])
         >>> tokenops.match(metric, 1).assign.tolist()
         [[0, 0, 1, 2]]
@@ -146,10 +149,8 @@ def match(
     batch, tokens = metric.shape[0], metric.shape[-2]
     if num_prefix > tokens:
         raise _checks.value_error("match", "num_prefix", f"at most N = {tokens}", num_prefix)
-    if order not in ORDERS:
-        _checks.check_choice("match", "order", order, ORDERS)
-    if similarity not in SIMILARITIES:
-        _checks.check_choice("match", "similarity", similarity, SIMILARITIES)
+    _checks.check_choice("match", "order", order, ORDERS)
+    _checks.check_choice("match", "similarity", similarity, SIMILARITIES)
     if threshold is not None:
         threshold = _check_threshold(threshold)
     if protected is not None:
@@ -159,7 +160,7 @@ def match(
     resolved = _resolve(split, batch, tokens, num_prefix, metric.device)
     limit = resolved.num_sources if resolved.num_destinations > 0 else 0
     r = min(r, limit)
-    if threshold is None and (protected is not None or isinstance(split, tuple)):
+    if threshold is None and protected is not None:
         _check_enough_tokens(r, batch, tokens, num_prefix, protected, resolved)
     arguments = (
         metric.detach(),
@@ -181,7 +182,7 @@ def match(
 def _resolve(
     split: object, batch: int, tokens: int, num_prefix: int, device: torch.device
 ) -> ResolvedSplit:
-    if isinstance(split, tuple) and len(split) == 2:
+    if isinstance(split, (tuple, list)) and len(split) == 2:
         split = Explicit(*split)
     if not isinstance(split, Split):
         expected = "a split or a pair of index tensors (source_index, destination_index)"
@@ -195,7 +196,7 @@ def _check_heads(name: str, argument: str, x: Tensor) -> None:
 
 
 def _check_threshold(threshold: object) -> float:
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+    if isinstance(threshold, bool) or not isinstance(threshold, Real):
         raise _checks.type_error("match", "threshold", "a float or None", threshold)
     if math.isnan(threshold):
         raise _checks.value_error("match", "threshold", "a number", threshold)
@@ -207,17 +208,14 @@ def _check_enough_tokens(
     batch: int,
     tokens: int,
     num_prefix: int,
-    protected: Tensor | None,
+    protected: Tensor,
     split: ResolvedSplit,
 ) -> None:
     """Each image must have r sources and a destination that are free, or N - r cannot hold."""
-    index = split.source_index if protected is None else protected
-    if index is None or not _checks.values_visible(index) or r == 0:
+    if not _checks.values_visible(protected) or r == 0:
         return
-    token = torch.arange(tokens, device=index.device)
-    free = (token >= num_prefix).expand(batch, tokens)
-    if protected is not None:
-        free = free & ~protected
+    token = torch.arange(tokens, device=protected.device)
+    free = ((token >= num_prefix) & ~protected).expand(batch, tokens)
     if split.source_index is None or split.destination_index is None:
         is_destination = token % split.stride == split.stride - 1
         sources, destinations = free & ~is_destination, free & is_destination

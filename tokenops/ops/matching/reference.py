@@ -98,6 +98,11 @@ def match(
     x = metric_rows(metric)
     batch, tokens, _ = x.shape
     token = torch.arange(tokens, device=x.device)
+    if r == 0:  # the identity, in either order
+        index = token.int().repeat(batch, 1)
+        offsets = torch.arange(tokens + 1, dtype=torch.int32, device=x.device).repeat(batch, 1)
+        counts = torch.full((batch,), tokens, dtype=torch.int32, device=x.device)
+        return index, offsets, index.clone(), counts
     if source_index is None or destination_index is None:
         is_destination = token % stride == stride - 1
         # Stable sorts in place of masks: shapes must not depend on values.
@@ -105,8 +110,10 @@ def match(
         num_destinations = tokens // stride
         source_index = split[: tokens - num_destinations]
         destination_index = split[tokens - num_destinations :]
-    listed = destination_index.long().expand(batch, -1)  # [B, Nd], in the order of the split
-    sources = source_index.long().expand(batch, -1).sort(dim=1).values  # [B, Ns]
+    # In the order of the split; clamped, for nobody may have looked at a user's indices.
+    last = max(tokens - 1, 0)
+    listed = destination_index.long().clamp(0, last).expand(batch, -1)  # [B, Nd]
+    sources = source_index.long().clamp(0, last).expand(batch, -1).sort(dim=1).values  # [B, Ns]
     destinations = listed.sort(dim=1).values
 
     taboo = (token < num_prefix).expand(batch, tokens)
@@ -132,7 +139,7 @@ def match(
 
     # The token that stands for each token's group: its destination if it merges, else itself.
     group = token.repeat(batch, 1).scatter(1, sources, torch.where(merged, target, sources))
-    if order == "position":
+    if order == "position" or r == 0:
         first = torch.full_like(group, tokens).scatter_reduce(
             1, group, token.expand(batch, -1), "amin"
         )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,19 +33,20 @@ def _nearest_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     a, b, _, _, similarity = inputs
     ctx.similarity = similarity
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(a, b, output[1])
+    ctx.save_for_backward(a, b, *output)
 
 
 def _nearest_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    a, b, index = ctx.saved_tensors
+    a, b, score, index = ctx.saved_tensors
+    index = torch.where(score == -math.inf, -1, index)  # no finite similarity, no gradient
     rows_a, rows_b = reference.metric_rows(a), reference.metric_rows(b)  # [B, Na, D], [B, Nb, D]
     # The chosen pairs are a token map from the rows of a to those of b.
     pairs = index, *_ops.invert(index, rows_b.shape[1])
     if ctx.similarity == "cosine":
-        unit_a, inverse_a = reference.unit_rows(rows_a)
-        unit_b, inverse_b = reference.unit_rows(rows_b)
+        unit_a, inverse_a = map(_finite, reference.unit_rows(rows_a))
+        unit_b, inverse_b = map(_finite, reference.unit_rows(rows_b))
     else:
-        unit_a, unit_b = rows_a, rows_b
+        unit_a, unit_b = _finite(rows_a), _finite(rows_b)
     grad_a = grad_b = None
     if ctx.needs_input_grad[0]:
         grad_a = _ops.unmerge(unit_b, *pairs, grad, None, None, False)
@@ -57,6 +59,11 @@ def _nearest_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ..
             grad_b = _through_normalization(grad_b, unit_b, inverse_b)
         grad_b = _through_metric(grad_b, b)
     return grad_a, grad_b, None, None, None
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Rows that were never chosen may hold anything; they must not spoil the others' gradients."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _through_normalization(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
@@ -96,7 +103,10 @@ def _match_fake(
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens = metric.shape[0], metric.shape[-2]
-    num_tokens = tokens if threshold is not None else tokens - r
+    # The maximum is a tautology that exporting with a proportional r needs to see.
+    num_tokens = tokens
+    if threshold is None:
+        num_tokens = torch.sym_max(tokens - r, torch.sym_min(tokens, 1))
     return (
         metric.new_empty((batch, tokens), dtype=torch.int32),
         metric.new_empty((batch, num_tokens + 1), dtype=torch.int32),

@@ -51,14 +51,13 @@ def merge(
     ``weight`` as in EViT's fused token (Liang et al., ICLR 2022, section 3.2).
 
     Example:
-        >>> import tokenops
+        >>> import torch, tokenops
         >>> token_map = tokenops.TokenMap.from_assign(torch.tensor([[0, 1, 0]]), 2)
         >>> tokenops.merge(torch.tensor([[[1.0], [5.0], [3.0]]]), token_map).flatten().tolist()
         [2.0, 5.0]
     """
     _check_tokens("merge", "x", x, token_map, token_map_inputs=True)
-    if reduce not in REDUCTIONS:
-        _checks.check_choice("merge", "reduce", reduce, REDUCTIONS)
+    _checks.check_choice("merge", "reduce", reduce, REDUCTIONS)
     if weight is not None:
         weight = _per_token("merge", "weight", weight, x)
         if reduce == "mean":
@@ -89,7 +88,7 @@ def merge_wavg(
 
     Returns:
         The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]``: float32 whatever
-        ``x`` is (bfloat16 counts exactly up to 256 only), float64 when ``size`` is.
+        ``x`` is (bfloat16 counts exactly up to 256 only), float64 where ``x`` and ``size`` are.
 
     Differentiable in: ``x``, ``size`` and ``weight``, twice and more.
 
@@ -103,7 +102,7 @@ def merge_wavg(
     Source: ToMe's ``merge_wavg`` (Bolya et al., ICLR 2023, section 3).
 
     Example:
-        >>> import tokenops
+        >>> import torch, tokenops
         >>> token_map = tokenops.TokenMap.from_assign(torch.tensor([[0, 1, 0]]), 2)
         >>> x, size = tokenops.merge_wavg(torch.tensor([[[1.0], [5.0], [3.0]]]), token_map)
         >>> size.flatten().tolist()
@@ -112,7 +111,7 @@ def merge_wavg(
     _check_tokens("merge_wavg", "x", x, token_map, token_map_inputs=True)
     size_dtype = torch.float32
     if size is not None:
-        if isinstance(size, Tensor) and size.dtype == torch.float64:
+        if isinstance(size, Tensor) and size.dtype == x.dtype == torch.float64:
             size_dtype = torch.float64
         size = _per_token("merge_wavg", "size", size, x)
     if weight is None:
@@ -134,10 +133,10 @@ def unmerge(y: Tensor, token_map: TokenMap, *, residual: Tensor | None = None) -
     Args:
         y: Tokens ``[B, M, C]`` of float16, bfloat16, float32 or float64, any strides.
         token_map: Map of N to M tokens.
-        residual: ``[B, N, C]`` of the dtype of ``y``, added in the same pass.
+        residual: ``[B, N, C]``, added in the same pass where it has the dtype of ``y``.
 
     Returns:
-        ``[B, N, C]`` of the dtype of ``y``.
+        ``[B, N, C]`` of the dtype of ``y``, or the wider one of ``y`` and ``residual``.
 
     Differentiable in: ``y`` and ``residual``, twice and more.
 
@@ -151,7 +150,7 @@ def unmerge(y: Tensor, token_map: TokenMap, *, residual: Tensor | None = None) -
     Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
 
     Example:
-        >>> import tokenops
+        >>> import torch, tokenops
         >>> token_map = tokenops.TokenMap.from_assign(torch.tensor([[0, 1, 0]]), 2)
         >>> tokenops.unmerge(torch.tensor([[[2.0], [5.0]]]), token_map).flatten().tolist()
         [2.0, 5.0, 2.0]
@@ -159,11 +158,12 @@ def unmerge(y: Tensor, token_map: TokenMap, *, residual: Tensor | None = None) -
     _check_tokens("unmerge", "y", y, token_map, token_map_inputs=False)
     if residual is not None:
         _checks.check_floating("unmerge", "residual", residual, dims=(3,))
-        if residual.dtype != y.dtype:
-            raise _checks.type_error("unmerge", "residual", f"of dtype {y.dtype}", residual)
         shape = (y.shape[0], token_map.num_inputs, y.shape[2])
         _checks.check_shape("unmerge", "residual", residual, [shape])
         _checks.check_same_device("unmerge", "residual", residual, y)
+        if residual.dtype != y.dtype:
+            dtype = torch.promote_types(y.dtype, residual.dtype)
+            y, residual = y.to(dtype), residual.to(dtype)
     index = token_map.assign, token_map.offsets, token_map.members
     if _backend.forced_reference("unmerge", y):
         return reference.unmerge(y, *index, None, None, residual, False)

@@ -7,6 +7,8 @@ Letters: B batch, N tokens in, M tokens out, C channels. All functions but ``inv
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,8 +50,10 @@ def merge(
     else:
         # One row more than there are outputs takes the dropped tokens.
         slot = _slot(assign, num_tokens)[..., None].expand_as(values)
-        out = values.new_zeros(x.shape[0], num_tokens + 1, x.shape[2])
+        # It starts from NaN, for a start that equals a member would share that one's gradient.
+        out = values.new_full((x.shape[0], num_tokens + 1, x.shape[2]), math.nan)
         out = out.scatter_reduce(1, slot, values, reduce, include_self=False)[:, :num_tokens]
+        out = torch.where((offsets.diff(dim=1) > 0)[..., None], out, 0)
     return out.to(x.dtype)
 
 
@@ -71,7 +75,7 @@ def unmerge(
         rows = rows * scale[..., None]
     out = _take(rows, assign)
     if weight is not None:
-        out = out * weight[..., None]
+        out = torch.where(_live(assign, y.shape[1]), out * weight[..., None], 0)
     if residual is not None:
         out = out + residual
     return out.to(y.dtype)
@@ -79,7 +83,8 @@ def unmerge(
 
 def pair_dot(x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
     """Dot product [B, N] of each input row with the row of its output token."""
-    return (x.to(acc_dtype(x)) * _take(y.to(acc_dtype(y)), assign)).sum(-1)
+    dot = (x.to(acc_dtype(x)) * _take(y.to(acc_dtype(y)), assign)).sum(-1)
+    return torch.where(_live(assign, y.shape[1])[..., 0], dot, 0)
 
 
 def merge_wavg(

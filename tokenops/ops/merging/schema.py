@@ -228,25 +228,23 @@ def _merge_wavg_fake(
 
 def _merge_wavg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, assign, offsets, members, size = inputs
-    out, total = output
-    # Only the gradient of the sizes needs x and the result.
-    keep = size is not None
+    # Only the gradient of the sizes needs x.
     ctx.save_for_backward(
-        x if keep else None, out if keep else None, total, assign, offsets, members, size
+        x if size is not None else None, output[1], assign, offsets, members, size
     )
 
 
 def _merge_wavg_backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
-    x, out, total, *index, size = ctx.saved_tensors
+    x, total, *index, size = ctx.saved_tensors
     empty = total == 0
     scale = torch.where(empty, 0, 1 / torch.where(empty, 1, total))  # [B, M]
     grad_x = grad_size = None
     if ctx.needs_input_grad[0]:
         grad_x = _ops.unmerge(grad, *index, size, scale, None, False)
     if ctx.needs_input_grad[4]:
-        # d out / d size_n = (x_n - out) / total
-        excess = (out.to(acc_dtype(out)) * grad).sum(-1) * scale  # [B, M]
+        # d out / d size_n = (x_n - out) / total, with out from x again: the result was rounded.
         dot = _ops.pair_dot(x, grad, *index)  # [B, N]
+        excess = _per_input(dot * size, *index) * scale * scale  # [B, M]
         grad_size = dot * _per_output(scale, *index) + _per_output(grad_total - excess, *index)
     return grad_x, None, None, None, grad_size
 
