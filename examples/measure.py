@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of rivals that do the same work, on a machine that others use too."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+class Sample(NamedTuple):
+    """One run: how long it took and how often another process took a core away from it."""
+
+    seconds: float
+    interruptions: int
+
+
+def time_once(run: Callable[[], object], device: torch.device) -> Sample:
+    synchronize(device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    return Sample(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before)
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    tick: Callable[[], object],
+) -> dict[str, list[Sample]]:
+    """Run everything ``repeats`` times in turns, each round beginning with another rival."""
+    samples: dict[str, list[Sample]] = {name: [] for name in runs}
+    names = list(runs)
+    for round_ in range(repeats):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(time_once(runs[name], device))
+            tick()
+    return samples
+
+
+def undisturbed(samples: list[Sample]) -> list[Sample]:
+    """The samples without an interruption, or the third with the fewest if that is more."""
+    by_quiet = sorted(samples, key=lambda sample: sample.interruptions)
+    quiet = sum(sample.interruptions == 0 for sample in samples)
+    return by_quiet[: max(quiet, (len(samples) + 2) // 3)]
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Most memory that the tensors of ``run`` took at once, beside what was there before.
+
+    On CUDA the allocator counts; on a CPU it reports each allocation to PyTorch's profiler. What
+    libraries allocate for themselves is in neither figure.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    now = peak = 0
+    for _, change in sorted(changes, key=lambda at_and_bytes: at_and_bytes[0]):
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo compares tokenops with, inside the same Hugging Face ViT.
+
+``eager_tome`` is ToMe (Bolya et al., ICLR 2023) written out in PyTorch operators: cosine
+similarity of the head-mean keys, even tokens against odd ones, sort, gather, scatter, and sizes in
+the attention. ``slicing`` gets the same number of tokens for free, and wrong: it drops the last
+ones. Whatever merges tokens takes longer than that; how much longer is the price of merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+#: State of one forward pass: nothing yet, or the size of each token.
+State = dict[str, Tensor]
+
+
+def replace_layers(model: Any, layer_forward: Callable[..., Tensor], r: Sequence[int]) -> None:
+    """Let the layers of ``model.vit`` compute ``layer_forward``, getting rid of ``r[l]`` tokens."""
+    state: State = {}
+    model.vit.register_forward_pre_hook(lambda *_: state.clear())
+    for layer, r_layer in zip(model.vit.layers, r, strict=True):
+        layer.forward = partial(layer_forward, layer, r_layer, state)
+
+
+def eager_tome(layer: Any, r: int, state: State, x: Tensor, mask: None = None) -> Tensor:
+    """A layer that merges tokens between attention and MLP, as ToMe does."""
+    x = merge_by_size(*attend(layer, x, state.get("size")), r, state)
+    return x + layer.mlp(layer.layernorm_after(x))
+
+
+def slicing(layer: Any, r: int, state: State, x: Tensor, mask: None = None) -> Tensor:
+    """A layer that gets rid of ``r`` tokens by a view: not even a copy is charged for it."""
+    x = attend(layer, x, None, left=x.shape[1] - clamp(r, x.shape[1]))[0]
+    return x + layer.mlp(layer.layernorm_after(x))
+
+
+def attend(
+    layer: Any, x: Tensor, size: Tensor | None, left: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first ``left`` tokens after attention and residual, [B, left, C], and the metric."""
+    attention, normalised = layer.attention, layer.layernorm_before(x)
+    batch, tokens, _ = x.shape
+    query, key, value = (
+        project(normalised).view(batch, tokens, -1, attention.head_dim).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )  # [B, H, N, D]
+    bias = None if size is None else size.log()[:, None, None, :, 0]
+    out = scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    out = attention.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
+    return x[:, :left] + out[:, :left], key
+
+
+def merge_by_size(x: Tensor, key: Tensor, r: int, state: State) -> Tensor:
+    """Merge ``r`` tokens into the mean of each group, weighted by size."""
+    if r == 0:
+        return x
+    merge = soft_matching(key.mean(1), r)
+    size = state.get("size")
+    if size is None:
+        size = torch.ones_like(x[..., :1])
+    x, size = merge(x * size), merge(size)
+    state["size"] = size
+    return x / size
+
+
+def clamp(r: int, tokens: int) -> int:
+    """At most half of the tokens beside the class token can merge in one layer."""
+    return min(r, (tokens - 1) // 2)
+
+
+def soft_matching(metric: Tensor, r: int) -> Callable[[Tensor], Tensor]:
+    """Choose which ``r`` of the even tokens merge into which odd ones; token 0 never does."""
+    r = clamp(r, metric.shape[1])
+    unit = metric / metric.norm(dim=-1, keepdim=True)  # [B, N, D]
+    scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # [B, Na, Nb]
+    scores[:, 0] = -torch.inf
+    best, partner = scores.max(dim=-1)  # [B, Na]
+    ranking = best.argsort(dim=-1, descending=True)
+    gone, kept = ranking[:, :r], ranking[:, r:].sort(dim=-1).values
+    into = partner.gather(1, gone)
+
+    def merge(x: Tensor) -> Tensor:
+        channels = (-1, -1, x.shape[2])
+        even, odd = x[:, ::2], x[:, 1::2]
+        moving = even.gather(1, gone[..., None].expand(channels))
+        odd = odd.scatter_reduce(1, into[..., None].expand(channels), moving, reduce="sum")
+        return torch.cat([even.gather(1, kept[..., None].expand(channels)), odd], dim=1)
+
+    return merge
