@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0
+// Nearest destination of each source: included once per instruction set, in its namespace, with
+// TOKENOPS_PAIRS saying whether that one multiplies pairs of bfloat16.
+//
+// Destinations lie in panels [depth][columns], a few vectors wide; sources are rows. A register
+// tile of kTile sources by one panel accumulates similarities, and its epilogue keeps the best one
+// and its place for each source and lane: similarities never reach memory, and lanes are compared
+// with each other only once, at the end. Places count vectors of columns, as floating-point
+// numbers, so that they blend like values.
+
+// ---- words: one element, or a pair of bfloat16 ----
+
+template <class T>
+struct Packed {
+  using type = acc_t<T>;
+};
+#if TOKENOPS_PAIRS
+template <>
+struct Packed<c10::BFloat16> {
+  using type = c10::BFloat16;
+};
+#endif
+
+template <class T>
+constexpr bool kPairs = sizeof(typename Packed<T>::type) < sizeof(acc_t<T>);
+
+template <class T>
+TOKENOPS_INLINE int64_t depth_words(int64_t width) {
+  return kPairs<T> ? (width + 1) / 2 : width;
+}
+
+// a * b + c in each lane, over both elements of a pair.
+template <class T, class V>
+TOKENOPS_INLINE V multiply(V a, V b, V c) {
+#if TOKENOPS_PAIRS
+  if constexpr (kPairs<T>) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+#endif
+  return fma(a, b, c);
+}
+
+// Vectors in a full panel: by kTile rows they fill the registers, 32 in AVX-512 and 16 elsewhere.
+template <class A>
+constexpr int kVectors = Vec<A>::W * sizeof(A) == 64 ? 4 : 2;
+
+// ---- packing ----
+
+// 1 / sqrt(x), and 0 for 0: a token of zero length has similarity 0 to everything.
+TOKENOPS_INLINE float inverse_root(float x) { return x == 0 ? 0 : 1 / __builtin_sqrtf(x); }
+TOKENOPS_INLINE double inverse_root(double x) { return x == 0 ? 0 : 1 / __builtin_sqrt(x); }
+
+template <class V, class T>
+TOKENOPS_INLINE V load_strided(const T* p, int64_t stride, int n) {
+  if (stride == 1) return n == V::W ? V::load(p) : V::load_partial(p, n);
+  T lanes[V::W] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i * stride];
+  return V::load(lanes);
+}
+
+// Write the metric of one token as `words` words, zeros at the end. Returns the factor that is
+// still to be multiplied in: of pairs, which go in unchanged, the inverse of the length.
+template <class T>
+inline acc_t<T> load_row(const Tokens<T>& tokens, int64_t i, bool cosine, int64_t words,
+                         acc_t<T>* row) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  using P = typename Packed<T>::type;
+  const T* x = tokens.data + tokens.list[i] * tokens.token_stride;
+  P* out = reinterpret_cast<P*>(row);
+  constexpr int64_t kPerWord = sizeof(A) / sizeof(P);
+  const bool as_it_is = sizeof(P) == sizeof(T) && tokens.heads == 1 && tokens.stride == 1;
+  if (as_it_is && tokens.width == words * kPerWord) {
+    for (int64_t k = 0; k < words; k += V::W) {
+      V::load(reinterpret_cast<const A*>(x) + k).store(row + k);
+    }
+  } else {
+    const V mean = V::set1(A(1) / static_cast<A>(tokens.heads));
+    int64_t d = 0;
+    for (; d < tokens.width; d += V::W) {
+      const int n = tokens.width - d < V::W ? static_cast<int>(tokens.width - d) : V::W;
+      const T* p = x + d * tokens.stride;
+      V sum = load_strided<V>(p, tokens.stride, n);
+      for (int64_t h = 1; h < tokens.heads; ++h) {
+        sum = sum + load_strided<V>(p + h * tokens.head_stride, tokens.stride, n);
+      }
+      if (tokens.heads > 1) sum = sum * mean;
+      sum.store(out + d);
+    }
+    std::memset(static_cast<void*>(out + d), 0, (words * kPerWord - d) * sizeof(P));
+  }
+  if (!cosine) return 1;
+
+  V squares = V::zero();
+  for (int64_t k = 0; k < words; k += V::W) {
+    const V v = V::load(row + k);
+    squares = multiply<T>(v, v, squares);
+  }
+  const A inverse = inverse_root(reduce_add(squares));
+  if (kPairs<T>) return inverse;
+  const V scale = V::set1(inverse);
+  for (int64_t k = 0; k < words; k += V::W) (V::load(row + k) * scale).store(row + k);
+  return 1;
+}
+
+// One step of a transposition: lanes with the bit `Step` of a change places with the others of b.
+template <int Step, class V>
+TOKENOPS_INLINE void exchange(V& a, V& b) {
+#if TOKENOPS_X86
+  decltype(a.v < a.v) low, high;
+  for (int l = 0; l < V::W; ++l) {
+    low[l] = (l & Step) ? (l ^ Step) + V::W : l;
+    high[l] = (l & Step) ? l + V::W : l ^ Step;
+  }
+  const V c = {__builtin_shuffle(a.v, b.v, low)};
+  b = {__builtin_shuffle(a.v, b.v, high)};
+  a = c;
+#else
+  for (int l = 0; l < V::W; ++l) {
+    if (l & Step) continue;
+    const auto lane = a.v[l | Step];
+    a.v[l | Step] = b.v[l];
+    b.v[l] = lane;
+  }
+#endif
+}
+
+template <int Step, class V>
+TOKENOPS_INLINE void transpose(V (&m)[V::W]) {
+  if constexpr (Step < V::W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < V::W; ++i) {
+      if (!(i & Step)) exchange<Step>(m[i], m[i | Step]);
+    }
+    transpose<2 * Step>(m);
+  }
+}
+
+// Pack blocks [begin, end) of kBlock destinations as panels. The columns that fill up the last
+// vector repeat the last destination: as similar, but behind it, they are never chosen.
+template <class T>
+void pack(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  constexpr int kWidth = kVectors<A> * V::W;  // columns of a full panel, divides kBlock
+  const Tokens<T>& tokens = search.destinations;
+  const int64_t depth = depth_words<T>(tokens.width);
+  const int64_t words = row_words(depth);
+  const int64_t columns = (tokens.count + V::W - 1) / V::W * V::W;
+  const int64_t stop = end * kBlock < columns ? end * kBlock : columns;
+  for (int64_t column = begin * kBlock; column < stop; column += V::W) {
+    const int n = tokens.count - column < V::W ? static_cast<int>(tokens.count - column) : V::W;
+    for (int i = 0; i < V::W; ++i) {
+      search.inverse[column + i] =
+          i < n ? load_row(tokens, column + i, search.cosine, words, work + i * words)
+                : search.inverse[column + n - 1];
+    }
+    const int64_t panel = column / kWidth * kWidth;
+    const int64_t stride = columns - panel < kWidth ? columns - panel : kWidth;
+    A* out = search.panels + panel * depth + (column - panel);  // [depth][stride]
+    for (int64_t k = 0; k < depth; k += V::W) {
+      V m[V::W];
+      for (int i = 0; i < V::W; ++i) m[i] = V::load(work + (i < n ? i : n - 1) * words + k);
+      transpose<1>(m);
+      for (int i = 0; i < V::W && k + i < depth; ++i) m[i].store(out + (k + i) * stride);
+    }
+  }
+}
+
+// ---- search ----
+
+// A group of sources on its way over the panels: its packed rows, and the best value of each row
+// and lane so far with its place.
+template <class A>
+struct Group {
+  const A* rows;  // [tiles * kTile][words]
+  int64_t words, tiles;
+  A* partial;  // sums of rows longer than kDepth, [tiles][kTile][columns of a panel]
+  A* best;     // [tiles * kTile][W]
+  A* place;
+};
+
+template <class A>
+struct Panel {
+  const A* columns;  // [depth][N * W]
+  const A* inverse;  // [N * W], factors of pairs
+  int64_t depth;
+  int64_t first;  // place of the first vector
+};
+
+// One tile of a group by one panel of N vectors, over words [k, end). A strict comparison keeps the
+// first of equals, and nothing that is NaN.
+template <class T, int N, class A>
+TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t t, int64_t k,
+                          int64_t end) {
+  using V = Vec<A>;
+  A* const partial = group.partial + t * kTile * N * V::W;
+  V sum[kTile][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      sum[i][j] = k == 0 ? V::zero() : V::load(partial + (i * N + j) * V::W);
+    }
+  }
+  const A* const rows = group.rows + t * kTile * group.words;
+  for (; k < end; ++k) {
+    V b[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) b[j] = V::load(panel.columns + (k * N + j) * V::W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+      const V a = V::set1(rows[i * group.words + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sum[i][j] = multiply<T>(a, b[j], sum[i][j]);
+    }
+  }
+  if (end < panel.depth) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sum[i][j].store(partial + (i * N + j) * V::W);
+    }
+    return;
+  }
+  A* const best = group.best + t * kTile * V::W;
+  A* const place = group.place + t * kTile * V::W;
+#pragma GCC unroll 8
+  for (int i = 0; i < kTile; ++i) {
+    V top = V::set1(-infinity<A>()), at = V::zero();
+    if (panel.first > 0) top = V::load(best + i * V::W), at = V::load(place + i * V::W);
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      V s = sum[i][j];
+      if (kPairs<T>) s = s * V::load(panel.inverse + j * V::W);
+      at = blend(gt(s, top), V::set1(static_cast<A>(panel.first + j)), at);
+      top = max(s, top);
+    }
+    top.store(best + i * V::W);
+    at.store(place + i * V::W);
+  }
+}
+
+// A whole group by one panel of n <= N vectors, kDepth words at a time.
+template <class T, int N, class A>
+void search_panel(const Group<A>& group, const Panel<A>& panel, int n) {
+  if constexpr (N > 1) {
+    if (n < N) return search_panel<T, N - 1>(group, panel, n);
+  }
+  int64_t k = 0;
+  do {
+    const int64_t end = panel.depth - k < kDepth ? panel.depth : k + kDepth;
+    for (int64_t t = 0; t < group.tiles; ++t) tile<T, N>(group, panel, t, k, end);
+    k = end;
+  } while (k < panel.depth);
+}
+
+// Best value over the lanes of W rows, [W][W], its place and lane: the first one of equals.
+template <class V, class A>
+TOKENOPS_INLINE void reduce_lanes(const A* best, const A* place, A* top_out, A* at_out,
+                                  A* lane_out) {
+  V values[V::W], places[V::W];
+  for (int i = 0; i < V::W; ++i) values[i] = V::load(best + i * V::W);
+  transpose<1>(values);
+  for (int i = 0; i < V::W; ++i) places[i] = V::load(place + i * V::W);
+  transpose<1>(places);
+  V top = values[0], at = places[0], lane = V::zero();
+  for (int i = 1; i < V::W; ++i) {
+    const auto better =
+        mask_or(gt(values[i], top), mask_and(eq(values[i], top), gt(at, places[i])));
+    top = blend(better, values[i], top);
+    at = blend(better, places[i], at);
+    lane = blend(better, V::set1(static_cast<A>(i)), lane);
+  }
+  top.store(top_out), at.store(at_out), lane.store(lane_out);
+}
+
+// Best destinations of the sources in groups [begin, end).
+template <class T>
+void search(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const Tokens<T>& sources = search.sources;
+  const int64_t depth = depth_words<T>(sources.width);
+  const int64_t words = row_words(depth);
+  const int64_t vectors = (search.destinations.count + V::W - 1) / V::W;
+  alignas(64) A best[kGroup * V::W], place[kGroup * V::W];
+  A* const rows = work;
+  A inverse[kGroup];
+
+  for (int64_t g = begin; g < end; ++g) {
+    const int64_t from = search.tiles() * g / search.groups * kTile;
+    const int64_t to = search.tiles() * (g + 1) / search.groups * kTile;
+    const int64_t count = to < sources.count ? to - from : sources.count - from;
+    for (int64_t i = 0; i < to - from; ++i) {
+      const int64_t row = from + (i < count ? i : count - 1);  // fills up the last tile
+      inverse[i] = load_row(sources, row, search.cosine, words, rows + i * words);
+    }
+    const Group<A> group = {rows, words, (to - from) / kTile, rows + kGroup * words, best, place};
+    for (int64_t v = 0; v < vectors; v += kVectors<A>) {
+      const Panel<A> panel = {search.panels + v * V::W * depth, search.inverse + v * V::W, depth,
+                              v};
+      const int n = vectors - v < kVectors<A> ? static_cast<int>(vectors - v) : kVectors<A>;
+      search_panel<T, kVectors<A>>(group, panel, n);
+    }
+    for (int64_t i = 0; i < count; i += V::W) {
+      A top[V::W], at[V::W], lane[V::W];
+      reduce_lanes<V>(best + i * V::W, place + i * V::W, top, at, lane);
+      for (int64_t l = 0; l < V::W && i + l < count; ++l) {
+        const A score = top[l] * inverse[i + l];
+        const bool found = score > -infinity<A>();  // else all are NaN: the first candidate
+        search.score[from + i + l] = found ? score : -infinity<A>();
+        search.choice[from + i + l] =
+            found ? static_cast<int32_t>(at[l]) * V::W + static_cast<int32_t>(lane[l]) : 0;
+      }
+    }
+  }
+}
+
+template <class T>
+Kernels<T> kernels() {
+  return {&pack<T>, &search<T>};
+}

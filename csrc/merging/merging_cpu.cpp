@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0
+// Merging on the CPU: checks, allocation and loops; the arithmetic is in merging_kernels.h.
+#include "merging.h"
+
+#include <string>
+#include <tuple>
+
+namespace tokenops {
+
+namespace portable {
+#include "merging_kernels.h"
+}
+#if TOKENOPS_X86
+TOKENOPS_TARGET_AVX2
+namespace avx2 {
+#include "merging_kernels.h"
+}
+TOKENOPS_TARGET_END
+TOKENOPS_TARGET_AVX512
+namespace avx512 {
+#include "merging_kernels.h"
+}
+TOKENOPS_TARGET_END
+#endif
+
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- arguments ----
+
+// A tensor [B, rows, C] whose last dimension is contiguous.
+struct Data {
+  Tensor tensor;
+  ScalarType dtype;
+  int64_t batch, rows, channels;
+  int64_t batch_stride, row_stride;
+
+  Data(const char* op, const char* name, const Tensor& given) : tensor(given) {
+    const auto sizes = tensor.sizes();
+    STD_TORCH_CHECK(sizes.size() == 3, op, ": expected ", name, " to have 3 dimensions, got ",
+                    sizes.size());
+    batch = sizes[0], rows = sizes[1], channels = sizes[2];
+    if (channels > 1 && tensor.stride(2) != 1) tensor = torch::stable::contiguous(tensor);
+    const auto strides = tensor.strides();
+    batch_stride = strides[0], row_stride = strides[1];
+    dtype = tensor.scalar_type();
+  }
+
+  template <class T>
+  Rows<const T> as() const {
+    return {static_cast<const T*>(tensor.const_data_ptr()), batch_stride, row_stride};
+  }
+};
+
+// A contiguous matrix [rows, cols] of the given dtype, for as long as the object lives.
+struct Matrix {
+  Tensor tensor;
+  const void* data;
+
+  Matrix(const char* op, const char* name, const Tensor& given, int64_t rows, int64_t cols,
+         ScalarType dtype)
+      : tensor(as_contiguous(given)), data(tensor.const_data_ptr()) {
+    const auto sizes = tensor.sizes();
+    STD_TORCH_CHECK(sizes.size() == 2, op, ": expected ", name, " to have 2 dimensions, got ",
+                    sizes.size());
+    STD_TORCH_CHECK(sizes[0] == rows && sizes[1] == cols, op, ": expected ", name, " [", rows, ", ",
+                    cols, "], got [", sizes[0], ", ", sizes[1], "]");
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype,
+                    ", got ", tensor.scalar_type());
+  }
+};
+
+std::optional<Matrix> matrix(const char* op, const char* name, const OptionalTensor& given,
+                             int64_t rows, int64_t cols, ScalarType dtype) {
+  if (!given) return std::nullopt;
+  return Matrix(op, name, *given, rows, cols, dtype);
+}
+
+template <class T>
+const T* data_of(const std::optional<Matrix>& m) {
+  return m ? static_cast<const T*>(m->data) : nullptr;
+}
+
+// The three index tensors of a token map from `inputs` tokens.
+struct MapTensors {
+  int64_t outputs;
+  Matrix assign, offsets, members;
+  Map map;
+
+  MapTensors(const char* op, const Tensor& assign_, const Tensor& offsets_, const Tensor& members_,
+             int64_t batch, int64_t inputs)
+      : outputs(columns(op, offsets_) - 1),
+        assign(op, "assign", assign_, batch, inputs, ScalarType::Int),
+        offsets(op, "offsets", offsets_, batch, outputs + 1, ScalarType::Int),
+        members(op, "members", members_, batch, inputs, ScalarType::Int),
+        map{pointer(assign), pointer(offsets), pointer(members), batch, inputs, outputs} {}
+
+  static const int32_t* pointer(const Matrix& m) { return static_cast<const int32_t*>(m.data); }
+  static int64_t columns(const char* op, const Tensor& offsets) {
+    const auto sizes = offsets.sizes();
+    STD_TORCH_CHECK(sizes.size() == 2 && sizes[1] > 0, op, ": expected offsets [B, M + 1]");
+    return sizes[1];
+  }
+};
+
+void check_like(const char* op, const char* name, const Data& got, int64_t rows, const Data& x) {
+  STD_TORCH_CHECK(got.batch == x.batch && got.rows == rows && got.channels == x.channels, op,
+                  ": expected ", name, " [", x.batch, ", ", rows, ", ", x.channels, "], got [",
+                  got.batch, ", ", got.rows, ", ", got.channels, "]");
+  STD_TORCH_CHECK(got.dtype == x.dtype, op, ": expected ", name, " of dtype ", x.dtype, ", got ",
+                  got.dtype);
+}
+
+template <class T>
+T* output(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Run a kernel over its rows in parallel; each costs some time besides that for its bytes.
+template <class Args>
+void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t rows,
+         int64_t bytes_per_row) {
+  parallel_for(rows, 64 + bytes_per_row,
+               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+// ---- operators ----
+
+std::tuple<Tensor, Tensor> invert(const Tensor& assign, int64_t num_tokens) {
+  const char* op = "tokenops::invert";
+  const auto sizes = assign.sizes();
+  STD_TORCH_CHECK(sizes.size() == 2, op, ": expected assign [B, N]");
+  STD_TORCH_CHECK(num_tokens >= 0, op, ": expected num_tokens >= 0, got ", num_tokens);
+  const int64_t batch = sizes[0], inputs = sizes[1], outputs = num_tokens;
+  const Matrix matrix(op, "assign", assign, batch, inputs, ScalarType::Int);
+  const Tensor offsets = empty({batch, outputs + 1}, ScalarType::Int);
+  const Tensor members = empty({batch, inputs}, ScalarType::Int);
+  const int32_t* from = static_cast<const int32_t*>(matrix.data);
+  int32_t* all_ends = output<int32_t>(offsets);
+  int32_t* all_slots = output<int32_t>(members);
+
+  // Counting sort: sizes, their running sum, then each token into the last free slot of its group,
+  // from the back, which turns ends into beginnings.
+  parallel_for(batch, 16 * inputs + 8 * outputs, [=](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int32_t* a = from + b * inputs;
+      int32_t* ends = all_ends + b * (outputs + 1);
+      int32_t* slots = all_slots + b * inputs;
+      for (int64_t m = 0; m <= outputs; ++m) ends[m] = 0;
+      for (int64_t n = 0; n < inputs; ++n) {
+        if (0 <= a[n] && a[n] < outputs) ++ends[a[n]];
+      }
+      int32_t total = 0;
+      for (int64_t m = 0; m <= outputs; ++m) total = ends[m] += total;
+      for (int64_t n = total; n < inputs; ++n) slots[n] = -1;
+      for (int64_t n = inputs - 1; n >= 0; --n) {
+        if (0 <= a[n] && a[n] < outputs) slots[--ends[a[n]]] = static_cast<int32_t>(n);
+      }
+    }
+  });
+  return {offsets, members};
+}
+
+Fold parse_fold(const char* op, const std::string& reduce, bool weighted) {
+  if (reduce == "sum") return weighted ? Fold::weighted_sum : Fold::sum;
+  if (reduce == "mean") return Fold::sum;
+  if (reduce == "amax") return Fold::amax;
+  if (reduce == "amin") return Fold::amin;
+  STD_TORCH_CHECK(reduce == "prod", op, ": expected reduce sum, mean, amax, amin or prod, got ",
+                  reduce);
+  return Fold::prod;
+}
+
+template <class T>
+auto merge_kernel(Fold fold) {
+  switch (fold) {
+    case Fold::weighted_sum: return TOKENOPS_KERNEL(merge_rows<Fold::weighted_sum, T>);
+    case Fold::amax: return TOKENOPS_KERNEL(merge_rows<Fold::amax, T>);
+    case Fold::amin: return TOKENOPS_KERNEL(merge_rows<Fold::amin, T>);
+    case Fold::prod: return TOKENOPS_KERNEL(merge_rows<Fold::prod, T>);
+    default: return TOKENOPS_KERNEL(merge_rows<Fold::sum, T>);
+  }
+}
+
+template <class T>
+void run_merge(Fold fold, const MergeArgs<T>& args) {
+  const int64_t rows = args.map.batch * args.map.outputs;
+  if (rows == 0) return;
+  const int64_t per_output = 2 + args.map.inputs / args.map.outputs;
+  run(merge_kernel<T>(fold), args, rows,
+      per_output * args.channels * static_cast<int64_t>(sizeof(T)));
+}
+
+Tensor merge(const Tensor& x, const Tensor& assign, const Tensor& offsets, const Tensor& members,
+             const OptionalTensor& weight, const OptionalTensor& scale, const std::string& reduce) {
+  const char* op = "tokenops::merge";
+  const Data data(op, "x", x);
+  const MapTensors index(op, assign, offsets, members, data.batch, data.rows);
+  const Fold fold = parse_fold(op, reduce, weight.has_value());
+  STD_TORCH_CHECK(reduce == "sum" || (!weight && !scale), op,
+                  ": weight and scale go with reduce sum only, got ", reduce);
+  const ScalarType acc = acc_dtype(data.dtype);
+  const auto w = matrix(op, "weight", weight, data.batch, data.rows, acc);
+  const auto s = matrix(op, "scale", scale, data.batch, index.outputs, acc);
+  const Tensor out = empty({data.batch, index.outputs, data.channels}, data.dtype);
+  if (data.channels == 0) return out;
+  dispatch(op, data.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = acc_t<T>;
+    run_merge<T>(fold, {index.map, data.channels, data.as<T>(), data_of<A>(w), data_of<A>(s),
+                        reduce == "mean", output<T>(out), nullptr});
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> merge_wavg(const Tensor& x, const Tensor& assign, const Tensor& offsets,
+                                      const Tensor& members, const OptionalTensor& size) {
+  const char* op = "tokenops::merge_wavg";
+  const Data data(op, "x", x);
+  const MapTensors index(op, assign, offsets, members, data.batch, data.rows);
+  const ScalarType acc = acc_dtype(data.dtype);
+  const auto w = matrix(op, "size", size, data.batch, data.rows, acc);
+  const Tensor out = empty({data.batch, index.outputs, data.channels}, data.dtype);
+  const Tensor total = empty({data.batch, index.outputs}, acc);
+  dispatch(op, data.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = acc_t<T>;
+    run_merge<T>(size ? Fold::weighted_sum : Fold::sum,
+                 {index.map, data.channels, data.as<T>(), data_of<A>(w), nullptr, true,
+                  output<T>(out), output<A>(total)});
+  });
+  return {out, total};
+}
+
+Tensor unmerge(const Tensor& y, const Tensor& assign, const Tensor& offsets, const Tensor& members,
+               const OptionalTensor& weight, const OptionalTensor& scale,
+               const OptionalTensor& residual, bool mean) {
+  const char* op = "tokenops::unmerge";
+  const Data data(op, "y", y);
+  const auto sizes = assign.sizes();
+  STD_TORCH_CHECK(sizes.size() == 2, op, ": expected assign [B, N]");
+  const int64_t inputs = sizes[1];
+  const MapTensors index(op, assign, offsets, members, data.batch, inputs);
+  STD_TORCH_CHECK(data.rows == index.outputs, op, ": expected y [B, M, C] with M = ", index.outputs,
+                  ", got M = ", data.rows);
+  const ScalarType acc = acc_dtype(data.dtype);
+  const auto w = matrix(op, "weight", weight, data.batch, inputs, acc);
+  const auto s = matrix(op, "scale", scale, data.batch, index.outputs, acc);
+  std::optional<Data> added;
+  if (residual) {
+    added.emplace(op, "residual", *residual);
+    check_like(op, "residual", *added, inputs, data);
+  }
+  const Tensor out = empty({data.batch, inputs, data.channels}, data.dtype);
+  if (data.channels == 0) return out;
+  dispatch(op, data.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = acc_t<T>;
+    const UnmergeArgs<T> args = {index.map,
+                                 data.channels,
+                                 data.as<T>(),
+                                 data_of<A>(w),
+                                 data_of<A>(s),
+                                 added.has_value(),
+                                 added ? added->as<T>() : Rows<const T>{nullptr, 0, 0},
+                                 mean,
+                                 output<T>(out)};
+    run(TOKENOPS_KERNEL(unmerge_rows<T>), args, data.batch * inputs,
+        2 * data.channels * static_cast<int64_t>(sizeof(T)));
+  });
+  return out;
+}
+
+Tensor pair_dot(const Tensor& x, const Tensor& y, const Tensor& assign, const Tensor& offsets,
+                const Tensor& members) {
+  const char* op = "tokenops::pair_dot";
+  const Data a(op, "x", x), b(op, "y", y);
+  const MapTensors index(op, assign, offsets, members, a.batch, a.rows);
+  check_like(op, "y", b, index.outputs, a);
+  const Tensor out = empty({a.batch, a.rows}, acc_dtype(a.dtype));
+  dispatch(op, a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const PairDotArgs<T> args = {index.map, a.channels, a.as<T>(), b.as<T>(),
+                                 output<acc_t<T>>(out)};
+    run(TOKENOPS_KERNEL(pair_dot_rows<T>), args, a.batch * a.rows,
+        2 * a.channels * static_cast<int64_t>(sizeof(T)));
+  });
+  return out;
+}
+
+Tensor merge_select_backward(const Tensor& grad, const Tensor& x, const Tensor& out,
+                             const Tensor& assign, const Tensor& offsets, const Tensor& members,
+                             const std::string& reduce) {
+  const char* op = "tokenops::merge_select_backward";
+  const Data data(op, "x", x), slope(op, "grad", grad), best(op, "out", out);
+  const MapTensors index(op, assign, offsets, members, data.batch, data.rows);
+  check_like(op, "grad", slope, index.outputs, data);
+  check_like(op, "out", best, index.outputs, data);
+  const bool prod = reduce == "prod";
+  STD_TORCH_CHECK(prod || reduce == "amax" || reduce == "amin", op,
+                  ": expected reduce amax, amin or prod, got ", reduce);
+  const int64_t inputs = data.rows, rows = data.batch * inputs, channels = data.channels;
+  const Tensor result = empty({data.batch, inputs, channels}, data.dtype);
+  if (rows == 0 || channels == 0) return result;
+  Scratch<uint8_t> visited(rows);
+  std::memset(visited.data(), 0, static_cast<size_t>(rows));
+  dispatch(op, data.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const int64_t row_bytes = channels * static_cast<int64_t>(sizeof(T));
+    const SelectBackwardArgs<T> args = {index.map,     channels,     slope.as<T>(),
+                                        data.as<T>(),  best.as<T>(), output<T>(result),
+                                        visited.data()};
+    const auto kernel = prod ? TOKENOPS_KERNEL(select_backward_rows<true, T>)
+                             : TOKENOPS_KERNEL(select_backward_rows<false, T>);
+    if (index.outputs > 0) {
+      run(kernel, args, data.batch * index.outputs, (2 + 2 * inputs / index.outputs) * row_bytes);
+    }
+    for (int64_t row = 0; row < rows; ++row) {  // tokens of no output token
+      if (args.visited[row]) continue;
+      void* unset = args.out + row * channels;
+      std::memset(unset, 0, static_cast<size_t>(row_bytes));
+    }
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace tokenops
+
+STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
+  m.impl("invert", TORCH_BOX(&tokenops::invert));
+  m.impl("merge", TORCH_BOX(&tokenops::merge));
+  m.impl("merge_select_backward", TORCH_BOX(&tokenops::merge_select_backward));
+  m.impl("merge_wavg", TORCH_BOX(&tokenops::merge_wavg));
+  m.impl("pair_dot", TORCH_BOX(&tokenops::pair_dot));
+  m.impl("unmerge", TORCH_BOX(&tokenops::unmerge));
+}
