@@ -83,6 +83,8 @@ def _obstacle(operator: str, backend: str, device: str) -> str | None:
         return f"no Triton kernel of {operator} in this version"
     if not _native.loaded:
         return _native.reason
+    if _transformed():
+        return "torch.func.grad, vjp and jvp differentiate plain PyTorch alone"
     # Compiled kernels exist for these devices only; other names need not be dispatch keys.
     if device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"{NAMESPACE}::{operator}", device.upper()
@@ -91,14 +93,27 @@ def _obstacle(operator: str, backend: str, device: str) -> str | None:
     return f"the compiled library has no {operator} kernel for {device} tensors"
 
 
+def _transformed() -> bool:
+    """Whether torch.func.grad, vjp or jvp is at work, that no registered operator knows."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(t.key() != torch._C._functorch.TransformType.Vmap for t in transforms)
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler: torch.compile
+# takes the answer for granted while it traces, and guards on the transforms by itself.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def forced_reference(operator: str, tensor: Tensor) -> bool:
-    """Whether an explicit choice sends this call to the reference.
+    """Whether this call must go to the reference, by an explicit choice or for want of another.
 
     Raises:
         NotImplementedError: If another backend was chosen and cannot serve the call.
     """
     if _forced is None:
-        return False
+        return _transformed()
     obstacle = _obstacle(operator, _forced, tensor.device.type)
     if obstacle is not None:
         raise NotImplementedError(

@@ -98,11 +98,6 @@ def match(
     x = metric_rows(metric)
     batch, tokens, _ = x.shape
     token = torch.arange(tokens, device=x.device)
-    if r == 0:  # the identity, in either order
-        index = token.int().repeat(batch, 1)
-        offsets = torch.arange(tokens + 1, dtype=torch.int32, device=x.device).repeat(batch, 1)
-        counts = torch.full((batch,), tokens, dtype=torch.int32, device=x.device)
-        return index, offsets, index.clone(), counts
     if source_index is None or destination_index is None:
         is_destination = token % stride == stride - 1
         # Stable sorts in place of masks: shapes must not depend on values.
@@ -139,7 +134,7 @@ def match(
 
     # The token that stands for each token's group: its destination if it merges, else itself.
     group = token.repeat(batch, 1).scatter(1, sources, torch.where(merged, target, sources))
-    if order == "position" or r == 0:
+    if order == "position" or r == 0:  # where nothing merges, the identity in either order
         first = torch.full_like(group, tokens).scatter_reduce(
             1, group, token.expand(batch, -1), "amin"
         )

@@ -69,7 +69,7 @@ def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.reduce = reduce
     selects = reduce in ("amax", "amin", "prod")
     # The backward of sum and mean needs x for the gradient of weight and scale alone.
-    keep_x = selects or weight is not None or scale is not None
+    keep_x = selects or any(ctx.needs_input_grad[4:6])
     ctx.save_for_backward(
         x if keep_x else None, output if selects else None, assign, offsets, members, weight, scale
     )
@@ -156,7 +156,7 @@ def _unmerge_fake(
 def _unmerge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y, assign, offsets, members, weight, scale, _, mean = inputs
     ctx.mean = mean
-    keep_y = weight is not None or scale is not None
+    keep_y = any(ctx.needs_input_grad[4:6])
     ctx.save_for_backward(y if keep_y else None, assign, offsets, members, weight, scale)
 
 
@@ -228,10 +228,11 @@ def _merge_wavg_fake(
 
 def _merge_wavg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, assign, offsets, members, size = inputs
-    # Only the gradient of the sizes needs x.
-    ctx.save_for_backward(
-        x if size is not None else None, output[1], assign, offsets, members, size
-    )
+    # Only the gradient of the sizes needs x, and without it sizes must not hold on to the graph.
+    needs_size = ctx.needs_input_grad[4]
+    if not needs_size:
+        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x if needs_size else None, output[1], assign, offsets, members, size)
 
 
 def _merge_wavg_backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: the backends and devices they run on, poisoned memory, profiles.
+
+A test with an argument ``backend`` runs once for each backend, which is then chosen explicitly, so
+that nothing falls back silently; ``device`` beside it adds each device that is there.
+
+``TOKENOPS_TEST_BACKENDS`` names the backends, ``native,reference`` if unset. One that cannot be had
+fails the session. ``default`` stands for no explicit choice.
+``HYPOTHESIS_PROFILE=thorough`` searches longer and elsewhere each time.
+"""
+
+import ctypes
+import os
+import platform
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import tokenops
+from tokenops import _native
+
+BACKENDS = os.environ.get("TOKENOPS_TEST_BACKENDS", "native,reference").split(",")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+# Small tensors gain nothing from threads, and on a busy machine they lose a lot. That threads change
+# no bit has tests of its own.
+torch.set_num_threads(1)
+
+# Memory that nobody has written yet holds 0x7f in each byte: 3e38 as a number, out of bounds as an
+# index. This reaches compiled code, which PyTorch's own filling of empty tensors does not.
+if platform.libc_ver()[0] == "glibc":
+    M_PERTURB = -6
+    ctypes.CDLL(None).mallopt(M_PERTURB, 0x80)
+
+quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
+settings.register_profile(
+    "default", max_examples=40, derandomize=True, deadline=None, suppress_health_check=quiet
+)
+settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=2000)
+settings.register_profile("thorough", settings.get_profile("thorough"), derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "isa: runs again at each level of CPU vector instructions")
+
+
+def pytest_generate_tests(metafunc):
+    names = metafunc.fixturenames
+    if "backend" in names and "device" in names:
+        # On other devices: what is there. On the CPU: what was asked for, or the session fails.
+        pairs = [(b, "cpu") for b in BACKENDS]
+        for device in DEVICES[1:]:
+            there = tokenops.available_backends(device)
+            pairs += [(b, device) for b in BACKENDS if b in there]
+        ids = ["-".join(pair) for pair in pairs]
+        metafunc.parametrize(("backend", "device"), pairs, ids=ids)
+    elif "backend" in names:
+        metafunc.parametrize("backend", BACKENDS)
+    elif "device" in names:
+        metafunc.parametrize("device", DEVICES)
+
+
+def pytest_collection_modifyitems(items):
+    wanted = any(
+        item.callspec.params.get("backend") == "native"
+        for item in items
+        if hasattr(item, "callspec")
+    )
+    if wanted and not _native.loaded:
+        raise pytest.UsageError(
+            f"the native backend is to be tested, but there is {_native.reason}\n"
+            "(TOKENOPS_TEST_BACKENDS=reference tests the reference alone)"
+        )
+
+
+@pytest.fixture(autouse=True)
+def _chosen_backend(request):
+    callspec = getattr(request.node, "callspec", None)
+    backend = callspec.params.get("backend") if callspec else None
+    with tokenops.use_backend(None if backend == "default" else backend):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fill new tensors of PyTorch's with NaN and huge indices, so that reading them shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warned)

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""merge, merge_wavg and unmerge: values and gradients, on every backend, dtype and layout."""
+
+import functools
+
+import brute_force
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tokenops
+from tokenops import TokenMap
+from tokenops.testing import (
+    LAYOUTS,
+    as_layout,
+    assert_same_bits,
+    assert_within_error_budget,
+    random_token_map,
+    random_tokens,
+    stride_zero,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("sum", "mean", "amax", "amin", "prod")
+
+
+def acc(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- one table of everything there is, on tokenops and by brute force ----
+
+
+class Operation:
+    """A call, the same one by brute force, and the names of its floating-point inputs."""
+
+    def __init__(self, call, brute, *inputs):
+        self.call, self.brute, self.inputs = call, brute, inputs
+
+
+def weighted(reduce):
+    return Operation(
+        lambda m, x, weight: (tokenops.merge(x, m, reduce=reduce, weight=weight),),
+        lambda a, n, x, weight: (brute_force.merge(x, a, n, reduce, weight),),
+        "x",
+        "weight",
+    )
+
+
+def plain(reduce):
+    return Operation(
+        lambda m, x: (tokenops.merge(x, m, reduce=reduce),),
+        lambda a, n, x: (brute_force.merge(x, a, n, reduce),),
+        "x",
+    )
+
+
+OPERATIONS = {
+    **{reduce: plain(reduce) for reduce in REDUCTIONS},
+    **{f"{reduce}-weight": weighted(reduce) for reduce in REDUCTIONS},
+    "wavg": Operation(
+        lambda m, x: tokenops.merge_wavg(x, m),
+        lambda a, n, x: brute_force.merge_wavg(x, a, n),
+        "x",
+    ),
+    "wavg-size": Operation(
+        lambda m, x, size: tokenops.merge_wavg(x, m, size),
+        lambda a, n, x, size: brute_force.merge_wavg(x, a, n, size),
+        "x",
+        "size",
+    ),
+    "wavg-size-weight": Operation(
+        lambda m, x, size, weight: tokenops.merge_wavg(x, m, size, weight=weight),
+        lambda a, n, x, size, weight: brute_force.merge_wavg(x, a, n, size, weight),
+        "x",
+        "size",
+        "weight",
+    ),
+    "unmerge": Operation(
+        lambda m, y: (tokenops.unmerge(y, m),),
+        lambda a, n, y: (brute_force.unmerge(y, a),),
+        "y",
+    ),
+    "unmerge-residual": Operation(
+        lambda m, y, residual: (tokenops.unmerge(y, m, residual=residual),),
+        lambda a, n, y, residual: (brute_force.unmerge(y, a, residual),),
+        "y",
+        "residual",
+    ),
+}
+
+
+def make_inputs(operation, token_map, channels, dtype, device, layout="contiguous", seed=0):
+    """Values by the names of an operation; sizes and weights are positive, of the type of sums."""
+    batch, tokens = token_map.assign.shape
+    rows = {"x": tokens, "residual": tokens, "y": token_map.num_tokens}
+    inputs = {}
+    for i, name in enumerate(operation.inputs):
+        if name in rows:
+            value = random_tokens(batch, rows[name], channels, dtype=dtype, seed=seed + i)
+        else:
+            value = random_tokens(batch, tokens, 1, dtype=acc(dtype), seed=seed + i).abs() + 0.5
+        inputs[name] = as_layout(value.to(device), layout)
+    return inputs
+
+
+def values_and_gradients(call, inputs, cotangents=None):
+    """Outputs, and gradients of all inputs for random (or the given) gradients of the outputs."""
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    outputs = call(**leaves)
+    if cotangents is None:
+        cotangents = [
+            random_tokens(*out.shape, dtype=out.dtype, device=out.device, seed=70 + i)
+            for i, out in enumerate(outputs)
+        ]
+    # Sizes that count tokens depend on nothing.
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    gradients = torch.autograd.grad(
+        [o for o, _ in pairs], list(leaves.values()), [c for _, c in pairs], materialize_grads=True
+    )
+    return [o.detach() for o in outputs], list(gradients), cotangents
+
+
+def check(operation, token_map, inputs, layout="contiguous"):
+    """Compare with the reference and with brute force, by their errors."""
+    call = functools.partial(operation.call, token_map)
+    with tokenops.use_backend("reference"):
+        reference, reference_gradients, cotangents = values_and_gradients(call, inputs)
+    cotangents = [as_layout(c, layout) for c in cotangents]
+    outputs, gradients, _ = values_and_gradients(call, inputs, cotangents)
+    truth, true_gradients, _ = values_and_gradients(
+        functools.partial(operation.brute, token_map.assign, token_map.num_tokens),
+        {name: value.double() for name, value in inputs.items()},
+        [c.double() for c in cotangents],
+    )
+    # Gradients of sizes and weights are sums over channels, with terms of either sign.
+    names = list(inputs)
+    terms = max(1, inputs[names[0]].shape[2])
+    for i, values in enumerate(zip(outputs, reference, truth, strict=True)):
+        assert_within_error_budget(*values, name=f"output {i}")
+    for i, values in enumerate(zip(gradients, reference_gradients, true_gradients, strict=True)):
+        largest = values[2].abs().max().item() if values[2].numel() else 0.0
+        magnitude = largest * (terms if names[i] in ("size", "weight") else 1)
+        assert_within_error_budget(*values, magnitude=magnitude, name=f"gradient of {names[i]}")
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_values_and_gradients(name, dtype, layout, backend, device):
+    operation = OPERATIONS[name]
+    token_map = random_token_map(3, 13, 6, dropped=0.15, device=device, seed=1)
+    inputs = make_inputs(operation, token_map, 21, dtype, device, layout)
+    if layout == "expanded":  # one number per image and token still differs between tokens
+        assert all(value.stride(0) == 0 for value in inputs.values())
+    check(operation, token_map, inputs, "contiguous" if layout == "expanded" else layout)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("channels", [1, 8, 64, 200])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_widths(name, channels, backend, device):
+    operation = OPERATIONS[name]
+    token_map = random_token_map(2, 40, 9, device=device, seed=2)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(operation, token_map, make_inputs(operation, token_map, channels, dtype, device))
+
+
+@given(
+    name=st.sampled_from(sorted(OPERATIONS)),
+    batch=st.integers(0, 3),
+    tokens=st.integers(0, 40),
+    outputs=st.integers(0, 20),
+    channels=st.integers(1, 35),
+    dropped=st.sampled_from([0.0, 0.3, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from([x for x in LAYOUTS if x != "expanded"]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(backend, name, batch, tokens, outputs, channels, dropped, dtype, layout, seed):
+    operation = OPERATIONS[name]
+    token_map = random_token_map(batch, tokens, outputs, dropped=dropped, seed=seed)
+    inputs = make_inputs(operation, token_map, channels, dtype, "cpu", layout, seed)
+    check(operation, token_map, inputs, layout)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 4), (2, 0, 0, 4), (2, 0, 3, 4), (2, 5, 3, 0)], ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_empty(name, shape, backend, device):
+    batch, tokens, outputs, channels = shape
+    operation = OPERATIONS[name]
+    token_map = random_token_map(batch, tokens, outputs, device=device)
+    inputs = make_inputs(operation, token_map, channels, torch.float32, device)
+    check(operation, token_map, inputs)
+    call = functools.partial(operation.call, token_map)
+    outputs, gradients, _ = values_and_gradients(call, inputs)
+    assert all(not o.isnan().any() for o in (*outputs, *gradients))
+
+
+# ---- the reference against brute force, to the last digits of float64 ----
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_reference_is_the_formula(name, device):
+    operation = OPERATIONS[name]
+    token_map = random_token_map(3, 30, 11, dropped=0.1, device=device, seed=3)
+    inputs = make_inputs(operation, token_map, 5, torch.float64, device)
+    with tokenops.use_backend("reference"):
+        got = values_and_gradients(functools.partial(operation.call, token_map), inputs)
+    brute = functools.partial(operation.brute, token_map.assign, token_map.num_tokens)
+    expected = values_and_gradients(brute, inputs, got[2])
+    for a, b in zip((*got[0], *got[1]), (*expected[0], *expected[1]), strict=True):
+        # Sizes are float32 by promise unless they came in float64.
+        torch.testing.assert_close(a.double(), b, rtol=1e-12, atol=1e-12)
+
+
+# ---- derivatives of any order ----
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradcheck(name, backend):
+    operation = OPERATIONS[name]
+    token_map = random_token_map(2, 6, 3, dropped=0.2, seed=4)
+    inputs = make_inputs(operation, token_map, 2, torch.float64, "cpu")
+    leaves = tuple(value.requires_grad_() for value in inputs.values())
+
+    def call(*values):
+        return operation.call(token_map, *values)
+
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_prod_has_derivatives_at_zeros(backend):
+    token_map = TokenMap.from_assign(torch.tensor([[0, 0, 1, 1, 1, 2, -1]]), 3)
+    x = random_tokens(1, 7, 2, dtype=torch.float64)
+    x[0, 0, 0] = x[0, 2, 0] = x[0, 3, 0] = x[0, 5, :] = 0
+    call = functools.partial(tokenops.merge, token_map=token_map, reduce="prod")
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(call, (x,))
+    if backend == "reference":  # PyTorch's own derivatives end here, and say so
+        with pytest.raises(RuntimeError, match="Double backward is unsupported"):
+            torch.autograd.gradgradcheck(call, (x,))
+    else:
+        assert torch.autograd.gradgradcheck(call, (x,))
+    (gradient,) = torch.autograd.grad(call(x).sum(), x)
+    assert gradient[0, 0, 0] == x[0, 1, 0]
+    assert gradient[0, 2, 0] == 0  # another zero is left
+    assert gradient[0, 5, 0] == 1
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_stride_zero_gradients(name, backend, device):
+    operation = OPERATIONS[name]
+    token_map = random_token_map(2, 11, 5, dropped=0.1, device=device, seed=5)
+    inputs = make_inputs(operation, token_map, 19, torch.float32, device)
+    call = functools.partial(operation.call, token_map)
+    outputs, _, _ = values_and_gradients(call, inputs)
+    expanded = [stride_zero(o, 0.5) for o in outputs]
+    dense = [e.contiguous() for e in expanded]
+    _, got, _ = values_and_gradients(call, inputs, expanded)
+    _, expected, _ = values_and_gradients(call, inputs, dense)
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_only_wanted_gradients(name, backend):
+    """Each input alone may ask for a gradient, and gets the one it has among all."""
+    operation = OPERATIONS[name]
+    token_map = random_token_map(2, 9, 4, seed=6)
+    inputs = make_inputs(operation, token_map, 5, torch.float32, "cpu")
+    _, together, _ = values_and_gradients(functools.partial(operation.call, token_map), inputs)
+    for i, wanted in enumerate(inputs):
+        rest = {name: value for name, value in inputs.items() if name != wanted}
+        call = functools.partial(operation.call, token_map, **rest)
+        _, alone, _ = values_and_gradients(call, {wanted: inputs[wanted]})
+        assert_same_bits(alone[0], together[i])
+
+
+@pytest.mark.parametrize("reduce", ["amax", "amin"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_share_the_gradient(reduce, dtype, backend, device):
+    token_map = TokenMap.from_assign(torch.tensor([[0, 0, 0, 0, 1, 1]], device=device), 2)
+    x = torch.tensor([[[1.0], [2.0], [2.0], [1.0], [3.0], [3.0]]], dtype=dtype, device=device)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(tokenops.merge(x, token_map, reduce=reduce).sum(), x)
+    chosen = [0, 0.5, 0.5, 0, 0.5, 0.5] if reduce == "amax" else [0.5, 0, 0, 0.5, 0.5, 0.5]
+    assert gradient.flatten().tolist() == chosen
+
+
+# ---- special values ----
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_nan_stays_in_its_group(reduce, backend, device):
+    token_map = TokenMap.from_assign(torch.tensor([[0, 1, 0, 1, 2]], device=device), 3)
+    x = random_tokens(1, 5, 37, device=device)
+    clean = tokenops.merge(x, token_map, reduce=reduce)
+    for member in (0, 2):
+        dirty = x.clone()
+        dirty[0, member] = torch.nan
+        out = tokenops.merge(dirty, token_map, reduce=reduce)
+        assert out[0, 0].isnan().all()
+        assert_same_bits(out[:, 1:], clean[:, 1:])
+        spread = tokenops.unmerge(out, token_map)
+        assert spread.isnan().any(2).tolist() == [[True, False, True, False, False]]
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("reduce", ["amax", "amin"])
+def test_infinities_and_signed_extremes(reduce, backend, device):
+    token_map = TokenMap.from_assign(torch.tensor([[0, 0, 1, 1, 2]], device=device), 4)
+    inf = torch.inf
+    column = torch.tensor([inf, -1.0, -inf, -inf, -2.0], device=device)
+    x = column[None, :, None].expand(1, 5, 18).contiguous()
+    out = tokenops.merge(x, token_map, reduce=reduce)[0, :, 0].tolist()
+    assert out == ([inf, -inf, -2.0, 0.0] if reduce == "amax" else [-1.0, -inf, -2.0, 0.0])
+
+
+def test_half_overflows_only_at_the_end(backend, device):
+    """Half inputs accumulate in float32: large terms that cancel are no infinity."""
+    token_map = TokenMap.from_assign(torch.zeros(1, 3, dtype=torch.int64, device=device), 1)
+    x = torch.tensor([[[60000.0], [60000.0], [-60000.0]]], dtype=torch.float16, device=device)
+    assert tokenops.merge(x, token_map, reduce="sum").item() == 60000
+    assert tokenops.merge(x[:, :2], TokenMap.from_assign(token_map.assign[:, :2], 1)) == 60000
+    assert tokenops.merge(x.abs(), token_map, reduce="sum").item() == torch.inf
+
+
+def test_sizes_count_exactly(backend, device):
+    """In bfloat16, ToMe's sizes stop growing at 256."""
+    token_map = TokenMap.from_assign(torch.zeros(1, 1000, dtype=torch.int64, device=device), 1)
+    x = torch.ones(1, 1000, 2, dtype=torch.bfloat16, device=device)
+    out, size = tokenops.merge_wavg(x, token_map)
+    assert size.dtype == torch.float32
+    assert size.flatten().tolist() == [1000]
+    assert out.flatten().tolist() == [1, 1]
+    again, total = tokenops.merge_wavg(out, TokenMap.identity(1, 1, device), size)
+    assert total.flatten().tolist() == [1000]
+    assert_same_bits(again, out)
+
+
+def test_types_of_sizes(backend):
+    """float32, and float64 where both the tokens and the sizes are."""
+    token_map = random_token_map(1, 4, 2)
+    x, size = torch.ones(1, 4, 2), torch.ones(1, 4, 1)
+    for wide, given_size, expected in (
+        (x, None, torch.float32),
+        (x.double(), None, torch.float32),
+        (x, size.double(), torch.float32),
+        (x.double(), size, torch.float32),
+        (x.double(), size.double(), torch.float64),
+        (x.bfloat16(), size.bfloat16(), torch.float32),
+    ):
+        out, total = tokenops.merge_wavg(wide, token_map, given_size)
+        assert (out.dtype, total.dtype) == (wide.dtype, expected)
+
+
+def test_residual_of_another_dtype(backend):
+    """The result has the wider dtype, as a sum would have."""
+    token_map = random_token_map(2, 9, 4)
+    y, residual = random_tokens(2, 4, 5), random_tokens(2, 9, 5, seed=1)
+    for dtypes in ((torch.float32, torch.bfloat16), (torch.float16, torch.float64)):
+        a, b = y.to(dtypes[0]), residual.to(dtypes[1])
+        out = tokenops.unmerge(a, token_map, residual=b)
+        assert_same_bits(out, tokenops.unmerge(a, token_map) + b)
+
+
+def test_weightless_groups_are_zero(backend, device):
+    token_map = TokenMap.from_assign(torch.tensor([[0, 0, 1]], device=device), 3)
+    x = random_tokens(1, 3, 4, device=device).requires_grad_()
+    size = torch.tensor([[0.0, 0.0, 2.0]], device=device, requires_grad=True)
+    out, total = tokenops.merge_wavg(x, token_map, size)
+    mean = tokenops.merge(x, token_map, weight=size)
+    for result in (out, mean):
+        assert (result[0, 0] == 0).all()
+        assert (result[0, 2] == 0).all()
+        torch.testing.assert_close(result[0, 1], x[0, 2])
+    assert total.flatten().tolist() == [0, 2, 0]
+    gradients = torch.autograd.grad(out.sum() + mean.sum(), (x, size))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+# ---- arguments ----
+
+
+def test_weight_and_size_come_with_or_without_a_last_dimension(backend):
+    token_map = random_token_map(2, 9, 4, seed=7)
+    x, weight = random_tokens(2, 9, 5), random_tokens(2, 9, 1, seed=1).abs()
+    for call in (
+        lambda w: tokenops.merge(x, token_map, weight=w),
+        lambda w: tokenops.merge_wavg(x, token_map, w)[0],
+        lambda w: tokenops.merge_wavg(x, token_map, None, weight=w)[0],
+    ):
+        assert_same_bits(call(weight), call(weight[..., 0]))
+        assert call(weight.bfloat16()).dtype == x.dtype
+
+
+def test_methods_are_the_functions(backend):
+    token_map = random_token_map(2, 9, 4, seed=8)
+    x, size, y = random_tokens(2, 9, 5), torch.rand(2, 9), random_tokens(2, 4, 5)
+    assert_same_bits(
+        token_map.merge(x, reduce="amax", weight=size),
+        tokenops.merge(x, token_map, reduce="amax", weight=size),
+    )
+    for a, b in zip(
+        token_map.merge_wavg(x, size, weight=size),
+        tokenops.merge_wavg(x, token_map, size, weight=size),
+        strict=True,
+    ):
+        assert_same_bits(a, b)
+    assert_same_bits(token_map.unmerge(y, residual=x), tokenops.unmerge(y, token_map, residual=x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_keeps_the_dtype(dtype, backend):
+    token_map = random_token_map(2, 9, 4, seed=9)
+    x = random_tokens(2, 9, 5, dtype=dtype)
+    weight = torch.rand(2, 9)
+    plainly = [
+        tokenops.merge(x, token_map, weight=weight),
+        tokenops.merge(x, token_map, reduce="prod"),
+        *tokenops.merge_wavg(x, token_map, weight),
+        tokenops.unmerge(x[:, :4], token_map, residual=x),
+    ]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = [
+            tokenops.merge(x, token_map, weight=weight),
+            tokenops.merge(x, token_map, reduce="prod"),
+            *tokenops.merge_wavg(x, token_map, weight),
+            tokenops.unmerge(x[:, :4], token_map, residual=x),
+        ]
+    for a, b in zip(cast, plainly, strict=True):
+        assert_same_bits(a, b)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What operators owe to PyTorch: schema, shapes, autograd, vmap, for all kinds of arguments."""
+
+import itertools
+
+import pytest
+import torch
+from torch.func import grad, jacrev, jvp, vmap
+from torch.library import opcheck
+
+import tokenops
+from tokenops import TokenMap, _library
+from tokenops.testing import random_token_map, random_tokens
+
+ops = torch.ops.tokenops
+
+B, N, M, C = 2, 7, 4, 3
+MAP = random_token_map(B, N, M, dropped=0.2, seed=1)
+INDEX = (MAP.assign, MAP.offsets, MAP.members)
+
+
+def rows(tokens, dtype=torch.float32, wants_gradient=True, seed=0):
+    return random_tokens(B, tokens, C, dtype=dtype, seed=seed).requires_grad_(wants_gradient)
+
+
+def numbers(tokens, seed=5):
+    return random_tokens(B, tokens, 1, seed=seed)[..., 0].contiguous().requires_grad_()
+
+
+def kinds_of_arguments():
+    """Operator, arguments and a name for each kind of call."""
+    yield ops.invert, (MAP.assign, M), "invert"
+    for dtype, wants in ((torch.float32, True), (torch.bfloat16, True), (torch.float64, False)):
+        for reduce in ("sum", "mean", "amax", "amin", "prod"):
+            yield (
+                ops.merge,
+                (rows(N, dtype, wants), *INDEX, None, None, reduce),
+                f"{reduce}-{dtype}",
+            )
+    for weight, scale in ((numbers(N), None), (None, numbers(M)), (numbers(N), numbers(M))):
+        kind = f"{weight is not None}-{scale is not None}"
+        yield ops.merge, (rows(N), *INDEX, weight, scale, "sum"), f"merge-{kind}"
+        for residual in (None, rows(N, seed=2)):
+            arguments = rows(M), *INDEX, weight, scale, residual, False
+            yield ops.unmerge, arguments, f"unmerge-{kind}-{residual is not None}"
+    yield ops.unmerge, (rows(M), *INDEX, None, None, None, True), "unmerge-mean"
+    yield ops.unmerge, (rows(M, torch.float16), *INDEX, None, None, None, False), "unmerge-half"
+    yield ops.pair_dot, (rows(N), rows(M, seed=2), *INDEX), "pair_dot"
+    yield ops.merge_wavg, (rows(N), *INDEX, None), "wavg"
+    yield ops.merge_wavg, (rows(N), *INDEX, numbers(N).detach().abs().requires_grad_()), "wavg-size"
+    for reduce in ("amax", "amin", "prod"):
+        x = rows(N, wants_gradient=False)
+        out = ops.merge(x, *INDEX, None, None, reduce)
+        arguments = rows(M, wants_gradient=False, seed=3), x, out, *INDEX, reduce
+        yield ops.merge_select_backward, arguments, f"select-{reduce}"
+
+    mask = torch.tensor([[True, False, True, True, True, False, True]] * B)
+    for similarity in ("cosine", "dot"):
+        arguments = rows(N), rows(N, seed=2), None, None, similarity
+        yield ops.nearest, arguments, f"nearest-{similarity}"
+    yield ops.nearest, (rows(N), rows(N, seed=2), mask, ~mask, "cosine"), "nearest-masks"
+    heads = random_tokens(B, 2, N, C, dtype=torch.bfloat16, layout="packed").requires_grad_()
+    yield ops.nearest, (heads, heads, None, None, "cosine"), "nearest-heads"
+
+    plain_rows = rows(N, wants_gradient=False)
+
+    def matching(
+        metric=plain_rows, prefix=0, protected=None, split=(None, None, 2),
+        threshold=None, order="position", similarity="cosine",
+    ):  # fmt: skip
+        return metric, 2, prefix, protected, *split, threshold, order, similarity
+
+    given_split = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5]), 1
+    each = tuple(i.expand(B, -1).contiguous() for i in given_split[:2])
+    yield ops.match, matching(), "match"
+    yield ops.match, matching(heads.detach(), order="tome", similarity="dot"), "match-heads"
+    yield ops.match, matching(prefix=1, threshold=0.1), "match-threshold"
+    yield ops.match, matching(protected=~mask[0], order="tome"), "match-protected"
+    yield ops.match, matching(protected=~mask, threshold=0.0), "match-protected-each"
+    yield ops.match, matching(split=given_split), "match-split"
+    yield ops.match, matching(split=(*each, 1)), "match-split-each"
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [pytest.param(op, args, id=name) for op, args, name in kinds_of_arguments()],
+)
+def test_opcheck(operator, arguments):
+    opcheck(operator.default, arguments)
+
+
+def test_every_operator_is_checked():
+    checked = {
+        op.default.name().partition("::")[2].partition(".")[0] for op, *_ in kinds_of_arguments()
+    }
+    assert checked == set(_library.defined)
+
+
+def test_public_operators_are_functions():
+    for name in _library.operators:
+        assert callable(getattr(tokenops, name))
+        assert name in tokenops.__all__
+
+
+# ---- vmap ----
+
+IMAGES = 3
+
+
+def stack_of_maps():
+    maps = [random_token_map(B, N, M, dropped=0.2, seed=i) for i in range(IMAGES)]
+    fields = zip(*((m.assign, m.offsets, m.members) for m in maps), strict=True)
+    return TokenMap(*map(torch.stack, fields))
+
+
+def loop(function, in_dims, *arguments):
+    """What vmap promises, by a loop."""
+    results = []
+    for i in range(IMAGES):
+        taken = []
+        for argument, dim in zip(arguments, in_dims, strict=True):
+            if isinstance(argument, TokenMap) and dim is not None:
+                fields = argument.assign, argument.offsets, argument.members
+                taken.append(TokenMap(*(f.select(dim, i) for f in fields)))
+            else:
+                taken.append(argument if dim is None else argument.select(dim, i))
+        results.append(function(*taken))
+    if isinstance(results[0], tuple):
+        return tuple(torch.stack(r) for r in zip(*results, strict=True))
+    return torch.stack(results)
+
+
+def check_vmap(function, in_dims, *arguments):
+    got = vmap(function, in_dims=in_dims)(*arguments)
+    torch.testing.assert_close(got, loop(function, in_dims, *arguments), rtol=0, atol=0)
+
+
+X_DIMS = {0: (IMAGES, B, N, C), 2: (B, N, IMAGES, C), None: (B, N, C)}
+
+
+@pytest.mark.parametrize(
+    ("x_dim", "map_dim"),
+    [pair for pair in itertools.product(X_DIMS, (0, None)) if any(d is not None for d in pair)],
+)
+def test_vmap_of_merging(x_dim, map_dim, backend):
+    x = torch.randn(X_DIMS[x_dim], generator=torch.Generator().manual_seed(0))
+    token_map = MAP if map_dim is None else stack_of_maps()
+    in_dims = x_dim, map_dim
+    for reduce in ("sum", "mean", "amax", "amin", "prod"):
+        check_vmap(lambda x, m, r=reduce: m.merge(x, reduce=r), in_dims, x, token_map)
+    check_vmap(lambda x, m: m.merge(x, weight=x[..., 0]), in_dims, x, token_map)
+    check_vmap(lambda x, m: m.merge_wavg(x, x[..., :1].abs()), in_dims, x, token_map)
+    check_vmap(lambda x, m: m.unmerge(x[:, :M], residual=x), in_dims, x, token_map)
+    check_vmap(lambda x, m: m.source_matrix() @ x, in_dims, x, token_map)
+
+
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0), (1, None)], ids=str)
+def test_vmap_of_matching(dims, backend):
+    metric = torch.randn((IMAGES, B, 12, 4), generator=torch.Generator().manual_seed(1))
+    protected = torch.rand((IMAGES, B, 12), generator=torch.Generator().manual_seed(2)) < 0.2
+    metric = metric[0] if dims[0] is None else metric.movedim(0, dims[0])
+
+    def fields(token_map):
+        return token_map.assign, token_map.offsets, token_map.members
+
+    for mask in (protected, protected[:, 0]):  # [B, N] or [N] in each call
+        mask = mask[0] if dims[1] is None else mask
+        check_vmap(lambda x, p: fields(tokenops.match(x, 2, protected=p)), dims, metric, mask)
+    other = metric.flip(0, -1) if dims[1] is None else metric.flip(-1)
+    if dims[1] is None and dims[0] is not None:
+        other = other.select(dims[0], 0)
+    elif dims[0] is None:
+        other = torch.stack([other] * IMAGES)
+    check_vmap(tokenops.nearest, dims, metric, other)
+
+
+def test_vmap_of_splits(backend):
+    metric = random_tokens(B, 12, 4)
+    sources = torch.stack([torch.arange(i, i + 5) for i in range(IMAGES)])
+    destinations = torch.tensor([9, 10, 11])
+    check_vmap(
+        lambda s, d: tokenops.match(metric, 2, split=(s, d)).assign,
+        (0, None),
+        sources,
+        destinations,
+    )
+    labels = torch.stack([torch.arange(12).expand(B, -1) % i for i in (2, 3, 4)])
+    check_vmap(lambda a: TokenMap.from_assign(a, 4).members, (0,), labels)
+
+
+def test_vmap_returns_token_maps(backend):
+    metrics = random_tokens(IMAGES * B, 12, 4).view(IMAGES, B, 12, 4)
+    token_maps = vmap(lambda m: tokenops.match(m, 3))(metrics)
+    assert isinstance(token_maps, TokenMap)
+    assert token_maps.assign.shape == (IMAGES, B, 12)
+    assert token_maps.counts is None
+    counted = vmap(lambda m: tokenops.match(m, 3, threshold=0.3))(metrics)
+    assert counted.counts.shape == (IMAGES, B)
+
+
+# ---- derivatives by transforms ----
+
+
+def loss(x, metric):
+    """A bit of everything that has a gradient."""
+    token_map = tokenops.match(metric, 2)
+    y, size = token_map.merge_wavg(x, x[..., :1].exp())
+    score, _ = tokenops.nearest(x, metric)
+    total = token_map.unmerge(y, residual=x).pow(2).sum() + (size * y).sum() + score.sum()
+    return total + sum(token_map.merge(x, reduce=r).pow(2).sum() for r in ("mean", "amax"))
+
+
+def test_batched_gradients():
+    """``torch.autograd.grad(is_grads_batched=True)`` maps over the backward formulas."""
+    for reduce in ("sum", "mean", "amax", "prod"):
+        x = rows(N)
+        out = MAP.merge(x, reduce=reduce)
+        directions = torch.eye(out.numel()).view(-1, *out.shape)
+        (batched,) = torch.autograd.grad(
+            out, x, directions, retain_graph=True, is_grads_batched=True
+        )
+        singly = [torch.autograd.grad(out, x, d, retain_graph=True)[0] for d in directions]
+        torch.testing.assert_close(batched, torch.stack(singly))
+
+
+def test_transforms_that_differentiate():
+    """torch.func.grad and its kin know no registered operators; the reference serves them."""
+    metric = random_tokens(B, N, C, seed=7)
+    xs = torch.stack([random_tokens(B, N, C, seed=i) for i in range(IMAGES)])
+    expected = []
+    for x in xs:
+        leaf = x.clone().requires_grad_()
+        expected += torch.autograd.grad(loss(leaf, metric), leaf)
+    gradient = grad(loss)(xs[0], metric)
+    torch.testing.assert_close(gradient, expected[0])
+    together = vmap(grad(loss), in_dims=(0, None))(xs, metric)
+    torch.testing.assert_close(together, torch.stack(expected))
+    of_sum = grad(lambda xs: vmap(loss, in_dims=(0, None))(xs, metric).sum())(xs)
+    torch.testing.assert_close(of_sum, together)
+    _, forward = jvp(lambda x: loss(x, metric), (xs[0],), (xs[1],))
+    torch.testing.assert_close(forward, (gradient * xs[1]).sum(), rtol=1e-4, atol=1e-4)
+    jacobian = jacrev(lambda x: MAP.merge(x, reduce="mean"))(xs[0])
+    assert jacobian.shape == (B, M, C, B, N, C)
+
+
+def test_transforms_refuse_a_backend_that_cannot_serve_them(backend):
+    x = random_tokens(B, N, C)
+    if backend == "native":
+        message = r"merge: backend 'native' was chosen but cannot serve it: .*torch\.func\.grad"
+        with pytest.raises(NotImplementedError, match=message):
+            grad(lambda x: MAP.merge(x).sum())(x)
+        assert vmap(MAP.merge)(x[None]).shape == (1, B, M, C)
+    else:
+        assert grad(lambda x: MAP.merge(x).sum())(x).shape == x.shape

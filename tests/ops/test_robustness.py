@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Same bits always; no memory read before it is written; no index followed out of bounds."""
+
+import math
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tokenops
+from tokenops import TokenMap
+from tokenops.testing import (
+    assert_same_bits,
+    assert_valid_token_map,
+    exact_metric,
+    random_token_map,
+    random_tokens,
+)
+
+# ---- the same bits ----
+
+
+def everything(dtype, device="cpu"):
+    """Results and gradients of all operators, on inputs large enough for several threads."""
+    metric = random_tokens(3, 4, 701, 48, dtype=dtype, device=device, layout="packed")
+    x = random_tokens(3, 701, 200, dtype=dtype, device=device, seed=1)
+    results = []
+    for options in (
+        {"num_prefix": 1},
+        {"split": tokenops.grid(25, 28, 2, 2), "num_prefix": 1, "order": "tome"},
+        {"threshold": 0.1, "similarity": "dot"},
+    ):
+        token_map = tokenops.match(metric, 170, **options)
+        results += [token_map.assign, token_map.offsets, token_map.members]
+    token_map = random_token_map(3, 701, 300, dropped=0.05, device=device)
+    leaf = x.clone().requires_grad_()
+    size = (x[..., :1].float().abs() + 0.5).requires_grad_()
+    outputs = [token_map.merge(leaf, reduce=r) for r in ("sum", "mean", "amax", "amin", "prod")]
+    outputs += [*token_map.merge_wavg(leaf, size), token_map.merge(leaf, weight=size)]
+    outputs += [token_map.unmerge(outputs[0], residual=leaf)]
+    outputs += [tokenops.nearest(leaf, leaf.flip(1))[0]]
+    cotangents = [
+        torch.linspace(-1, 1, o.numel(), device=device).view(o.shape).to(o.dtype) for o in outputs
+    ]
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        results += [
+            output,
+            *torch.autograd.grad(
+                output, (leaf, size), cotangent, retain_graph=True, allow_unused=True
+            ),
+        ]
+    return [r.detach() for r in results if r is not None]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_same_bits_for_any_number_of_threads(dtype, backend, threads):
+    threads(1)
+    expected = everything(dtype)
+    for number in (2, 3, 7):
+        threads(number)
+        for i, (a, b) in enumerate(zip(everything(dtype), expected, strict=True)):
+            assert_same_bits(a, b, name=f"result {i} with {number} threads")
+
+
+def test_same_bits_from_run_to_run(backend, device):
+    first, second = everything(torch.float32, device), everything(torch.float32, device)
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert_same_bits(a, b, name=f"result {i}")
+
+
+def test_inputs_are_left_alone(backend):
+    metric, x, y = random_tokens(2, 30, 8), random_tokens(2, 30, 5), random_tokens(2, 22, 5)
+    size, protected = torch.rand(2, 30), torch.rand(2, 30) < 0.1
+    inputs = [metric, x, y, size, protected]
+    copies = [t.clone() for t in inputs]
+    token_map = tokenops.match(metric, 8, protected=protected, order="tome")
+    fields = [token_map.assign, token_map.offsets, token_map.members]
+    copies += [t.clone() for t in fields]
+    for reduce in ("sum", "mean", "amax", "amin", "prod"):
+        token_map.merge(x, reduce=reduce, weight=size)
+    token_map.merge_wavg(x, size)
+    token_map.unmerge(y, residual=x)
+    tokenops.nearest(metric, metric, a_mask=protected, b_mask=protected)
+    for after, before in zip([*inputs, *fields], copies, strict=True):
+        assert_same_bits(after, before)
+
+
+def test_results_are_new_memory(backend):
+    """Also where nothing changes, so that writing into a result changes no input."""
+    x = random_tokens(2, 6, 3)
+    token_map = tokenops.match(x, 0)
+    for out in (token_map.merge(x), token_map.merge_wavg(x)[0], token_map.unmerge(x)):
+        assert out.data_ptr() != x.data_ptr()
+
+
+# ---- poison ----
+
+
+def test_unwritten_memory_is_poisoned():
+    """The fixture that all other tests rely on."""
+    assert torch.empty(100).isnan().all()
+    assert (torch.empty(100, dtype=torch.int32) == 2**31 - 1).all()
+    if platform.libc_ver()[0] != "glibc":
+        return
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        for number in (100, 10_000):
+            assert (torch.empty(number) > 3e38).all()
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+# ---- indices that nobody checked ----
+
+GARBAGE = """
+import itertools, sys, torch, tokenops
+from tokenops import TokenMap
+
+tokenops.use_backend(sys.argv[1])
+generator = torch.Generator().manual_seed(0)
+ops = torch.ops.tokenops
+BATCH, TOKENS, OUTPUTS = 2, 13, 6
+
+def garbage(*shape):
+    edges = torch.tensor([-(2**31), -(2**30), -2, -1, 0, 1, 5, 6, 7, 12, 13, 14, 2**30, 2**31 - 1])
+    return edges[torch.randint(0, len(edges), shape, generator=generator)].int()
+
+def attempt(function):
+    try:
+        function()
+    except Exception:  # an error is as good as a wrong value
+        pass
+
+labels = torch.randint(-1, OUTPUTS, (BATCH, TOKENS), generator=generator)
+good = TokenMap.from_assign(labels, OUTPUTS)
+for _ in range(40):
+    fields = good.assign, good.offsets, good.members
+    bad = garbage(BATCH, TOKENS), garbage(BATCH, OUTPUTS + 1), garbage(BATCH, TOKENS)
+    for choice in itertools.product((0, 1), repeat=3):
+        token_map = TokenMap(*(pair[c] for pair, c in zip(zip(fields, bad), choice)))
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            x = torch.randn(BATCH, TOKENS, 19, generator=generator).to(dtype).requires_grad_()
+            y = torch.randn(BATCH, OUTPUTS, 19, generator=generator).to(dtype).requires_grad_()
+            size = torch.rand(BATCH, TOKENS, generator=generator, requires_grad=True)
+            for reduce in ("sum", "mean", "amax", "amin", "prod"):
+                attempt(lambda: token_map.merge(x, reduce=reduce).sum().backward())
+            attempt(lambda: token_map.merge(x, reduce="sum", weight=size).sum().backward())
+            attempt(lambda: token_map.merge_wavg(x, size)[0].sum().backward())
+            attempt(lambda: token_map.merge_wavg(x)[0].sum().backward())
+            attempt(lambda: token_map.unmerge(y, residual=x).sum().backward())
+            attempt(lambda: ops.unmerge(y, *fields, None, None, None, True).sum().backward())
+        attempt(lambda: token_map.compose(good))
+        attempt(lambda: good.compose(token_map))
+        attempt(lambda: token_map.key_mask())
+        attempt(lambda: token_map.source_matrix())
+    attempt(lambda: ops.invert(garbage(BATCH, TOKENS), OUTPUTS))
+    metric = torch.randn(BATCH, TOKENS, 8, generator=generator)
+    for order, threshold, prefix in itertools.product(("position", "tome"), (None, 0.0), (0, 2)):
+        for shape in ((5,), (BATCH, 5)):
+            split = garbage(*shape).long(), garbage(*shape).long()
+            for r in (0, 3, 5, 12, 13, 20):
+                rest = threshold, order, "cosine"
+                attempt(lambda: ops.match(metric, r, prefix, None, *split, 1, *rest))
+                attempt(lambda: ops.match(metric, r, prefix, None, None, None, 2, *rest))
+                attempt(lambda: ops.match(metric, r, 40, None, None, None, 2, *rest))
+                attempt(lambda: ops.match(metric, r, -3, None, None, None, 2, *rest))
+                attempt(lambda: ops.match(metric, r, 0, None, None, None, 0, *rest))
+                attempt(lambda: ops.match(metric, -1, 0, None, None, None, -2, *rest))
+print("survived")
+"""
+
+
+def test_garbage_indices_never_crash(backend):
+    run = subprocess.run([sys.executable, "-c", GARBAGE, backend], capture_output=True, text=True)
+    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stderr[-2000:]}"
+    assert run.stdout.strip() == "survived"
+
+
+@pytest.mark.isa
+def test_garbage_stays_where_it_is(backend):
+    """A wild label drops its token and does nothing to the others."""
+    token_map = random_token_map(1, 20, 6, seed=1)
+    x = random_tokens(1, 20, 9)
+    for wild in (-(2**31), -7, 6, 2**31 - 1):
+        assign = token_map.assign.clone()
+        assign[0, ::3] = wild
+        clean = TokenMap.from_assign(assign.masked_fill(assign == wild, -1), 6)
+        offsets, members = torch.ops.tokenops.invert(assign, 6)
+        assert_same_bits(offsets, clean.offsets)
+        assert_same_bits(members, clean.members)
+        dirty = TokenMap(assign, offsets, members)
+        for reduce in ("sum", "mean", "amax", "amin", "prod"):
+            assert_same_bits(dirty.merge(x, reduce=reduce), clean.merge(x, reduce=reduce))
+        assert_same_bits(dirty.merge_wavg(x)[0], clean.merge_wavg(x)[0])
+        y = clean.merge(x)
+        assert_same_bits(dirty.unmerge(y, residual=x), clean.unmerge(y, residual=x))
+
+
+# ---- extreme values and sizes ----
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e30, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_extreme_metrics_give_valid_maps(similarity, value, backend, device):
+    metric = exact_metric(2, 30, 16, seed=3, device=device)
+    metric[:, ::4] *= value
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for options in ({}, {"threshold": 0.0}, {"num_prefix": 2, "order": "tome"}):
+            token_map = tokenops.match(metric.to(dtype), 9, similarity=similarity, **options)
+            outputs = 30 if "threshold" in options else 21
+            assert_valid_token_map(token_map, num_tokens=outputs, partition=True)
+
+
+@pytest.mark.isa
+def test_offsets_beyond_32_bits(backend, tmp_path):
+    """Strides that reach past 2**31 elements, over a file with almost nothing in it."""
+    size = 2**31 + 64
+    memory = torch.from_file(str(tmp_path / "sparse"), True, size, dtype=torch.bfloat16)
+    far = memory.as_strided((1, 9, 8), (0, 2**28, 1))
+    near = random_tokens(1, 9, 8, dtype=torch.bfloat16)
+    far.copy_(near)
+    token_map = tokenops.match(far, 3)
+    assert_same_bits(token_map.assign, tokenops.match(near, 3).assign)
+    for reduce in ("sum", "mean", "amax", "amin", "prod"):
+        assert_same_bits(token_map.merge(far, reduce=reduce), token_map.merge(near, reduce=reduce))
+    assert_same_bits(token_map.merge_wavg(far)[0], token_map.merge_wavg(near)[0])
+    spread = token_map.unmerge(far[:, 3:], residual=far)
+    assert_same_bits(spread, token_map.unmerge(near[:, 3:], residual=near))

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile(fullgraph=True) and torch.export: one graph, the same results and gradients."""
+
+import pytest
+import torch
+from torch.export import Dim
+
+import tokenops
+from tokenops import TokenMap
+from tokenops.testing import random_tokens
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    # Graphs specialize on the poison of the other tests, and generated code writes all it reads.
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch._dynamo.reset()
+
+
+def layer(metric, x, size):
+    """A token merging layer: match, merge with sizes, work, and back."""
+    token_map = tokenops.match(metric, 5, num_prefix=1)
+    y, sizes = tokenops.merge_wavg(x, token_map, size)
+    y = torch.nn.functional.gelu(y) * sizes
+    return tokenops.unmerge(y, token_map, residual=x), sizes, token_map
+
+
+def tome_layer(metric, x, size):
+    token_map = tokenops.match(metric, metric.shape[1] // 4, order="tome")
+    y = token_map.merge(x, weight=size)
+    again = tokenops.match(y, 2, order="tome")
+    return again.merge(y, reduce="amax"), again.compose(token_map)
+
+
+def grid_layer(metric, x, size):
+    token_map = tokenops.match(metric, 9, split=tokenops.grid(4, 6, 2, 2), similarity="dot")
+    return token_map.unmerge(token_map.merge(x)) * size.mean()
+
+
+def ragged_layer(metric, x, size):
+    token_map = tokenops.match(metric, 9, threshold=0.1)
+    y, sizes = token_map.merge_wavg(x, size, weight=x[..., :1].exp())
+    return y * token_map.key_mask()[..., None], sizes, token_map.counts
+
+
+def reductions(metric, x, size):
+    token_map = tokenops.match(metric, 3, protected=metric[0, :, 0] > 1.5)
+    return [token_map.merge(x, reduce=r) for r in ("sum", "mean", "amax", "amin", "prod")]
+
+
+def pairs(metric, x, size):
+    score, index = tokenops.nearest(x, x.flip(1), a_mask=size > 0.2)
+    return torch.where(score.isfinite(), score, 0), index
+
+
+def clusters(metric, x, size):
+    labels = metric[..., :4].argmax(-1)
+    token_map = TokenMap.from_assign(labels, 4)
+    kept = TokenMap.identity(x.shape[0], 4).compose(token_map)
+    return kept.merge(x, weight=size), kept.source_matrix()
+
+
+FUNCTIONS = (layer, tome_layer, grid_layer, ragged_layer, reductions, pairs, clusters)
+
+
+def make_inputs(batch=2, tokens=24, channels=6, seed=0):
+    metric = random_tokens(batch, tokens, 8, seed=seed)
+    x = random_tokens(batch, tokens, channels, seed=seed + 1).requires_grad_()
+    size = (random_tokens(batch, tokens, 1, seed=seed + 2)[..., 0].abs() + 0.1).requires_grad_()
+    return metric, x, size
+
+
+def outputs_and_gradients(function, inputs):
+    """All results as a flat list, and the gradients of a sum of all of them."""
+    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+    outputs = torch.utils._pytree.tree_leaves(function(*leaves))
+    total = sum(
+        (o * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum()
+        for o in outputs
+        if o.requires_grad
+    )
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return [o.detach() for o in outputs], torch.autograd.grad(total, wanted, materialize_grads=True)
+
+
+def check(compiled, function, inputs, **tolerance):
+    got, expected = (outputs_and_gradients(f, inputs) for f in (compiled, function))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_compile(function, backend):
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+    check(compiled, function, make_inputs())
+
+
+@pytest.mark.parametrize(
+    "function", [layer, tome_layer, ragged_layer, clusters], ids=lambda f: f.__name__
+)
+def test_compile_with_dynamic_shapes(function):
+    """One graph for all sizes."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, tokens, channels in ((2, 24, 6), (3, 31, 5), (4, 40, 9)):
+            check(compiled, function, make_inputs(batch, tokens, channels))
+
+
+def test_compile_with_dynamic_shapes_of_the_reference():
+    with tokenops.use_backend("reference"):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+        for batch, tokens in ((2, 24), (3, 31)):
+            check(compiled, layer, make_inputs(batch, tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("function", "dynamic"), [(layer, False), (tome_layer, True)])
+def test_inductor(function, dynamic):
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    for tokens in (24, 31) if dynamic else (24,):
+        check(compiled, function, make_inputs(tokens=tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_choosing_a_backend_compiles_again():
+    """A compiled function follows the choice, whichever way it goes."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    def function(x):
+        return tokenops.match(x, 2).merge(x)
+
+    compiled = torch.compile(function, fullgraph=True, backend=record)
+    x = random_tokens(2, 8, 4)
+    expected = function(x)
+    torch.testing.assert_close(compiled(x), expected)
+    with tokenops.use_backend("reference"):
+        torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(compiled(x), expected)
+    assert ["tokenops.match.default" in g for g in graphs] == [True, False]
+
+
+def test_compiled_vmap(backend):
+    xs = random_tokens(3 * 2, 8, 4).view(3, 2, 8, 4)
+    mapped = torch.func.vmap(lambda x: tokenops.match(x, 2).merge(x))
+    compiled = torch.compile(mapped, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(xs), mapped(xs))
+
+
+def test_compiled_autocast(backend):
+    def function(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            token_map = tokenops.match(x, 3)
+            return token_map.merge(x), tokenops.nearest(x, x.flip(1))
+
+    x = random_tokens(2, 12, 8)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), function(x))
+
+
+# ---- export ----
+
+
+class Module(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, metric, x, size):
+        return self.function(metric, x, size)
+
+
+def exported(function, named):
+    metric, x, size = (t.detach() for t in make_inputs())
+    if named:
+        images, tokens = Dim("images", min=2, max=512), Dim("tokens", min=16, max=4096)
+    else:
+        images = tokens = Dim.AUTO
+    dynamic = {0: images, 1: tokens}
+    shapes = {"metric": dynamic, "x": dynamic, "size": dynamic}
+    return torch.export.export(Module(function), (metric, x, size), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [(layer, True), (layer, False), (tome_layer, False), (ragged_layer, True), (clusters, True)],
+    ids=lambda p: getattr(p, "__name__", {True: "named", False: "auto"}.get(p)),
+)
+def test_export_with_dynamic_batch_and_tokens(function, named):
+    program = exported(function, named)
+    assert any("tokenops." in str(node.target) for node in program.graph.nodes)
+    for batch, tokens in ((2, 24), (5, 33), (3, 100)):
+        inputs = [t.detach() for t in make_inputs(batch, tokens)]
+        got, expected = program.module()(*inputs), function(*inputs)
+        flat = [torch.utils._pytree.tree_leaves(r) for r in (got, expected)]
+        torch.testing.assert_close(*flat)
+
+
+def test_exported_programs_keep_token_maps(tmp_path):
+    """A token map is a pytree that can be written to a file."""
+    program = exported(layer, named=True)
+    torch.export.save(program, tmp_path / "layer.pt2")
+    loaded = torch.export.load(tmp_path / "layer.pt2")
+    inputs = [t.detach() for t in make_inputs(3, 40)]
+    got, expected = loaded.module()(*inputs), layer(*inputs)
+    assert isinstance(got[2], TokenMap)
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[2].assign, expected[2].assign)
+    assert got[2].num_tokens == 35
