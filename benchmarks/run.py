@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: peak {rates[0]:.0f} GFLOP/s ({settings.ceilings.source}), "
               f"torch.mm {rates[1]:.0f}")  # fmt: skip
     jobs = [(case, dtype) for case in cases for dtype in arguments.dtype]
-    with tqdm(total=len(jobs), unit="case", file=sys.stderr) as bar:
+    with tqdm(total=len(jobs), unit="case", file=sys.stderr, disable=None) as bar:
         for done, (case, dtype) in enumerate(jobs):
 
             def progress(have: int, want: int, base: int = done) -> None:

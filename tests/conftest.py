@@ -21,10 +21,12 @@ import tokenops
 from tokenops import _native
 
 BACKENDS = os.environ.get("TOKENOPS_TEST_BACKENDS", "native,reference").split(",")
+#: Below the best level of this CPU, which all other tests run at.
+ISA_LEVELS = ["portable", "avx2", "avx512"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-# Small tensors gain nothing from threads, and on a busy machine they lose a lot. That threads change
-# no bit has tests of its own.
+# Small tensors gain nothing from threads, and lose a lot on a busy machine. That threads change no
+# bit has tests of its own.
 torch.set_num_threads(1)
 
 # Memory that nobody has written yet holds 0x7f in each byte: 3e38 as a number, out of bounds as an
@@ -60,11 +62,13 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", BACKENDS)
     elif "device" in names:
         metafunc.parametrize("device", DEVICES)
+    if "isa_level" in names:
+        metafunc.parametrize("isa_level", ISA_LEVELS if "native" in BACKENDS else [])
 
 
 def pytest_collection_modifyitems(items):
     wanted = any(
-        item.callspec.params.get("backend") == "native"
+        item.callspec.params.get("backend") == "native" or "isa_level" in item.callspec.params
         for item in items
         if hasattr(item, "callspec")
     )

@@ -13,7 +13,7 @@ from tokenops.testing import random_tokens
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
-    # Graphs specialize on the poison of the other tests, and generated code writes all it reads.
+    # Users get other code than what deterministic algorithms, the poison of all tests, make of it.
     torch.use_deterministic_algorithms(False)
     yield
     torch._dynamo.reset()

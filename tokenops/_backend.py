@@ -102,7 +102,8 @@ def _transformed() -> bool:
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler: torch.compile
-# takes the answer for granted while it traces, and guards on the transforms by itself.
+# takes the answers for granted while it traces, and guards on the transforms by itself.
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

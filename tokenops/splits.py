@@ -167,6 +167,11 @@ def alternate() -> Split:
         The split, for ``match(split=...)``.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3.
+
+    Example:
+        >>> import torch, tokenops
+        >>> tokenops.match(torch.ones(1, 4, 2), 1, split=tokenops.alternate()).assign.tolist()
+        [[0, 0, 1, 2]]
     """
     return Strided(2)
 
@@ -185,6 +190,11 @@ def strided(k: int) -> Split:
         ValueError: If ``k`` is below 1.
 
     Source: ToMe's ``kth_bipartite_soft_matching``.
+
+    Example:
+        >>> import torch, tokenops
+        >>> tokenops.match(torch.ones(1, 6, 2), 3, split=tokenops.strided(3)).assign.tolist()
+        [[0, 0, 0, 0, 1, 2]]
     """
     return Strided(_checks.check_int("strided", "k", k, minimum=1))
 
@@ -203,6 +213,12 @@ def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
     Raises:
         TypeError: If an argument has a wrong type.
         ValueError: If ``num_sources`` is negative or, at use, more than there are tokens.
+
+    Example:
+        >>> import torch, tokenops
+        >>> split = tokenops.random(3, torch.Generator().manual_seed(0))
+        >>> tokenops.match(torch.ones(1, 5, 2), 3, split=split).num_tokens
+        2
     """
     num_sources = _checks.check_int("random", "num_sources", num_sources)
     _check_generator("random", generator)
@@ -232,6 +248,12 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
             number of tokens outside the prefix.
 
     Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
+
+    Example:
+        >>> import torch, tokenops
+        >>> split = tokenops.grid(2, 4, 2, 2)  # two cells, whose top left tokens stay
+        >>> tokenops.match(torch.ones(1, 8, 2), 6, split=split).assign.tolist()
+        [[0, 0, 1, 0, 0, 0, 0, 0]]
     """
     for argument, value in (("h", h), ("w", w), ("sy", sy), ("sx", sx)):
         _checks.check_int("grid", argument, value, minimum=1)

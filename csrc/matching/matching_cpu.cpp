@@ -46,13 +46,14 @@ TOKENOPS_TARGET_END
 
 namespace {
 
+// Pairs of bfloat16 hold a metric as it is, but would round a mean over heads: that stays float32.
 template <class T>
-Kernels<T> kernels_of_this_cpu() {
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+Kernels<T> kernels_for([[maybe_unused]] int64_t heads) {
 #if TOKENOPS_X86
-    if (isa() == Isa::avx512_bf16) return avx512_bf16::kernels<T>();
-#endif
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (heads == 1 && isa() == Isa::avx512_bf16) return avx512_bf16::kernels<T>();
   }
+#endif
   return TOKENOPS_KERNEL(kernels<T>)();
 }
 
@@ -172,7 +173,8 @@ void split_among(int64_t threads, int64_t count, const F& f) {
 // every phase of all images. The results are the same bit for bit.
 template <class T, class Job>
 void run(const Job& job, int64_t batch, int64_t n, int64_t sources, int64_t destinations,
-         int64_t width) {
+         const Tokens<T>& rows) {
+  const int64_t width = rows.width;
   constexpr double kSmall = 2e6;  // multiplications that are not worth another thread
   const bool small =
       double(batch) * double(sources) * double(destinations) * double(width) < kSmall;
@@ -191,7 +193,7 @@ void run(const Job& job, int64_t batch, int64_t n, int64_t sources, int64_t dest
   const auto work = [&](int64_t thread) {
     return reinterpret_cast<acc_t<T>*>(memory.data() + held * measure.used() + thread * work_bytes);
   };
-  const Kernels<T> kernels = kernels_of_this_cpu<T>();
+  const Kernels<T> kernels = kernels_for<T>(rows.heads);
 
   if (whole_images) {
     split_among(threads, batch, [&](int64_t thread, int64_t begin, int64_t end) {
@@ -320,7 +322,7 @@ std::tuple<Tensor, Tensor> nearest(const Tensor& a, const Tensor& b,
                                cosine,
                                static_cast<acc_t<T>*>(score.mutable_data_ptr()),
                                static_cast<int32_t*>(index.mutable_data_ptr())};
-    run<T>(job, batch, std::max(na, nb), na, nb, a.size(dims - 1));
+    run<T>(job, batch, std::max(na, nb), na, nb, job.a.rows);
   });
   return {score, index};
 }
@@ -434,7 +436,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
       using T = typename decltype(type)::type;
       const MatchJob<T> job = {Metric<T>(metric), cosine,  ask,     taboo,   sources,
                                destinations,      data[0], data[1], data[2], data[3]};
-      run<T>(job, batch, n, max_sources, max_destinations, metric.size(metric.dim() - 1));
+      run<T>(job, batch, n, max_sources, max_destinations, job.metric.rows);
     });
   }
   return {outputs[0], outputs[1], outputs[2], outputs[3]};

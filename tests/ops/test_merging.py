@@ -122,27 +122,59 @@ def values_and_gradients(call, inputs, cotangents=None):
     return [o.detach() for o in outputs], list(gradients), cotangents
 
 
+def terms_of_factors(token_map, x, cotangents, share):
+    """Absolute terms [B, N, 1] of ``sum_c x g`` and ``sum_c mean(x) g``, all arguments positive."""
+    member = brute_force.membership(token_map.assign, token_map.num_tokens).double()
+    total = (member @ (share * torch.ones_like(x[..., :1]))).clamp(min=1e-9)  # [B, M, 1]
+    dot = (x * (member.mT @ (cotangents[0] / total))).sum(-1, keepdim=True)
+    terms = dot + member.mT @ (member @ (share * dot) / total)
+    terms = terms * max(1.0, share.max().item() if share.numel() else 0.0)
+    return terms + (x * (member.mT @ cotangents[0])).sum(-1, keepdim=True)
+
+
+def magnitudes(brute, token_map, inputs, cotangents):
+    """Largest sum of absolute values of the terms that results, and gradients, are sums of."""
+    positive = {name: value.double().abs() for name, value in inputs.items()}
+    weights = [c.double().abs() for c in cotangents]
+    outputs, gradients, _ = values_and_gradients(brute, positive, weights)
+    if "x" in inputs:
+        # Of means, gradients of sizes and weights also subtract the mean; and of what is selected,
+        # they are sums over channels that the absolute values need not select.
+        share = positive.get("size", 1.0) * positive.get(
+            "weight", torch.ones_like(inputs["x"][..., :1])
+        )
+        for i, name in enumerate(inputs):
+            if name in ("size", "weight"):
+                gradients[i] = gradients[i] + terms_of_factors(
+                    token_map, positive["x"], weights, share
+                )
+    return [[v.max().item() if v.numel() else 0.0 for v in part] for part in (outputs, gradients)]
+
+
 def check(operation, token_map, inputs, layout="contiguous"):
     """Compare with the reference and with brute force, by their errors."""
     call = functools.partial(operation.call, token_map)
+    brute = functools.partial(operation.brute, token_map.assign, token_map.num_tokens)
     with tokenops.use_backend("reference"):
         reference, reference_gradients, cotangents = values_and_gradients(call, inputs)
     cotangents = [as_layout(c, layout) for c in cotangents]
     outputs, gradients, _ = values_and_gradients(call, inputs, cotangents)
     truth, true_gradients, _ = values_and_gradients(
-        functools.partial(operation.brute, token_map.assign, token_map.num_tokens),
+        brute,
         {name: value.double() for name, value in inputs.items()},
         [c.double() for c in cotangents],
     )
-    # Gradients of sizes and weights are sums over channels, with terms of either sign.
-    names = list(inputs)
-    terms = max(1, inputs[names[0]].shape[2])
-    for i, values in enumerate(zip(outputs, reference, truth, strict=True)):
-        assert_within_error_budget(*values, name=f"output {i}")
-    for i, values in enumerate(zip(gradients, reference_gradients, true_gradients, strict=True)):
-        largest = values[2].abs().max().item() if values[2].numel() else 0.0
-        magnitude = largest * (terms if names[i] in ("size", "weight") else 1)
-        assert_within_error_budget(*values, magnitude=magnitude, name=f"gradient of {names[i]}")
+    sizes = magnitudes(brute, token_map, inputs, cotangents)
+    names = [f"output {i}" for i in range(len(outputs))] + [f"gradient of {n}" for n in inputs]
+    for name, got, plain, true, magnitude in zip(
+        names,
+        outputs + gradients,
+        reference + reference_gradients,
+        truth + true_gradients,
+        sizes[0] + sizes[1],
+        strict=True,
+    ):
+        assert_within_error_budget(got, plain, true, magnitude=magnitude, name=name)
 
 
 @pytest.mark.isa

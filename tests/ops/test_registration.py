@@ -81,6 +81,7 @@ def kinds_of_arguments():
     yield ops.match, matching(split=(*each, 1)), "match-split-each"
 
 
+@pytest.mark.filterwarnings(r"ignore:.torch\.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [pytest.param(op, args, id=name) for op, args, name in kinds_of_arguments()],

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: the right exception, with a message that names the operator and the argument."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import tokenops
+from tokenops import TokenMap
+from tokenops.testing import as_layout, exact_metric, nearest_regret
+
+B, N, M, C, D = 2, 8, 5, 3, 4
+
+X = torch.zeros(B, N, C)
+Y = torch.zeros(B, M, C)
+METRIC = torch.randn(B, N, D, generator=torch.Generator().manual_seed(0))
+KEYS = METRIC[:, None].expand(B, 3, N, D)
+MAP = TokenMap.from_assign(torch.arange(N).expand(B, N) % M, M)
+LABELS = MAP.assign
+SOURCES, DESTINATIONS = torch.arange(0, N, 2), torch.arange(1, N, 2)
+ALL = torch.ones(N, dtype=torch.bool)
+
+
+def match(metric=METRIC, r=2, **options):
+    return lambda: tokenops.match(metric, r, **options)
+
+
+def nearest(a=METRIC, b=METRIC, **options):
+    return lambda: tokenops.nearest(a, b, **options)
+
+
+def merge(x=X, token_map=MAP, **options):
+    return lambda: tokenops.merge(x, token_map, **options)
+
+
+def merge_wavg(x=X, token_map=MAP, size=None, **options):
+    return lambda: tokenops.merge_wavg(x, token_map, size, **options)
+
+
+def unmerge(y=Y, token_map=MAP, **options):
+    return lambda: tokenops.unmerge(y, token_map, **options)
+
+
+def from_assign(assign=LABELS, num_tokens=M, counts=None):
+    return lambda: TokenMap.from_assign(assign, num_tokens, counts)
+
+
+def split(sources=SOURCES, destinations=DESTINATIONS, **options):
+    return match(split=(sources, destinations), **options)
+
+
+# Call, exception, and what its message must say besides the name of the operator: the argument,
+# and often what was expected and what came.
+CASES = {
+    # match
+    "match: list": (match([[1.0]]), TypeError, "match: metric", "floating-point", "list"),
+    "match: None": (match(None), TypeError, "match: metric", "NoneType"),
+    "match: int64": (match(METRIC.long()), TypeError, "match: metric", "int64"),
+    "match: bool": (match(METRIC > 0), TypeError, "match: metric", "bool"),
+    "match: complex": (match(METRIC.cfloat()), TypeError, "match: metric", "complex64"),
+    "match: float8": (match(METRIC.to(torch.float8_e4m3fn)), TypeError, "match: metric", "float16"),
+    "match: 2-D": (match(METRIC[0]), ValueError, "match: metric", "3-D or 4-D", "[8, 4]"),
+    "match: 5-D": (match(KEYS[None]), ValueError, "match: metric", "3-D or 4-D"),
+    "match: no heads": (match(KEYS[:, :0]), ValueError, "match: metric", "head"),
+    "match: r negative": (match(r=-1), ValueError, "match: r", ">= 0", "-1"),
+    "match: r float": (match(r=2.0), TypeError, "match: r", "an int", "float"),
+    "match: r bool": (match(r=True), TypeError, "match: r", "an int", "bool"),
+    "match: r None": (match(r=None), TypeError, "match: r", "an int", "NoneType"),
+    "match: r tensor": (match(r=torch.tensor(2)), TypeError, "match: r", "an int"),
+    "match: r str": (match(r="2"), TypeError, "match: r", "an int", "str"),
+    "match: prefix negative": (match(num_prefix=-1), ValueError, "match: num_prefix", ">= 0"),
+    "match: prefix > N": (match(num_prefix=9), ValueError, "match: num_prefix", "8", "9"),
+    "match: prefix bool": (match(num_prefix=True), TypeError, "match: num_prefix", "an int"),
+    "match: prefix float": (match(num_prefix=1.0), TypeError, "match: num_prefix", "an int"),
+    "match: order": (match(order="ToMe"), ValueError, "match: order", "'tome'", "'ToMe'"),
+    "match: order None": (match(order=None), TypeError, "match: order", "a str"),
+    "match: similarity": (match(similarity="l2"), ValueError, "match: similarity", "'dot'", "'l2'"),
+    "match: similarity int": (match(similarity=0), TypeError, "match: similarity", "a str"),
+    "match: threshold str": (match(threshold="0.5"), TypeError, "match: threshold", "float"),
+    "match: threshold bool": (match(threshold=True), TypeError, "match: threshold", "bool"),
+    "match: threshold tensor": (match(threshold=X), TypeError, "match: threshold", "float"),
+    "match: threshold NaN": (match(threshold=math.nan), ValueError, "match: threshold", "nan"),
+    "match: protected int": (match(protected=ALL.int()), TypeError, "match: protected", "bool"),
+    "match: protected list": (match(protected=[0, 1]), TypeError, "match: protected", "bool"),
+    "match: protected short": (match(protected=ALL[1:]), ValueError, "match: protected", "[7]"),
+    "match: protected batch": (
+        match(protected=ALL.expand(3, N)), ValueError, "match: protected", "[2, 8]", "[3, 8]",
+    ),
+    "match: protected 3-D": (match(protected=ALL[None, None]), ValueError, "match: protected"),
+    "match: protected device": (
+        match(protected=ALL.to("meta")), ValueError, "match: protected", "on cpu", "on meta",
+    ),
+    "match: all protected": (match(protected=ALL), ValueError, "match: r", "r = 2", "image 0"),
+    "match: few sources": (
+        match(r=4, protected=torch.arange(N) == 2), ValueError, "match: r", "3 sources",
+    ),
+    "match: no destination": (
+        match(protected=torch.arange(N) % 2 == 1), ValueError, "match: r", "0 destinations",
+    ),
+    "match: split str": (match(split="alternate"), TypeError, "match: split", "str"),
+    "match: split function": (match(split=tokenops.alternate), TypeError, "match: split"),
+    "match: split triple": (match(split=(SOURCES,) * 3), TypeError, "match: split", "pair"),
+    # explicit splits
+    "split: lists": (split([0, 2], [1, 3]), TypeError, "match: split[0]", "int64", "list"),
+    "split: float": (split(SOURCES.float()), TypeError, "match: split[0]", "float32"),
+    "split: bool": (split(destinations=ALL), TypeError, "match: split[1]", "bool"),
+    "split: int16": (split(SOURCES.short()), TypeError, "match: split[0]", "int16"),
+    "split: 3-D": (split(SOURCES[None, None]), ValueError, "match: split[0]", "1-D or 2-D"),
+    "split: 0-D": (split(destinations=SOURCES[0]), ValueError, "match: split[1]", "1-D or 2-D"),
+    "split: batch": (split(SOURCES.expand(3, 4)), ValueError, "match: split[0]", "[2, Ns]"),
+    "split: device": (split(SOURCES.to("meta")), ValueError, "match: split[0]", "on cpu"),
+    "split: too long": (split(torch.arange(9)), ValueError, "match: split[0]", "at most 8"),
+    "split: negative": (split(SOURCES - 1), ValueError, "match: split", "[0, 8)", "-1"),
+    "split: beyond": (split(destinations=DESTINATIONS + 1), ValueError, "match: split", "to 8"),
+    "split: prefix": (split(num_prefix=1), ValueError, "match: split", "[1, 8)", "prefix"),
+    "split: overlap": (split(destinations=SOURCES), ValueError, "match: split", "at most once"),
+    "split: repeat": (split(SOURCES * 0), ValueError, "match: split", "at most once"),
+    "split: overlap in one image": (
+        split(torch.tensor([[0], [1]]), torch.tensor([1])), ValueError, "match: split", "overlap",
+    ),
+    # splits by name
+    "strided: zero": (lambda: tokenops.strided(0), ValueError, "strided: k", ">= 1", "0"),
+    "strided: float": (lambda: tokenops.strided(2.0), TypeError, "strided: k", "an int"),
+    "random: negative": (lambda: tokenops.random(-1), ValueError, "random: num_sources", ">= 0"),
+    "random: bool": (lambda: tokenops.random(True), TypeError, "random: num_sources", "an int"),
+    "random: too many": (
+        match(split=tokenops.random(8), num_prefix=1), ValueError, "random: num_sources", "7", "8",
+    ),
+    "random: seed": (lambda: tokenops.random(2, 0), TypeError, "random: generator", "Generator"),
+    "grid: zero": (lambda: tokenops.grid(0, 4, 1, 2), ValueError, "grid: h", ">= 1"),
+    "grid: float": (lambda: tokenops.grid(2, 4.0, 1, 2), TypeError, "grid: w", "an int"),
+    "grid: tall cell": (lambda: tokenops.grid(2, 4, 3, 2), ValueError, "grid: sy", "h = 2"),
+    "grid: wide cell": (lambda: tokenops.grid(2, 4, 1, 5), ValueError, "grid: sx", "w = 4"),
+    "grid: seed": (lambda: tokenops.grid(2, 4, 1, 1, 7), TypeError, "grid: generator"),
+    "grid: too small": (
+        match(split=tokenops.grid(2, 3, 1, 1)), ValueError, "grid: h * w", "8 tokens", "2 * 3 = 6",
+    ),
+    "grid: prefix": (
+        match(split=tokenops.grid(2, 4, 2, 2), num_prefix=1), ValueError, "grid: h * w", "7 tokens",
+    ),
+    # nearest
+    "nearest: array": (nearest(METRIC.numpy()), TypeError, "nearest: a", "ndarray"),
+    "nearest: b int": (nearest(b=METRIC.int()), TypeError, "nearest: b", "int32"),
+    "nearest: a 2-D": (nearest(METRIC[0]), ValueError, "nearest: a", "3-D or 4-D"),
+    "nearest: ranks": (nearest(b=KEYS), ValueError, "nearest: b", "[2, 3, 8, 4]"),
+    "nearest: dtypes": (nearest(b=METRIC.half()), TypeError, "nearest: b", "float32", "float16"),
+    "nearest: widths": (nearest(b=METRIC[..., 1:]), ValueError, "nearest: b", "[2, 8, 3]"),
+    "nearest: batches": (nearest(b=METRIC[:1]), ValueError, "nearest: b", "[1, 8, 4]"),
+    "nearest: heads": (nearest(KEYS, KEYS[:, :2]), ValueError, "nearest: b", "[2, 3, 8, 4]"),
+    "nearest: no heads": (nearest(KEYS[:, :0], KEYS[:, :0]), ValueError, "nearest: a", "head"),
+    "nearest: devices": (nearest(b=METRIC.to("meta")), ValueError, "nearest: b", "on cpu"),
+    "nearest: similarity": (nearest(similarity="cos"), ValueError, "nearest: similarity", "'cos'"),
+    "nearest: a_mask float": (nearest(a_mask=X[..., 0]), TypeError, "nearest: a_mask", "bool"),
+    "nearest: b_mask shape": (nearest(b_mask=ALL), ValueError, "nearest: b_mask", "[2, 8]", "[8]"),
+    "nearest: b_mask device": (
+        nearest(b_mask=ALL.expand(B, N).to("meta")), ValueError, "nearest: b_mask", "on meta",
+    ),
+    # merge
+    "merge: int": (merge(X.int()), TypeError, "merge: x", "int32"),
+    "merge: 4-D": (merge(X[None]), ValueError, "merge: x", "3-D"),
+    "merge: N": (merge(Y), ValueError, "merge: x", "[2, 8, C]", "[2, 5, 3]"),
+    "merge: B": (merge(X[:1]), ValueError, "merge: x", "[2, 8, C]", "[1, 8, 3]"),
+    "merge: device": (merge(X.to("meta")), ValueError, "merge: x", "on cpu", "on meta"),
+    "merge: map": (merge(token_map=LABELS), TypeError, "merge: token_map", "TokenMap"),
+    "merge: swapped": (merge(MAP, X), TypeError, "merge: x", "TokenMap"),
+    "merge: reduce": (merge(reduce="max"), ValueError, "merge: reduce", "'amax'", "'max'"),
+    "merge: reduce None": (merge(reduce=None), TypeError, "merge: reduce", "a str"),
+    "merge: weight int": (merge(weight=LABELS), TypeError, "merge: weight", "int32"),
+    "merge: weight float": (merge(weight=0.5), TypeError, "merge: weight", "float 0.5"),
+    "merge: weight shape": (merge(weight=X), ValueError, "merge: weight", "[2, 8]", "[2, 8, 3]"),
+    "merge: weight 1-D": (merge(weight=X[0, :, 0]), ValueError, "merge: weight", "2-D or 3-D"),
+    "merge: weight device": (
+        merge(weight=X[..., 0].to("meta")), ValueError, "merge: weight", "on cpu",
+    ),
+    # merge_wavg
+    "wavg: bool": (merge_wavg(X > 0), TypeError, "merge_wavg: x", "bool"),
+    "wavg: N": (merge_wavg(X[:, 1:]), ValueError, "merge_wavg: x", "[2, 8, C]"),
+    "wavg: map": (merge_wavg(token_map=None), TypeError, "merge_wavg: token_map", "NoneType"),
+    "wavg: size int": (merge_wavg(size=LABELS), TypeError, "merge_wavg: size", "int32"),
+    "wavg: size M": (merge_wavg(size=Y[..., 0]), ValueError, "merge_wavg: size", "[2, 5]"),
+    "wavg: weight": (merge_wavg(weight=X), ValueError, "merge_wavg: weight", "[2, 8, 1]"),
+    "wavg: weight str": (merge_wavg(weight="mean"), TypeError, "merge_wavg: weight", "str"),
+    # unmerge
+    "unmerge: long": (unmerge(Y.long()), TypeError, "unmerge: y", "int64"),
+    "unmerge: 2-D": (unmerge(Y[0]), ValueError, "unmerge: y", "3-D"),
+    "unmerge: N for M": (unmerge(X), ValueError, "unmerge: y", "[2, 5, C]", "[2, 8, 3]"),
+    "unmerge: map": (unmerge(token_map=(LABELS,)), TypeError, "unmerge: token_map", "tuple"),
+    "unmerge: residual": (unmerge(residual=Y), ValueError, "unmerge: residual", "[2, 8, 3]"),
+    "unmerge: residual bool": (unmerge(residual=X > 0), TypeError, "unmerge: residual", "bool"),
+    "unmerge: residual C": (unmerge(residual=X[..., :2]), ValueError, "unmerge: residual"),
+    "unmerge: residual device": (
+        unmerge(residual=X.to("meta")), ValueError, "unmerge: residual", "on cpu",
+    ),
+    # token maps
+    "labels: list": (from_assign([[0, 1]]), TypeError, "TokenMap.from_assign: assign", "list"),
+    "labels: float": (from_assign(LABELS.float()), TypeError, "from_assign: assign", "float32"),
+    "labels: uint8": (from_assign(LABELS.byte()), TypeError, "from_assign: assign", "uint8"),
+    "labels: 1-D": (from_assign(LABELS[0]), ValueError, "from_assign: assign", "2-D"),
+    "labels: beyond": (from_assign(num_tokens=4), ValueError, "from_assign: assign", "[-1, 4)"),
+    "labels: below": (from_assign(LABELS - 2), ValueError, "from_assign: assign", "-2 to 2"),
+    "labels: wild": (
+        from_assign(LABELS.long() + 2**32), ValueError, "from_assign: assign", "4294967296",
+    ),
+    "labels: M float": (from_assign(num_tokens=5.0), TypeError, "from_assign: num_tokens"),
+    "labels: M bool": (from_assign(num_tokens=True), TypeError, "from_assign: num_tokens"),
+    "labels: M negative": (from_assign(num_tokens=-1), ValueError, "from_assign: num_tokens"),
+    "counts: float": (from_assign(counts=X[:, 0, 0]), TypeError, "from_assign: counts", "int32"),
+    "counts: int": (from_assign(counts=3), TypeError, "from_assign: counts", "int 3"),
+    "counts: shape": (from_assign(counts=SOURCES), ValueError, "from_assign: counts", "[2]"),
+    "counts: 2-D": (from_assign(counts=LABELS), ValueError, "from_assign: counts", "1-D"),
+    "compose: tensor": (lambda: MAP.compose(LABELS), TypeError, "TokenMap.compose: earlier"),
+    "compose: order": (lambda: MAP.compose(MAP), ValueError, "compose: earlier", "8 tokens"),
+    "compose: batch": (
+        lambda: MAP.compose(TokenMap.identity(3, N)), ValueError, "compose: earlier", "2 images",
+    ),
+    # backends
+    "backend: name": (
+        lambda: tokenops.use_backend("cuda"), ValueError, "use_backend: name", "'native'", "'cuda'",
+    ),
+    "backend: type": (lambda: tokenops.use_backend(0), TypeError, "use_backend: name", "int 0"),
+    "backend: operator": (
+        lambda: tokenops.why_not("attend"), ValueError, "why_not: operator", "'match'", "'attend'",
+    ),
+    # testing
+    "testing: layout": (
+        lambda: as_layout(X, "strided"), ValueError, "as_layout: layout", "'strided'",
+    ),
+    "testing: width": (lambda: exact_metric(1, 2, 3), ValueError, "exact_metric: shape", "power"),
+    "testing: heads": (lambda: exact_metric(1, 3, 2, 4), ValueError, "exact_metric: shape", "8"),
+    "testing: similarity": (
+        lambda: nearest_regret(METRIC, METRIC, LABELS, similarity="l1"), ValueError, "similarity",
+    ),
+}  # fmt: skip
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 70
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case):
+    call, error, *words = CASES[case]
+    with pytest.raises(error) as raised:
+        call()
+    assert type(raised.value) is error
+    message = str(raised.value)
+    for word in words:
+        assert word in message, message
+
+
+UNSERVED = {
+    "match": match(),
+    "nearest": nearest(),
+    "merge": merge(),
+    "merge_wavg": merge_wavg(),
+    "unmerge": unmerge(),
+}
+
+
+@pytest.mark.parametrize("operator", UNSERVED)
+def test_backend_that_cannot_serve(operator):
+    with tokenops.use_backend("triton"), pytest.raises(NotImplementedError) as raised:
+        UNSERVED[operator]()
+    assert str(raised.value).startswith(f"{operator}: backend 'triton' was chosen")
+
+
+@pytest.mark.parametrize("operator", UNSERVED)
+def test_good_input(operator, backend):
+    """The calls that the bad ones are made from are good."""
+    UNSERVED[operator]()
+
+
+def test_integers_of_other_libraries(backend):
+    """Whatever can be an index is an int, as in Python itself."""
+    token_map = tokenops.match(METRIC, np.int64(2), num_prefix=np.int32(1))
+    assert token_map.num_tokens == N - 2
+    assert TokenMap.from_assign(LABELS, np.int16(M)).num_tokens == M
+    assert isinstance(tokenops.strided(np.int64(3)).k, int)
+
+
+def test_clamped_rather_than_refused(backend):
+    """What has an obvious meaning is no error."""
+    assert tokenops.match(METRIC, 1000).num_tokens == N - N // 2
+    assert tokenops.match(METRIC, 0).num_tokens == N
+    assert tokenops.match(METRIC, 3, num_prefix=N).num_tokens == N
+    assert tokenops.match(METRIC, 3, protected=ALL, threshold=0.0).counts.tolist() == [N, N]
+    assert tokenops.match(METRIC, 3, protected=~ALL).num_tokens == N - 3

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house rules: what an operator consists of, and who may import whom.
+
+A new operator is a folder of its word in ``tokenops/ops``; what else it needs, these tests name.
+"""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+import tokenops
+from tokenops import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "tokenops"
+OPERATORS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "__init__.py").is_file())
+
+#: The modules that compute; ``api`` and ``schema`` only lead to them.
+IMPLEMENTATIONS = ("reference", "triton")
+
+SOURCES = sorted(
+    path
+    for folder in ("tokenops", "csrc", "tests", "benchmarks", "examples")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
+)
+
+
+def imports(path):
+    """Absolute names of all that a module of the package imports, wherever it does so."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = parts[:-1]
+    if parts[-1] == "__init__":
+        parts = parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # Of "from . import x", x may be a module or a name in one.
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def modules(*patterns):
+    return sorted(path for pattern in patterns for path in PACKAGE.glob(pattern))
+
+
+def test_there_are_operators():
+    assert {"matching", "merging"} <= set(OPERATORS)
+
+
+@pytest.mark.parametrize("word", OPERATORS)
+def test_an_operator_is_complete(word):
+    required = {
+        f"tokenops/ops/{word}/api.py": "the public function: docstring, checks, choice of backend",
+        f"tokenops/ops/{word}/schema.py": "schema, fake and backward of the registered operators",
+        f"tokenops/ops/{word}/reference.py": "plain PyTorch, the oracle and the fallback",
+        f"csrc/{word}": "compiled kernels, by the same word",
+        f"csrc/{word}/{word}_cpu.cpp": "kernels for the CPU, with their registration",
+        f"tests/ops/test_{word}.py": "forward and gradients on each backend, dtype and layout",
+        "benchmarks/registry.py": "the registry of benchmarks",
+    }
+    missing = [f"{path} ({what})" for path, what in required.items() if not (ROOT / path).exists()]
+    registry = (ROOT / "benchmarks/registry.py").read_text(encoding="utf-8")
+    literals = {n.value for n in ast.walk(ast.parse(registry)) if isinstance(n, ast.Constant)}
+    if word not in literals:
+        missing.append(f"an entry {word!r} in benchmarks/registry.py")
+    assert not missing, f"operator {word!r} lacks: " + "; ".join(missing)
+
+
+def test_no_orphans():
+    """Kernels and tests of operators that are not there."""
+    for folder in ("csrc",):
+        words = {p.name for p in (ROOT / folder).iterdir() if p.is_dir()}
+        assert words <= set(OPERATORS)
+
+
+@pytest.mark.parametrize("word", OPERATORS)
+def test_every_public_operator_is_exported(word):
+    api = importlib.import_module(f"tokenops.ops.{word}.api")
+    public = [name for name in _library.operators if hasattr(api, name)]
+    assert public, f"tokenops/ops/{word}/schema.py registers no public operator"
+    for name in public:
+        assert getattr(tokenops, name) is getattr(api, name)
+
+
+# ---- the way of the data: api -> schema -> implementations, and no way back ----
+
+
+def test_implementations_never_import_one_another_or_the_api():
+    """What two of them share goes to common.py; a reference may build on another reference."""
+    wrong = []
+    for path in modules("ops/*/*.py"):
+        kind = path.stem
+        if kind not in (*IMPLEMENTATIONS, "common"):
+            continue
+        for name, line in imports(path):
+            parts = name.split(".")
+            if parts[:2] != ["tokenops", "ops"]:
+                continue
+            others = {"api", "schema", *IMPLEMENTATIONS} - {kind}
+            if others & set(parts[2:]):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_schemas_do_not_import_the_api():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules("ops/*/schema.py")
+        for name, line in imports(path)
+        if name.startswith("tokenops.ops.") and "api" in name.split(".")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_schemas_and_references_import_torch_alone():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules("ops/*/schema.py", "ops/*/reference.py")
+        for name, line in imports(path)
+        if name.split(".")[0] in ("numpy", "triton", "transformers", "timm", "diffusers")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_plumbing_knows_no_operator():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules("_*.py", "_*/*.py")
+        if path.name != "__init__.py" or path.parent != PACKAGE
+        for name, line in imports(path)
+        if name.startswith("tokenops.ops")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_drop_ins_and_integrations_use_public_names():
+    # Sharding belongs to the registration of operators; it stands apart for its slow imports.
+    plumbing = {("dtensor.py", "_library")}
+    wrong = []
+    for path in modules("compat/*.py", "integrations/*.py"):
+        for name, line in imports(path):
+            parts = name.split(".")
+            if parts[0] != "tokenops" or parts[1:2] in (["compat"], ["integrations"]):
+                continue
+            if (path.name, parts[1]) in plumbing:
+                continue
+            if any(part.startswith("_") for part in parts) or parts[1:2] == ["ops"]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_inside_the_package_are_relative():
+    wrong = []
+    for path in modules("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = [] if node.level else [node.module]
+            else:
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if any(name.split(".")[0] == "tokenops" for name in names):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong, "\n".join(wrong)
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_source_file(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    mark = "#" if path.suffix == ".py" else "//"
+    assert lines[0] == f"{mark} SPDX-License-Identifier: Apache-2.0"
+    assert len(lines) <= 600, f"{len(lines)} lines; split it"
