@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timers for one sample, and the interleaving of rivals that makes samples comparable.
 
-A sample times a fixed number of calls of one rival, right after one call that is not timed. Rivals
-take turns in an order drawn anew each round, so that whatever else happens on the machine happens
-to all of them. On the CPU a sample counts when the operating system did not take the processor
-away from it: see :data:`SECONDS_PER_SWITCH`.
+A sample times a fixed number of calls of one rival, right after a few calls that are not timed.
+Rivals take turns in an order drawn anew each round, so that whatever else happens on the machine
+happens to all of them. On the CPU a sample counts when the operating system did not take the
+processor away from it (see :data:`SECONDS_PER_SWITCH`) and had no fresh memory to hand out
+(:data:`FAULTS_PER_CALL`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ Call = Callable[[], Any]
 #: be interrupted once per so many seconds of its length. Samples shorter than this: not at all.
 #: A competing process interrupts a hundred times per second and more.
 SECONDS_PER_SWITCH = 0.05
+
+#: Calls before a sample: caches need more than one to forget what another rival left in them.
+SETTLING_CALLS = 3
+
+#: Minor page faults that a call may cause: more, and the time is that of the system's zeroing
+#: memory, which depends on what else the allocator holds.
+FAULTS_PER_CALL = 16
 
 
 @dataclass(frozen=True)
@@ -137,20 +145,18 @@ class CpuTimer:
         return call
 
     def sample(self, call: Call, calls: int) -> Sample:
-        """Time so many calls, after one that settles caches and threads left by another rival."""
-        call()
+        """Time so many calls, after some that settle caches and threads left by another rival."""
+        for _ in range(SETTLING_CALLS):
+            call()
         before = usage()
         start = time.perf_counter()
         for _ in range(calls):
             call()
         seconds = time.perf_counter() - start
         after = usage()
-        switches = after[0] - before[0]
-        return Sample(
-            seconds / calls,
-            clean=is_clean(switches, seconds),
-            faults=(after[1] - before[1]) / calls,
-        )
+        switches, faults = after[0] - before[0], (after[1] - before[1]) / calls
+        clean = is_clean(switches, seconds) and faults <= FAULTS_PER_CALL
+        return Sample(seconds / calls, clean, faults)
 
 
 class CudaTimer:

@@ -140,6 +140,17 @@ inline Tensor as_contiguous(const Tensor& t) {
 
 // ---- memory and loops ----
 
+// Bytes of cache that a pass can hope for: what the cores of one die share on current servers.
+// (What sysconf says is not that on all of them.)
+constexpr int64_t kCacheBytes = int64_t{32} << 20;
+
+// Make what this thread stored past the caches visible to the others.
+inline void stream_fence() {
+#if TOKENOPS_X86
+  _mm_sfence();
+#endif
+}
+
 // Uninitialised memory, aligned to cache lines, that grows on demand.
 template <class T>
 class Scratch {

@@ -41,6 +41,7 @@
 //   V::zero(), V::set1(value)
 //   V::load(const T*), V::load_partial(const T*, n)      lanes at and after n (1 <= n < W) are zero
 //   v.store(T*), v.store_partial(T*, n)                  the first n lanes
+//   v.stream(A*)                           store past the caches, 64-byte aligned; stream_fence()
 //   a + b, a - b, a * b, a / b, fma(a, b, c) = a * b + c
 //   max(a, b), min(a, b)                   b where either is NaN, as the x86 instructions have it
 //   gt(a, b), ge(a, b), eq(a, b), is_nan(a), mask_and(m, n), mask_or(m, n)       V::Mask
@@ -74,6 +75,7 @@ struct Vec128 {
     return wrap(v);
   }
   TOKENOPS_INLINE void store(A* p) const { std::memcpy(p, &v, sizeof v); }
+  TOKENOPS_INLINE void stream(A* p) const { std::memcpy(p, &v, sizeof v); }
   template <class T>
   static TOKENOPS_INLINE Vec<A> load_partial(const T* p, int n) {
     T lanes[W] = {};
@@ -169,6 +171,7 @@ struct Vec<double> {
     return {_mm256_maskload_pd(p, first(n))};
   }
   TOKENOPS_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
+  TOKENOPS_INLINE void stream(double* p) const { _mm256_stream_pd(p, v); }
   TOKENOPS_INLINE void store_partial(double* p, int n) const {
     _mm256_maskstore_pd(p, first(n), v);
   }
@@ -231,6 +234,7 @@ struct Vec<float> {
     return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   TOKENOPS_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  TOKENOPS_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
   TOKENOPS_INLINE void store(c10::BFloat16* p) const { store_bits(p, to_bfloat16()); }
   TOKENOPS_INLINE void store(c10::Half* p) const { store_bits(p, to_half()); }
   TOKENOPS_INLINE void store_partial(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
@@ -299,6 +303,7 @@ struct Vec<double> {
     return {_mm512_maskz_loadu_pd(first(n), p)};
   }
   TOKENOPS_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
+  TOKENOPS_INLINE void stream(double* p) const { _mm512_stream_pd(p, v); }
   TOKENOPS_INLINE void store_partial(double* p, int n) const {
     _mm512_mask_storeu_pd(p, first(n), v);
   }
@@ -350,6 +355,7 @@ struct Vec<float> {
     return from_half(_mm256_maskz_loadu_epi16(first(n), p));
   }
   TOKENOPS_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  TOKENOPS_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
   TOKENOPS_INLINE void store(c10::BFloat16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16());
   }

@@ -37,7 +37,7 @@ if platform.libc_ver()[0] == "glibc":
 
 quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
 settings.register_profile(
-    "default", max_examples=40, derandomize=True, deadline=None, suppress_health_check=quiet
+    "default", max_examples=200, derandomize=True, deadline=None, suppress_health_check=quiet
 )
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=2000)
 settings.register_profile("thorough", settings.get_profile("thorough"), derandomize=False)

@@ -9,6 +9,8 @@ import tokenops
 from tokenops import TokenMap
 from tokenops.testing import random_tokens
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:.torch\.jit:DeprecationWarning")  # of torch.export
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
@@ -147,6 +149,13 @@ def test_choosing_a_backend_compiles_again():
 def test_compiled_vmap(backend):
     xs = random_tokens(3 * 2, 8, 4).view(3, 2, 8, 4)
     mapped = torch.func.vmap(lambda x: tokenops.match(x, 2).merge(x))
+    compiled = torch.compile(mapped, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(xs), mapped(xs))
+
+
+def test_compiled_transforms_that_differentiate():
+    xs = random_tokens(3 * 2, 8, 4).view(3, 2, 8, 4)
+    mapped = torch.func.vmap(torch.func.grad(lambda x: tokenops.match(x, 2).merge(x).pow(2).sum()))
     compiled = torch.compile(mapped, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(xs), mapped(xs))
 

@@ -48,6 +48,7 @@ struct MergeArgs {
   const acc_t<T>* scale;   // [B, M] or null
   bool average;            // divide by the sum of the weights, without them by the count
   T* out;                  // [B, M, C]
+  bool stream;             // store past the caches
   acc_t<T>* total;         // [B, M] or null: receives what the average divides by
 };
 
@@ -61,7 +62,8 @@ struct UnmergeArgs {
   bool has_residual;
   Rows<const T> residual;  // [B, N, C]
   bool mean;
-  T* out;  // [B, N, C]
+  T* out;       // [B, N, C]
+  bool stream;  // store past the caches
 };
 
 template <class T>

@@ -121,8 +121,19 @@ T* output(const Tensor& t) {
 template <class Args>
 void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t rows,
          int64_t bytes_per_row) {
-  parallel_for(rows, 64 + bytes_per_row,
-               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_for(rows, 64 + bytes_per_row, [&](int64_t begin, int64_t end) {
+    kernel(args, begin, end);
+    stream_fence();
+  });
+}
+
+// Whether to store `rows` rows per image past the caches: where input and output together do not
+// fit there, the output would end up in memory anyway, but would be read from it first.
+template <class T>
+bool streams(const Data& input, int64_t rows, const T* out) {
+  const int64_t row_bytes = input.channels * static_cast<int64_t>(sizeof(T));
+  return input.batch * (input.rows + rows) * row_bytes > kCacheBytes && row_bytes % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 // ---- operators ----
@@ -209,7 +220,8 @@ Tensor merge(const Tensor& x, const Tensor& assign, const Tensor& offsets, const
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
     run_merge<T>(fold, {index.map, data.channels, data.as<T>(), data_of<A>(w), data_of<A>(s),
-                        reduce == "mean", output<T>(out), nullptr});
+                        reduce == "mean", output<T>(out),
+                        streams(data, index.outputs, output<T>(out)), nullptr});
   });
   return out;
 }
@@ -228,7 +240,7 @@ std::tuple<Tensor, Tensor> merge_wavg(const Tensor& x, const Tensor& assign, con
     using A = acc_t<T>;
     run_merge<T>(size ? Fold::weighted_sum : Fold::sum,
                  {index.map, data.channels, data.as<T>(), data_of<A>(w), nullptr, true,
-                  output<T>(out), output<A>(total)});
+                  output<T>(out), streams(data, index.outputs, output<T>(out)), output<A>(total)});
   });
   return {out, total};
 }
@@ -265,7 +277,8 @@ Tensor unmerge(const Tensor& y, const Tensor& assign, const Tensor& offsets, con
                                  added.has_value(),
                                  added ? added->as<T>() : Rows<const T>{nullptr, 0, 0},
                                  mean,
-                                 output<T>(out)};
+                                 output<T>(out),
+                                 streams(data, inputs, output<T>(out))};
     run(TOKENOPS_KERNEL(unmerge_rows<T>), args, data.batch * inputs,
         2 * data.channels * static_cast<int64_t>(sizeof(T)));
   });

@@ -15,9 +15,34 @@ TOKENOPS_INLINE void store(V v, T* p, int lanes) {
   Full ? v.store(p) : v.store_partial(p, lanes);
 }
 
+// Store a whole vector, past the caches if so asked and if elements need no conversion.
+template <class V, class T>
+TOKENOPS_INLINE void put(V v, T* p, [[maybe_unused]] bool stream) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    if (stream) return v.stream(p);
+  }
+  v.store(p);
+}
+
 template <class T>
-TOKENOPS_INLINE void copy_row(const T* from, T* to, int64_t channels) {
-  std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(channels) * sizeof(T));
+TOKENOPS_INLINE void copy_row(const T* from, T* to, int64_t channels, bool stream) {
+  using V = Vec<float>;
+  constexpr int64_t kFloats = 4 * V::W;
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+  if (!stream) {
+    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(bytes));
+    return;
+  }
+  const float* a = reinterpret_cast<const float*>(from);
+  float* b = reinterpret_cast<float*>(to);
+  const int64_t floats = bytes / static_cast<int64_t>(sizeof(float));  // whole cache lines
+  int64_t i = 0;
+  for (; i + kFloats <= floats; i += kFloats) {
+    V v[4];
+    for (int k = 0; k < 4; ++k) v[k] = V::load(a + i + k * V::W);
+    for (int k = 0; k < 4; ++k) v[k].stream(b + i + k * V::W);
+  }
+  for (; i < floats; i += V::W) V::load(a + i).stream(b + i);
 }
 
 template <class T>
@@ -88,7 +113,8 @@ TOKENOPS_INLINE void fold_block(const MergeArgs<T>& args, int64_t b, Members mem
   }
   for (int k = 0; k < K; ++k) {
     const V result = factor.is_one() ? acc[k] : factor.on(acc[k]);
-    store<Full>(result, out + c + k * V::W, lanes);
+    T* to = out + c + k * V::W;
+    Full ? put(result, to, args.stream) : result.store_partial(to, lanes);
   }
 }
 
@@ -141,7 +167,7 @@ void merge_rows(const MergeArgs<T>& args, int64_t begin, int64_t end) {
     if (members.count == 0) {
       zero_row(out, channels);
     } else if (copies && members.count == 1 && args.map.is_input(members.index[0])) {
-      copy_row(args.x(b, members.index[0]), out, channels);
+      copy_row(args.x(b, members.index[0]), out, channels, args.stream);
     } else {
       fold_row<F>(args, b, members, factor, out);
     }
@@ -152,13 +178,14 @@ void merge_rows(const MergeArgs<T>& args, int64_t begin, int64_t end) {
 
 // out = factor * y + residual, on whole rows.
 template <bool Residual, class T>
-void scale_row(const T* y, Factor<T> factor, const T* residual, T* out, int64_t channels) {
+void scale_row(const T* y, Factor<T> factor, const T* residual, T* out, int64_t channels,
+               bool stream) {
   using V = Vec<acc_t<T>>;
   int64_t c = 0;
   for (; c + V::W <= channels; c += V::W) {
     V v = factor.on(V::load(y + c));
     if (Residual) v = v + V::load(residual + c);
-    v.store(out + c);
+    put(v, out + c, stream);
   }
   if (c < channels) {
     const int lanes = static_cast<int>(channels - c);
@@ -181,7 +208,8 @@ void unmerge_rows(const UnmergeArgs<T>& args, int64_t begin, int64_t end) {
     const T* residual = args.has_residual ? args.residual(b, n) : nullptr;
     const int64_t m = map.output_of(b, n);
     if (m < 0) {
-      residual != nullptr ? copy_row(residual, out, args.channels) : zero_row(out, args.channels);
+      residual != nullptr ? copy_row(residual, out, args.channels, args.stream)
+                          : zero_row(out, args.channels);
       continue;
     }
     A weight = args.weight != nullptr ? args.weight[row] : A(1);
@@ -195,11 +223,11 @@ void unmerge_rows(const UnmergeArgs<T>& args, int64_t begin, int64_t end) {
     }
     const T* y = args.y(b, m);
     if (residual != nullptr) {
-      scale_row<true>(y, factor, residual, out, args.channels);
+      scale_row<true>(y, factor, residual, out, args.channels, args.stream);
     } else if (!factor.is_one()) {
-      scale_row<false>(y, factor, residual, out, args.channels);
+      scale_row<false>(y, factor, residual, out, args.channels, args.stream);
     } else {
-      copy_row(y, out, args.channels);
+      copy_row(y, out, args.channels, args.stream);
     }
   }
 }
@@ -324,7 +352,7 @@ void select_backward_rows(const SelectBackwardArgs<T>& args, int64_t begin, int6
     }
     if (written < 0) continue;
     if (members.count == 1) {  // it is the extreme, and there are no others
-      copy_row(args.grad(b, m), args.out + written * channels, channels);
+      copy_row(args.grad(b, m), args.out + written * channels, channels, false);
       continue;
     }
     int64_t c = 0;

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import tokenops
 from tokenops import TokenMap
+from tokenops.ops.matching import reference
 from tokenops.testing import (
     LAYOUTS,
     as_layout,
@@ -190,6 +191,22 @@ def test_nearest_of_nothing_but_nan(backend):
     assert index.tolist() == [[1, 1]]
 
 
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_nan_rows_spoil_no_other_gradient(similarity, backend, device):
+    a, b = random_tokens(1, 6, 4, device=device), random_tokens(1, 5, 4, device=device, seed=1)
+    a[0, 1], a[0, 3, 2], b[0, 2], b[0, 4, 0] = math.nan, math.nan, math.nan, math.nan
+    fine = torch.tensor([0, 2, 4, 5], device=device), torch.tensor([0, 1, 3], device=device)
+
+    def gradients(a, b):
+        a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+        score, _ = tokenops.nearest(a, b, similarity=similarity)
+        return torch.autograd.grad(torch.where(score.isfinite(), score, 0).sum(), (a, b))
+
+    dirty, clean = gradients(a, b), gradients(a[:, fine[0]], b[:, fine[1]])
+    for got, expected, rows in zip(dirty, clean, fine, strict=True):
+        torch.testing.assert_close(got[:, rows], expected)
+
+
 # ---- match: exact inputs, against loops ----
 
 
@@ -311,18 +328,20 @@ def test_match_with_protected_tokens_and_given_indices(
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_protected_sources_merge_as_the_last_resort(order):
+@pytest.mark.parametrize(
+    ("r", "prefix", "protected"),
+    [(5, 0, [0, 2, 3, 5, 6]), (6, 0, range(12)), (5, 1, [2, 3, 5, 6]), (4, 3, [7, 8, 9, 10])],
+    ids=str,
+)
+def test_protected_sources_merge_as_the_last_resort(r, prefix, protected, order):
     """What the API refuses where it may look at values, the operator still answers."""
     metric = exact_metric(2, 12, 4, seed=3)
-    protected = [0, 2, 3, 5, 6]
     mask = torch.zeros(12, dtype=torch.bool)
-    mask[protected] = True
-    for r, taboo in ((5, protected), (6, list(range(12)))):
-        mask[taboo] = True
-        got = torch.ops.tokenops.match(metric, r, 0, mask, None, None, 2, None, order, "cosine")
-        expected = brute_match(
-            metric, r, strided_indices(2, 12), protected=taboo, order=order, kind="cosine"
-        )
+    mask[list(protected)] = True
+    options = {"protected": protected, "prefix": prefix, "order": order, "kind": "cosine"}
+    expected = brute_match(metric, r, strided_indices(2, 12), **options)
+    for operator in (torch.ops.tokenops.match, reference.match):
+        got = operator(metric, r, prefix, mask, None, None, 2, None, order, "cosine")
         assert got[0].tolist() == [assign for assign, _ in expected]
         assert got[1].shape[1] - 1 == 12 - r
 

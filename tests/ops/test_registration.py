@@ -7,10 +7,18 @@ import pytest
 import torch
 from torch.func import grad, jacrev, jvp, vmap
 from torch.library import opcheck
+from torch.utils import _pytree as pytree
 
 import tokenops
 from tokenops import TokenMap, _library
-from tokenops.testing import random_token_map, random_tokens
+from tokenops.ops.matching import reference as matching
+from tokenops.ops.merging import reference as merging
+from tokenops.testing import (
+    assert_same_bits,
+    assert_within_error_budget,
+    random_token_map,
+    random_tokens,
+)
 
 ops = torch.ops.tokenops
 
@@ -48,11 +56,15 @@ def kinds_of_arguments():
     yield ops.pair_dot, (rows(N), rows(M, seed=2), *INDEX), "pair_dot"
     yield ops.merge_wavg, (rows(N), *INDEX, None), "wavg"
     yield ops.merge_wavg, (rows(N), *INDEX, numbers(N).detach().abs().requires_grad_()), "wavg-size"
+    ties = rows(N, wants_gradient=False).round()  # with zeros among them
+    nan = ties.clone()
+    nan[:, 1], nan[:, 4, 0] = torch.nan, torch.nan
     for reduce in ("amax", "amin", "prod"):
-        x = rows(N, wants_gradient=False)
-        out = ops.merge(x, *INDEX, None, None, reduce)
-        arguments = rows(M, wants_gradient=False, seed=3), x, out, *INDEX, reduce
-        yield ops.merge_select_backward, arguments, f"select-{reduce}"
+        for kind, x in (("rows", rows(N, wants_gradient=False)), ("ties", ties), ("nan", nan)):
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                x, grads = x.to(dtype), rows(M, dtype, wants_gradient=False, seed=3)
+                arguments = grads, x, ops.merge(x, *INDEX, None, None, reduce), *INDEX, reduce
+                yield ops.merge_select_backward, arguments, f"select-{reduce}-{kind}-{dtype}"
 
     mask = torch.tensor([[True, False, True, True, True, False, True]] * B)
     for similarity in ("cosine", "dot"):
@@ -81,13 +93,44 @@ def kinds_of_arguments():
     yield ops.match, matching(split=(*each, 1)), "match-split-each"
 
 
-@pytest.mark.filterwarnings(r"ignore:.torch\.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [  # opcheck takes NaN for a difference
+        pytest.param(op, args, id=name)
+        for op, args, name in kinds_of_arguments()
+        if "nan" not in name
+    ],
+)
+def test_opcheck(operator, arguments):
+    opcheck(operator.default, arguments)
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [pytest.param(op, args, id=name) for op, args, name in kinds_of_arguments()],
 )
-def test_opcheck(operator, arguments):
-    opcheck(operator.default, arguments)
+def test_operator_does_what_its_reference_does(operator, arguments):
+    """Also the operators that only backwards call."""
+    name = operator.default.name().partition("::")[2]
+    reference = getattr(matching if name in ("match", "nearest") else merging, name)
+
+    def run(function, widen=False):
+        values = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        if widen:
+            floating = (isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+            values = [v.double() if f else v for v, f in zip(values, floating, strict=True)]
+        return pytree.tree_leaves(function(*values))
+
+    for got, plain, truth in zip(
+        run(operator), run(reference), run(reference, widen=True), strict=True
+    ):
+        if got.is_floating_point():
+            assert_within_error_budget(
+                got, plain, truth, magnitude=truth.nan_to_num(0, 0, 0).abs().sum()
+            )
+        else:
+            assert_same_bits(got, plain)
 
 
 def test_every_operator_is_checked():
@@ -224,6 +267,7 @@ def test_batched_gradients():
         torch.testing.assert_close(batched, torch.stack(singly))
 
 
+@pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script:DeprecationWarning")  # in torch.func.jvp
 def test_transforms_that_differentiate():
     """torch.func.grad and its kin know no registered operators; the reference serves them."""
     metric = random_tokens(B, N, C, seed=7)

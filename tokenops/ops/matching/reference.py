@@ -42,9 +42,28 @@ def nearest(
 
     Differentiable by ordinary autograd through the score.
     """
-    a, b = metric_rows(a), metric_rows(b)
-    if similarity == "cosine":
-        a, b = unit_rows(a)[0], unit_rows(b)[0]
+    a, b = _comparable(a, similarity), _comparable(b, similarity)
+    score, index = _search(a.detach(), b.detach(), b_mask)
+    if a_mask is not None:
+        score = score.masked_fill(~a_mask, -math.inf)
+        index = index.masked_fill(~a_mask, -1)
+    if score.numel() == 0 or b.shape[1] == 0:
+        return score, index
+    # The chosen pairs again, for the gradient, in which nothing else (NaN above all) has a part.
+    chosen = (score > -math.inf)[..., None]
+    pairs = torch.where(chosen, _rows(b, index.clamp(min=0).long()), 0)  # [B, Na, D]
+    similar = (torch.where(chosen, a, 0) * pairs).sum(-1)
+    return torch.where(chosen[..., 0], similar, score), index
+
+
+def _comparable(x: Tensor, similarity: str) -> Tensor:
+    """Rows [B, N, D] whose dot products are the similarities."""
+    rows = metric_rows(x)
+    return unit_rows(rows)[0] if similarity == "cosine" else rows
+
+
+def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Largest dot product of each row of ``a`` with a row of ``b``, and the first such row."""
     batch, rows, columns = a.shape[0], a.shape[1], b.shape[1]
     if batch * rows * columns == 0:
         score = a.new_full((batch, rows), -math.inf)
@@ -52,16 +71,11 @@ def nearest(
     if b_mask is None:
         b_mask = torch.ones(1, 1, dtype=torch.bool, device=b.device).expand(batch, columns)
     if batch * rows * columns <= SCORES_AT_A_TIME:
-        score, index = _nearest_block(a, b, b_mask)
-    else:  # a loop over blocks fixes the sizes when traced, hence apart
-        block = max(1, SCORES_AT_A_TIME // (batch * columns))
-        parts = [_nearest_block(a[:, i : i + block], b, b_mask) for i in range(0, rows, block)]
-        score = torch.cat([p[0] for p in parts], dim=1)
-        index = torch.cat([p[1] for p in parts], dim=1)
-    if a_mask is not None:
-        score = score.masked_fill(~a_mask, -math.inf)
-        index = index.masked_fill(~a_mask, -1)
-    return score, index
+        return _nearest_block(a, b, b_mask)
+    # A loop over blocks fixes the sizes when traced, hence it stands apart.
+    block = max(1, SCORES_AT_A_TIME // (batch * columns))
+    parts = [_nearest_block(a[:, i : i + block], b, b_mask) for i in range(0, rows, block)]
+    return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1)
 
 
 def _nearest_block(a: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +109,7 @@ def match(
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bipartite matching; see the schema for the arguments and results."""
-    x = metric_rows(metric)
+    x = _comparable(metric, similarity)
     batch, tokens, _ = x.shape
     token = torch.arange(tokens, device=x.device)
     if source_index is None or destination_index is None:
@@ -116,9 +130,8 @@ def match(
         taboo = taboo | protected
     # Eligible sources come first, protected ones as a last resort, prefix tokens never.
     grade = taboo.gather(1, sources).int() + (sources < num_prefix)  # [B, Ns]: 0, 1, 2
-    score, choice = nearest(
-        _rows(x, sources), _rows(x, destinations), None, ~taboo.gather(1, destinations), similarity
-    )
+    open_to_sources = ~taboo.gather(1, destinations)
+    score, choice = _search(_rows(x, sources), _rows(x, destinations), open_to_sources)
     score = torch.where(grade > 0, -math.inf, score)
     if destinations.shape[1] == 0:
         merged = torch.zeros_like(sources, dtype=torch.bool)
