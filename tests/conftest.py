@@ -5,7 +5,7 @@ A test with an argument ``backend`` runs once for each backend, which is then ch
 that nothing falls back silently; ``device`` beside it adds each device that is there.
 
 ``TOKENOPS_TEST_BACKENDS`` names the backends, ``native,reference`` if unset. One that cannot be had
-fails the session. ``default`` stands for no explicit choice.
+fails the run. ``default`` stands for no explicit choice.
 ``HYPOTHESIS_PROFILE=thorough`` searches longer and elsewhere each time.
 """
 
@@ -51,7 +51,7 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     names = metafunc.fixturenames
     if "backend" in names and "device" in names:
-        # On other devices: what is there. On the CPU: what was asked for, or the session fails.
+        # On other devices: what is there. On the CPU: what was asked for, or the run fails.
         pairs = [(b, "cpu") for b in BACKENDS]
         for device in DEVICES[1:]:
             there = tokenops.available_backends(device)

@@ -75,6 +75,18 @@ inline acc_t<T> load_row(const Tokens<T>& tokens, int64_t i, bool cosine, int64_
   } else {
     const V mean = V::set1(A(1) / static_cast<A>(tokens.heads));
     int64_t d = 0;
+    // A few vectors at a time, so that heads that lie one behind the other are read in one go.
+    constexpr int K = 4;
+    for (; tokens.stride == 1 && d + K * V::W <= tokens.width; d += K * V::W) {
+      V sum[K];
+      for (int k = 0; k < K; ++k) sum[k] = V::load(x + d + k * V::W);
+      for (int64_t h = 1; h < tokens.heads; ++h) {
+        const T* p = x + h * tokens.head_stride + d;
+        for (int k = 0; k < K; ++k) sum[k] = sum[k] + V::load(p + k * V::W);
+      }
+      for (int k = 0; k < K; ++k)
+        (tokens.heads > 1 ? sum[k] * mean : sum[k]).store(out + d + k * V::W);
+    }
     for (; d < tokens.width; d += V::W) {
       const int n = tokens.width - d < V::W ? static_cast<int>(tokens.width - d) : V::W;
       const T* p = x + d * tokens.stride;

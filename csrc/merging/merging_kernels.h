@@ -45,6 +45,14 @@ TOKENOPS_INLINE void copy_row(const T* from, T* to, int64_t channels, bool strea
   for (; i < floats; i += V::W) V::load(a + i).stream(b + i);
 }
 
+// Ask for the beginning of a row that will be read soon.
+template <class T>
+TOKENOPS_INLINE void prefetch_row(const T* row, int64_t channels) {
+  const char* p = reinterpret_cast<const char*>(row);
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < bytes && i < 2048; i += 64) __builtin_prefetch(p + i);
+}
+
 template <class T>
 TOKENOPS_INLINE void zero_row(T* to, int64_t channels) {
   std::memset(static_cast<void*>(to), 0, static_cast<size_t>(channels) * sizeof(T));
@@ -205,6 +213,10 @@ void unmerge_rows(const UnmergeArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row, ++n) {
     if (n == map.inputs) n = 0, ++b;
     T* out = args.out + row * args.channels;
+    if (n + 2 < map.inputs) {  // rows come in no order that the hardware could foresee
+      const int64_t next = map.output_of(b, n + 2);
+      if (next >= 0) prefetch_row(args.y(b, next), args.channels);
+    }
     const T* residual = args.has_residual ? args.residual(b, n) : nullptr;
     const int64_t m = map.output_of(b, n);
     if (m < 0) {
