@@ -18,8 +18,9 @@ def _layer(x: torch.Tensor) -> tuple[tokenops.TokenMap, torch.Tensor, torch.Tens
 
 
 def _worker(rank: int, port: int, folder: str) -> None:
-    import tokenops.integrations.dtensor  # noqa: F401 - registers the sharding
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    import tokenops.integrations.dtensor  # noqa: F401 - registers the sharding
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
