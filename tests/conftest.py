@@ -67,10 +67,11 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
+    parameters = [getattr(item, "callspec", None) for item in items]
     wanted = any(
-        item.callspec.params.get("backend") == "native" or "isa_level" in item.callspec.params
-        for item in items
-        if hasattr(item, "callspec")
+        c.params.get("backend") == "native" or c.params.get("isa_level") in ISA_LEVELS
+        for c in parameters
+        if c is not None
     )
     if wanted and not _native.loaded:
         raise pytest.UsageError(

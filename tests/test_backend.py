@@ -56,6 +56,19 @@ def test_the_choice_is_obeyed(backend, calls_of_the_reference):
     assert set(calls_of_the_reference) == (expected if backend == "reference" else set())
 
 
+def test_use_backend_as_decorator():
+    @tokenops.use_backend("reference")
+    def chosen():
+        """Say what is chosen."""
+        return _backend.chosen()
+
+    before = _backend.chosen()
+    assert before != "reference"
+    assert chosen() == "reference"
+    assert chosen.__doc__ == "Say what is chosen."
+    assert _backend.chosen() == before
+
+
 def test_use_backend_as_context_and_function():
     assert _backend.chosen() is None
     with tokenops.use_backend("reference"):
@@ -109,7 +122,8 @@ def test_why_not():
         assert "reference" not in reasons
         assert ("native" in reasons) == (not _native.loaded)
         assert operator in reasons["triton"]
-        assert "meta" in tokenops.why_not(operator, x.to("meta")).get("native", "meta")
+        if _native.loaded:
+            assert "meta" in tokenops.why_not(operator, x.to("meta"))["native"]
         assert tokenops.why_not(operator) == reasons
     with pytest.raises(ValueError, match="why_not: operator must be one of"):
         tokenops.why_not("invert", x)

@@ -16,7 +16,16 @@ from benchmarks.cases import DTYPES, RIVALS, Shape, make_metric
 from benchmarks.matching import mean_similarity
 from benchmarks.merging import relative
 from benchmarks.registry import CASES, all_cases, find, operators, select
-from benchmarks.timing import CpuTimer, Policy, Rival, Sample, Series, interleave, is_clean
+from benchmarks.timing import (
+    SETTLING_CALLS,
+    CpuTimer,
+    Policy,
+    Rival,
+    Sample,
+    Series,
+    interleave,
+    is_clean,
+)
 
 CPU = torch.device("cpu")
 BRIEF = Policy(samples=2, enough=1, budget=0.2, rounds=2, sample_seconds=1e-5)
@@ -67,11 +76,8 @@ def test_rivals_agree(case, dtype):
                 assert abs(work.difference(name, value, expected)) <= work.tolerance
 
 
-@pytest.mark.parametrize("grid", [None, (5, 7, 2, 2)])
-@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize(("grid", "prefix"), [(None, 0), (None, 1), ((5, 7, 2, 2), 0)])
 def test_recipes_are_what_tokenops_computes(grid, prefix):
-    if grid is not None and prefix:
-        pytest.skip("tomesd has no class token")
     shape = Shape(3, 35, 8, 6, prefix=prefix, grid=grid)
     metric = make_metric(shape, torch.float64, CPU)
     x = torch.randn(3, 35, 5, dtype=torch.float64)
@@ -243,7 +249,7 @@ def test_clean():
 def test_cpu_timer_times_calls_and_no_more():
     calls = []
     sample = CpuTimer().sample(lambda: calls.append(None), 5)
-    assert len(calls) == 6  # one more that settles the caches
+    assert len(calls) == 5 + SETTLING_CALLS
     assert 0 < sample.seconds < 1
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from contextlib import ContextDecorator
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ def _check_name(where: str, name: object) -> None:
         raise ValueError(f"{where} must be one of {choices} or None, got {name!r}")
 
 
-class use_backend(ContextDecorator):  # noqa: N801 - used like torch.set_grad_enabled
+class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
     """Choose the backend of all operators: as a function, a context manager or a decorator.
 
     An explicit choice never falls back silently: an operator that the backend cannot serve raises
@@ -59,6 +61,18 @@ class use_backend(ContextDecorator):  # noqa: N801 - used like torch.set_grad_en
     def __enter__(self) -> None:
         global _forced
         _forced = self._name
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        global _forced
+        _forced = self._previous  # decorating a function is no choice yet
+        name = self._name
+
+        @functools.wraps(function)
+        def chosen_inside(*args: Any, **kwargs: Any) -> Any:
+            with use_backend(name):
+                return function(*args, **kwargs)
+
+        return chosen_inside
 
     def __exit__(
         self,

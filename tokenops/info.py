@@ -31,12 +31,13 @@ def _lines() -> Iterator[str]:
     yield f"  CUDA             {_cuda()}"
     if _native.loaded:
         yield f"  compiled library {_native.path}"
-    else:
-        yield f"  compiled library none: {_native.reason}"
         build = _native.build_info()
-        yield f"  built with       {build.get('compiler')}, {build.get('flags')}"
+        if build.get("compiler"):
+            yield f"  built with       {build['compiler']}, {build['flags']}"
         if build.get("no_cuda"):
             yield f"  CUDA kernels     none: {build['no_cuda']}"
+    else:
+        yield f"  compiled library none: {_native.reason}"
     inspect = _native.inspect()
     if inspect is not None:
         features = inspect.cpu_features()

@@ -142,7 +142,8 @@ std::tuple<Tensor, Tensor> invert(const Tensor& assign, int64_t num_tokens) {
   const char* op = "tokenops::invert";
   const auto sizes = assign.sizes();
   STD_TORCH_CHECK(sizes.size() == 2, op, ": expected assign [B, N]");
-  STD_TORCH_CHECK(num_tokens >= 0, op, ": expected num_tokens >= 0, got ", num_tokens);
+  STD_TORCH_CHECK(0 <= num_tokens && num_tokens < INT32_MAX && sizes[1] < INT32_MAX, op,
+                  ": expected fewer than 2^31 - 1 tokens, got ", sizes[1], " to ", num_tokens);
   const int64_t batch = sizes[0], inputs = sizes[1], outputs = num_tokens;
   const Matrix matrix(op, "assign", assign, batch, inputs, ScalarType::Int);
   const Tensor offsets = empty({batch, outputs + 1}, ScalarType::Int);

@@ -273,7 +273,8 @@ void pair_dot_rows(const PairDotArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row, ++n) {
     if (n == args.map.inputs) n = 0, ++b;
     const int64_t m = args.map.output_of(b, n);
-    args.out[row] = m < 0 ? 0 : dot_rows<T>(args.x(b, n), args.y(b, m), args.channels);
+    const bool empty = m < 0 || args.channels == 0;
+    args.out[row] = empty ? 0 : dot_rows<T>(args.x(b, n), args.y(b, m), args.channels);
   }
 }
 

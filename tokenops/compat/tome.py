@@ -228,8 +228,8 @@ def merge_wavg(
 
     Returns:
         The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]`` in float32
-        (float64 if ``size`` is). Outside autocast, cast their logarithm before you add it to half
-        precision attention.
+        (float64 if ``x`` and ``size`` are). Outside autocast, cast their logarithm before you add
+        it to half precision attention.
 
     Differentiable in: ``x`` and ``size``.
 
@@ -246,7 +246,7 @@ def merge_wavg(
         return _merge_wavg(x, _for_batch(token_map, x), size)
     if size is None:
         size = torch.ones_like(x[..., :1], dtype=torch.float32)
-    elif size.dtype != torch.float64:
+    elif not size.dtype == x.dtype == torch.float64:
         size = size.float()
     if nothing:
         return x, size

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging in plain PyTorch: the oracle of every kernel and the fallback where there is none.
 
-Letters: B batch, N tokens in, M tokens out, C channels. All functions but ``invert`` and
-``merge_select_backward`` are differentiable by ordinary autograd.
+Letters: B batch, N tokens in, M tokens out, C channels. All functions but ``invert`` are
+differentiable by ordinary autograd.
 """
 
 from __future__ import annotations
