@@ -87,8 +87,9 @@ $(READY)/tools:
 	touch $@
 
 # Test, lint, bench and demo are extras of the package. No torch is fetched: the installed one does.
+# The mode of the editable install keeps it importable from the folder above a clone of this name.
 $(READY)/test $(READY)/lint $(READY)/bench $(READY)/demo: pyproject.toml $(READY)/tools
-	$(PIP) --no-build-isolation --editable ".[$(@F)]"
+	PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --config-settings editable_mode=compat --editable ".[$(@F)]"
 	touch $@
 
 clean:

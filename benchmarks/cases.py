@@ -27,7 +27,7 @@ LEGEND = {
     "eager": "the recipe of ToMe or tomesd in PyTorch operators",
     "compile": "the same under torch.compile(dynamic=False, fullgraph=True), compiled beforehand",
     "copy": "a torch copy_ that moves as many bytes, read and written together",
-    "bmm": "nothing but the matrix product of the scores, stored; rows averaged over heads and gathered before",
+    "bmm": "nothing but the product of the scores, of rows averaged and gathered beforehand",
     "bmm+max": "that product and the maximum of each row",
 }
 

@@ -84,12 +84,11 @@ def main() -> None:
 
     print(f"ViT-B/16 with {weights}")
     print(f"{options.batch} crops of {options.image or 'grace_hopper.jpg'}, r = {options.r}")
-    print(f"{machine(device)}, {options.dtype}\n")
+    print(f"{options.dtype} on {machine(device)}\n")
     print_table(samples, peaks, tokens, options.batch)
-    print(f"\nms         median of {options.repeats} runs in turns, interrupted ones left out")
-    quiet = sum(s.interruptions == 0 for one in samples.values() for s in one)
-    if quiet < 2 * len(samples):
-        print(f"           BUSY MACHINE, {quiet} runs uninterrupted: rough, from the calmest third")
+    print(f"\nms         median of {options.repeats} runs in turns, disturbed ones left out")
+    if min(sum(s.clean for s in one) for one in samples.values()) < 3:
+        print("           BUSY MACHINE: too few are undisturbed, the calmest third was taken")
     counter = "CUDA's allocator" if device.type == "cuda" else "torch.profiler"
     print(f"peak MB    of tensors beside model and input, by {counter}")
     print(f"logits     eager ToMe and tokenops differ by at most {difference:.1e} (float32)")
@@ -236,7 +235,7 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     backends = ", ".join(tokenops.available_backends())
-    return f"CPU, {torch.get_num_threads()} threads, tokenops' backends: {backends}"
+    return f"CPU, {torch.get_num_threads()} threads; backends of tokenops: {backends}"
 
 
 def print_table(

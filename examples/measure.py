@@ -11,12 +11,21 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+#: An idle system interrupts a running thread a few times per second whatever happens; a competing
+#: process does so a hundred times and more.
+INTERRUPTIONS_PER_SECOND = 20
+
 
 class Sample(NamedTuple):
     """One run: how long it took and how often another process took a core away from it."""
 
     seconds: float
     interruptions: int
+
+    @property
+    def clean(self) -> bool:
+        """Whether the run had the cores to itself."""
+        return self.interruptions <= self.seconds * INTERRUPTIONS_PER_SECOND
 
 
 def time_once(run: Callable[[], object], device: torch.device) -> Sample:
@@ -47,10 +56,10 @@ def interleave(
 
 
 def undisturbed(samples: list[Sample]) -> list[Sample]:
-    """The samples without an interruption, or the third with the fewest if that is more."""
+    """The clean samples, or the third with the fewest interruptions if that is more."""
     by_quiet = sorted(samples, key=lambda sample: sample.interruptions)
-    quiet = sum(sample.interruptions == 0 for sample in samples)
-    return by_quiet[: max(quiet, (len(samples) + 2) // 3)]
+    clean = sum(sample.clean for sample in samples)
+    return by_quiet[: max(clean, (len(samples) + 2) // 3)]
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
