@@ -480,3 +480,15 @@ def test_metric_carries_no_gradient(backend):
     metric = random_tokens(1, 8, 4).requires_grad_()
     token_map = tokenops.match(metric, 2)
     assert not token_map.assign.requires_grad
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [63, 64, 65, 80, 130])
+def test_mean_over_heads_of_wide_rows(width, dtype, backend):
+    """Heads are averaged a few vectors at a time, the rest of the row one by one."""
+    keys = random_tokens(2, 5, 23, width, dtype=dtype, layout="packed")
+    score, _ = tokenops.nearest(keys[:, :, ::2], keys[:, :, 1::2])
+    mean = torch.nn.functional.normalize(keys.double().mean(1), dim=-1)
+    expected = (mean[:, ::2] @ mean[:, 1::2].mT).amax(-1)
+    assert (score - expected).abs().max() < 64 * torch.finfo(score.dtype).eps

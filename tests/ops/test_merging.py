@@ -467,3 +467,28 @@ def test_autocast_keeps_the_dtype(dtype, backend):
         ]
     for a, b in zip(cast, plainly, strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("channels", [768, 760, 761])  # whole cache lines, half ones, none
+def test_passes_larger_than_the_cache(channels, backend):
+    """Beyond 32 MB results may be stored past the caches; the bits must not differ."""
+    batch, tokens = 30, 197
+    token_map = random_token_map(batch, tokens, 181, seed=2)
+    x = random_tokens(batch, tokens, channels, seed=3)
+    y = random_tokens(batch, 181, channels, seed=4)
+    size = random_tokens(batch, tokens, 1, seed=5).abs() + 0.5
+
+    def results(part):
+        one = TokenMap(*(t[part] for t in (token_map.assign, token_map.offsets, token_map.members)))
+        return [
+            *(one.merge(x[part], reduce=r) for r in ("sum", "mean", "amax", "prod")),
+            *one.merge_wavg(x[part], size[part]),
+            one.unmerge(y[part]),
+            one.unmerge(y[part], residual=x[part]),
+        ]
+
+    whole = results(slice(None))
+    for image in (0, batch - 1):  # one image by itself fits any cache
+        for one, all_ in zip(results(slice(image, image + 1)), whole, strict=True):
+            assert_same_bits(one[0], all_[image])
