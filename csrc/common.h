@@ -180,6 +180,24 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
+// Lays out arrays one after the other; over a null base it only measures.
+class Layout {
+ public:
+  explicit Layout(char* base) : base_(base) {}
+
+  template <class U>
+  U* take(int64_t count) {
+    U* array = base_ == nullptr ? nullptr : reinterpret_cast<U*>(base_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
+    return array;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
 // Call f(begin, end) on parts of [0, count) in parallel, where `cost` is about the number of bytes
 // that one index touches: small loops run on the calling thread, at no overhead.
 template <class F>

@@ -2,6 +2,7 @@
 """tokenops: fused kernels for token sparsification of transformers."""
 
 from ._backend import available_backends, use_backend, why_not
+from .ops.attention.api import attention_scores, policy_attention
 from .ops.matching.api import match, nearest
 from .ops.merging.api import merge, merge_wavg, unmerge
 from .splits import alternate, grid, strided
@@ -13,12 +14,14 @@ __version__ = "0.1.0"
 __all__ = [
     "TokenMap",
     "alternate",
+    "attention_scores",
     "available_backends",
     "grid",
     "match",
     "merge",
     "merge_wavg",
     "nearest",
+    "policy_attention",
     "strided",
     "unmerge",
     "use_backend",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 def acc_dtype(x: Tensor) -> torch.dtype:
     """Type of sums, weights and similarities: float64 for double data, float32 for all other."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Keep autocast from lowering the precision of a reference; not every device knows autocast."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def register(

@@ -59,24 +59,6 @@ Kernels<T> kernels_for([[maybe_unused]] int64_t heads) {
 
 // ---- driver ----
 
-// Lays out arrays one after the other; over a null base it only measures.
-class Layout {
- public:
-  explicit Layout(char* base) : base_(base) {}
-
-  template <class U>
-  U* take(int64_t count) {
-    U* array = base_ == nullptr ? nullptr : reinterpret_cast<U*>(base_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
-    return array;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
 // A metric [B, N, D] or [B, H, N, D], and its tokens of one image that are listed.
 template <class T>
 struct Metric {

@@ -8,39 +8,7 @@
 // with each other only once, at the end. Places count vectors of columns, as floating-point
 // numbers, so that they blend like values.
 
-// ---- words: one element, or a pair of bfloat16 ----
-
-template <class T>
-struct Packed {
-  using type = acc_t<T>;
-};
-#if TOKENOPS_PAIRS
-template <>
-struct Packed<c10::BFloat16> {
-  using type = c10::BFloat16;
-};
-#endif
-
-template <class T>
-constexpr bool kPairs = sizeof(typename Packed<T>::type) < sizeof(acc_t<T>);
-
-template <class T>
-TOKENOPS_INLINE int64_t depth_words(int64_t width) {
-  return kPairs<T> ? (width + 1) / 2 : width;
-}
-
-// a * b + c in each lane, over both elements of a pair.
-template <class T, class V>
-TOKENOPS_INLINE V multiply(V a, V b, V c) {
-#if TOKENOPS_PAIRS
-  if constexpr (kPairs<T>) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
-#endif
-  return fma(a, b, c);
-}
-
-// Vectors in a full panel: by kTile rows they fill the registers, 32 in AVX-512 and 16 elsewhere.
-template <class A>
-constexpr int kVectors = Vec<A>::W * sizeof(A) == 64 ? 4 : 2;
+#include "../tile_kernels.h"
 
 // ---- packing ----
 
@@ -113,39 +81,6 @@ inline acc_t<T> load_row(const Tokens<T>& tokens, int64_t i, bool cosine, int64_
   return 1;
 }
 
-// One step of a transposition: lanes with the bit `Step` of a change places with the others of b.
-template <int Step, class V>
-TOKENOPS_INLINE void exchange(V& a, V& b) {
-#if TOKENOPS_X86
-  decltype(a.v < a.v) low, high;
-  for (int l = 0; l < V::W; ++l) {
-    low[l] = (l & Step) ? (l ^ Step) + V::W : l;
-    high[l] = (l & Step) ? l + V::W : l ^ Step;
-  }
-  const V c = {__builtin_shuffle(a.v, b.v, low)};
-  b = {__builtin_shuffle(a.v, b.v, high)};
-  a = c;
-#else
-  for (int l = 0; l < V::W; ++l) {
-    if (l & Step) continue;
-    const auto lane = a.v[l | Step];
-    a.v[l | Step] = b.v[l];
-    b.v[l] = lane;
-  }
-#endif
-}
-
-template <int Step, class V>
-TOKENOPS_INLINE void transpose(V (&m)[V::W]) {
-  if constexpr (Step < V::W) {
-#pragma GCC unroll 16
-    for (int i = 0; i < V::W; ++i) {
-      if (!(i & Step)) exchange<Step>(m[i], m[i | Step]);
-    }
-    transpose<2 * Step>(m);
-  }
-}
-
 // Pack blocks [begin, end) of kBlock destinations as panels. The columns that fill up the last
 // vector repeat the last destination: as similar, but behind it, they are never chosen.
 template <class T>
@@ -213,18 +148,8 @@ TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t 
       sum[i][j] = k == 0 ? V::zero() : V::load(partial + (i * N + j) * V::W);
     }
   }
-  const A* const rows = group.rows + t * kTile * group.words;
-  for (; k < end; ++k) {
-    V b[N];
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) b[j] = V::load(panel.columns + (k * N + j) * V::W);
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile; ++i) {
-      const V a = V::set1(rows[i * group.words + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sum[i][j] = multiply<T>(a, b[j], sum[i][j]);
-    }
-  }
+  multiply_tile<T, N>(group.rows + t * kTile * group.words + k, group.words, 1,
+                      panel.columns + k * N * V::W, end - k, sum);
   if (end < panel.depth) {
 #pragma GCC unroll 8
     for (int i = 0; i < kTile; ++i) {

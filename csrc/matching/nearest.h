@@ -2,11 +2,10 @@
 // One image's search for nearest destinations: the data that the driver and the kernels share.
 #pragma once
 
-#include "../common.h"
+#include "../tile.h"
 
 namespace tokenops::matching {
 
-constexpr int kTile = 6;     // sources in a register tile
 constexpr int kGroup = 96;   // sources that go over the destinations together, at most
 constexpr int kBlock = 64;   // destinations that are packed together
 constexpr int kDepth = 512;  // words of a row that are multiplied at a time
@@ -51,9 +50,6 @@ struct Kernels {
   void (*pack)(const Search<T>&, int64_t block_begin, int64_t block_end, acc_t<T>* work);
   void (*search)(const Search<T>&, int64_t group_begin, int64_t group_end, acc_t<T>* work);
 };
-
-// Words between packed rows: whole vectors of any instruction set.
-inline int64_t row_words(int64_t width) { return (width + 15) / 16 * 16; }
 
 inline int64_t work_words(int64_t width) { return kGroup * (row_words(width) + kBlock); }
 

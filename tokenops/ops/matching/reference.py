@@ -7,13 +7,11 @@ Letters: B batch, N tokens, Na sources, Nb destinations, D width of the metric.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._library import acc_dtype
+from ..._library import acc_dtype, no_autocast
 from ..merging.reference import invert
 
 #: Similarities that are held at a time: rows of the score matrix come in blocks of so many entries,
@@ -79,7 +77,7 @@ def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def _nearest_block(a: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
-    with _no_autocast(a.device.type):
+    with no_autocast(a.device.type):
         scores = a @ b.transpose(1, 2)  # [B, block, Nb]
     scores = scores.masked_fill(scores.isnan() | ~b_mask[:, None, :], -math.inf)
     score, index = scores.max(dim=2)  # the first of equal maxima
@@ -87,13 +85,6 @@ def _nearest_block(a: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor
     first = b_mask.int().argmax(dim=1)
     fallback = torch.where(b_mask.any(dim=1), first, -1)[:, None]
     return score, torch.where(score == -math.inf, fallback, index).int()
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast would take the similarities in half precision."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def match(

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// All kernels of attention, each file after those it needs: included once per instruction set, in
+// its namespace.
+
+#include "../tile_kernels.h"
+
+#include "pack_kernels.h"
+
+#include "forward_kernels.h"
+
+#include "backward_kernels.h"

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention's tokens as operands of register tiles: included once per instruction set, in its
+// namespace, before the kernels.
+//
+// A word is a number, or a pair of bfloat16 that are neighbours along the dimension summed over.
+// Left operands are rows of words; right operands are panels [words][columns], a few vectors wide.
+
+// 2^x: 0 below the normal numbers, exactly 1 at 0, NaN for NaN.
+TOKENOPS_INLINE Vec<float> exp2(Vec<float> x) {
+  using V = Vec<float>;
+  // (2^f - 1) / f for |f| <= 1/2 from its values at Chebyshev's points: error 5e-9.
+  constexpr float c[] = {0.693147188026228781f,   0.240226507605681269f,
+                         0.0555035711421907782f,  0.00961808255727785149f,
+                         0.00133908633646712344f, 0.000154531629451206902f};
+  const V least = V::set1(-126), bounded = max(least, x), n = nearest(bounded), f = bounded - n;
+  V p = V::set1(c[5]);
+#pragma GCC unroll 8
+  for (int i = 4; i >= 0; --i) p = fma(p, f, V::set1(c[i]));
+  return blend(gt(least, x), V::zero(), times_power(fma(p, f, V::set1(1)), n));
+}
+TOKENOPS_INLINE Vec<double> exp2(Vec<double> x) {
+  using V = Vec<double>;
+  // The same to an error of 1e-19.
+  constexpr double c[] = {
+      0.693147180559945309,     0.240226506959100712,    0.055504108664821627,
+      0.00961812910762847949,   0.00133335581464064707,  0.000154035303933707334,
+      0.0000152527338415567726, 1.32154868087055628e-6,  1.01780570877339411e-7,
+      7.05489730415549928e-9,   4.45581790833606449e-10, 2.57293241773623042e-11};
+  const V least = V::set1(-1022), bounded = max(least, x), n = nearest(bounded), f = bounded - n;
+  V p = V::set1(c[11]);
+#pragma GCC unroll 16
+  for (int i = 10; i >= 0; --i) p = fma(p, f, V::set1(c[i]));
+  return blend(gt(least, x), V::zero(), times_power(fma(p, f, V::set1(1)), n));
+}
+
+template <class V, class A>
+TOKENOPS_INLINE V lane_numbers(const A*) {
+  A lanes[V::W];
+  for (int i = 0; i < V::W; ++i) lanes[i] = static_cast<A>(i);
+  return V::load(lanes);
+}
+
+// As many elements as there are left of a vector.
+template <class V, class T>
+TOKENOPS_INLINE V load_some(const T* p, int64_t left) {
+  return left >= V::W ? V::load(p) : V::load_partial(p, static_cast<int>(left));
+}
+template <class V, class T>
+TOKENOPS_INLINE void store_some(V v, T* p, int64_t left) {
+  left >= V::W ? v.store(p) : v.store_partial(p, static_cast<int>(left));
+}
+
+template <class T>
+TOKENOPS_INLINE acc_t<T> dot(const T* a, const T* b, int64_t width) {
+  using V = Vec<acc_t<T>>;
+  V sum = V::zero();
+  for (int64_t d = 0; d < width; d += V::W) {
+    sum = fma(load_some<V>(a + d, width - d), load_some<V>(b + d, width - d), sum);
+  }
+  return reduce_add(sum);
+}
+
+// out += factor * x
+template <class T>
+TOKENOPS_INLINE void add_scaled(const T* x, acc_t<T> factor, int64_t width, acc_t<T>* out) {
+  using V = Vec<acc_t<T>>;
+  const V f = V::set1(factor);
+  for (int64_t d = 0; d < width; d += V::W) {
+    const int64_t left = width - d;
+    store_some(fma(f, load_some<V>(x + d, left), load_some<V>(out + d, left)), out + d, left);
+  }
+}
+
+// out = factor * x
+template <class T>
+TOKENOPS_INLINE void write_row(const acc_t<T>* x, acc_t<T> factor, int64_t width, T* out) {
+  using V = Vec<acc_t<T>>;
+  const V f = V::set1(factor);
+  for (int64_t d = 0; d < width; d += V::W) {
+    store_some(load_some<V>(x + d, width - d) * f, out + d, width - d);
+  }
+}
+
+// A row as `words` words, zeros at the end.
+template <class T>
+TOKENOPS_INLINE void pack_row(const T* x, int64_t width, int64_t words, acc_t<T>* row) {
+  using V = Vec<acc_t<T>>;
+  using P = typename Packed<T>::type;
+  P* const out = reinterpret_cast<P*>(row);
+  if (sizeof(P) == sizeof(T)) {
+    std::memcpy(static_cast<void*>(out), x, width * sizeof(T));
+  } else {
+    for (int64_t d = 0; d < width; d += V::W) {
+      store_some(load_some<V>(x + d, width - d), out + d, width - d);
+    }
+  }
+  std::memset(static_cast<void*>(out + width), 0, words * sizeof(acc_t<T>) - width * sizeof(P));
+}
+
+// Rows for whole tiles, [ceil(count / kTile) * kTile][words]: zeros behind the last one.
+template <class T>
+void pack_rows(const Tokens<T>& x, acc_t<T>* out) {
+  const int64_t words = depth_words<T>(x.width);
+  for (int64_t i = 0; i < x.count; ++i) pack_row(x.row(i), x.width, words, out + i * words);
+  const int64_t padding = round_up(x.count, kTile) - x.count;
+  std::memset(static_cast<void*>(out + x.count * words), 0, padding * words * sizeof(acc_t<T>));
+}
+
+// Tokens as the columns of panels [words of the width][columns]: zeros behind the last one.
+template <class T>
+void pack_columns(const Tokens<T>& x, acc_t<T>* out, acc_t<T>* work) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  constexpr int kWidth = kVectors<A> * V::W;
+  const int64_t depth = depth_words<T>(x.width), words = row_words(depth);
+  const int64_t columns = round_up(x.count, V::W);
+  for (int64_t column = 0; column < columns; column += V::W) {
+    for (int i = 0; i < V::W; ++i) {
+      const bool is = column + i < x.count;
+      pack_row(is ? x.row(column + i) : nullptr, is ? x.width : 0, words, work + i * words);
+    }
+    const int64_t panel = column / kWidth * kWidth;
+    const int64_t stride = columns - panel < kWidth ? columns - panel : kWidth;
+    A* const to = out + panel * depth + (column - panel);
+    for (int64_t k = 0; k < depth; k += V::W) {
+      V m[V::W];
+#pragma GCC unroll 16
+      for (int i = 0; i < V::W; ++i) m[i] = V::load(work + i * words + k);
+      transpose<1>(m);
+      for (int i = 0; i < V::W && k + i < depth; ++i) m[i].store(to + (k + i) * stride);
+    }
+  }
+}
+
+// Tokens one below the other, [words of tokens][columns of the width] in panels, zeros in the
+// columns that fill up the last vector.
+template <class T>
+void pack_panels(const Tokens<T>& x, acc_t<T>* out) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  constexpr int kWidth = kVectors<A> * V::W;
+  const int64_t depth = depth_words<T>(x.count), columns = round_up(x.width, V::W);
+  for (int64_t panel = 0; panel < columns; panel += kWidth) {
+    const int64_t stride = columns - panel < kWidth ? columns - panel : kWidth;
+    const int64_t filled = x.width - panel < stride ? x.width - panel : stride;
+    A* to = out + panel * depth;
+    for (int64_t k = 0; k < depth; ++k, to += stride) {
+      if constexpr (kPairs<T>) {
+        const uint16_t* const a = reinterpret_cast<const uint16_t*>(x.row(2 * k) + panel);
+        uint32_t* const words = reinterpret_cast<uint32_t*>(to);
+        if (2 * k + 1 < x.count) {
+          const uint16_t* const b = reinterpret_cast<const uint16_t*>(x.row(2 * k + 1) + panel);
+          for (int64_t d = 0; d < filled; ++d) words[d] = a[d] | static_cast<uint32_t>(b[d]) << 16;
+        } else {
+          for (int64_t d = 0; d < filled; ++d) words[d] = a[d];
+        }
+      } else {
+        const T* const row = x.row(k) + panel;
+        for (int64_t d = 0; d < filled; d += V::W) {
+          load_some<V>(row + d, filled - d).store(to + d);
+        }
+      }
+      for (int64_t d = filled; d < stride; ++d) to[d] = 0;
+    }
+  }
+}
+
+// Call f(column, Count<n>(), panel) for each panel of a right operand [depth][width] that has one
+// of the first `limit` columns.
+template <class A, class F>
+TOKENOPS_INLINE void for_each_panel(const A* panels, int64_t depth, int64_t width, int64_t limit,
+                                    const F& f) {
+  using V = Vec<A>;
+  for (int64_t column = 0; column < limit; column += kVectors<A> * V::W) {
+    const int64_t left = (width - column + V::W - 1) / V::W;
+    with_count<kVectors<A>>(left < kVectors<A> ? static_cast<int>(left) : kVectors<A>,
+                            [&](auto n) { f(column, n, panels + column * depth); });
+  }
+}
+
+// A vector of numbers as words: as it is, or rounded to bfloat16 (subnormals to zero).
+template <class T, class V>
+TOKENOPS_INLINE void store_words(V v, typename Packed<T>::type* p) {
+#if TOKENOPS_PAIRS
+  if constexpr (kPairs<T>) {
+    const __m256bh bits = _mm512_cvtneps_pbh(v.v);
+    std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+    return;
+  }
+#endif
+  v.store(p);
+}
+
+// A vector of numbers rounded as words are.
+template <class T, class V>
+TOKENOPS_INLINE V round_words(V v) {
+#if TOKENOPS_PAIRS
+  if constexpr (kPairs<T>) return {_mm512_cvtpbh_ps(_mm512_cvtneps_pbh(v.v))};
+#endif
+  return v;
+}
+
+#if TOKENOPS_PAIRS
+// Lane by lane, pairs of one number of each vector.
+TOKENOPS_INLINE Vec<float> pair_up(Vec<float> low, Vec<float> high) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);  // all of low, all of high
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))};
+}
+#endif

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// Register tiles that multiply matrices: included once per instruction set, in the namespace of an
+// operator's kernels, with TOKENOPS_PAIRS saying whether that one multiplies pairs of bfloat16.
+
+// ---- words: one element, or a pair of bfloat16 ----
+
+template <class T>
+struct Packed {
+  using type = acc_t<T>;
+};
+#if TOKENOPS_PAIRS
+template <>
+struct Packed<c10::BFloat16> {
+  using type = c10::BFloat16;
+};
+#endif
+
+template <class T>
+constexpr bool kPairs = sizeof(typename Packed<T>::type) < sizeof(acc_t<T>);
+
+template <class T>
+TOKENOPS_INLINE int64_t depth_words(int64_t width) {
+  return kPairs<T> ? (width + 1) / 2 : width;
+}
+
+// a * b + c in each lane, over both elements of a pair.
+template <class T, class V>
+TOKENOPS_INLINE V multiply(V a, V b, V c) {
+#if TOKENOPS_PAIRS
+  if constexpr (kPairs<T>) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+#endif
+  return fma(a, b, c);
+}
+
+// Vectors in a full panel: by kTile rows they fill the registers, 32 in AVX-512 and 16 elsewhere.
+template <class A>
+constexpr int kVectors = Vec<A>::W * sizeof(A) == 64 ? 4 : 2;
+
+// ---- tiles ----
+
+// A number of vectors that is known when the code is compiled.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Call f(Count<n>()), where 1 <= n <= N.
+template <int N, class F>
+TOKENOPS_INLINE void with_count(int n, const F& f) {
+  if constexpr (N > 1) {
+    if (n < N) return with_count<N - 1>(n, f);
+  }
+  f(Count<N>());
+}
+
+// sum[i][j] += sum_k a[i * row + k * step] * b[k][j], over the words k < depth of a panel b
+// [depth][N * W].
+template <class T, int N, class V, class A>
+TOKENOPS_INLINE void multiply_tile(const A* a, int64_t row, int64_t step, const A* b, int64_t depth,
+                                   V (&sum)[kTile][N]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    V columns[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) columns[j] = V::load(b + (k * N + j) * V::W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+      const V element = V::set1(a[i * row + k * step]);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sum[i][j] = multiply<T>(element, columns[j], sum[i][j]);
+    }
+  }
+}
+
+// ---- transposition ----
+
+// One step of a transposition: lanes with the bit `Step` of a change places with the others of b.
+template <int Step, class V>
+TOKENOPS_INLINE void exchange(V& a, V& b) {
+#if TOKENOPS_X86
+  decltype(a.v < a.v) low, high;
+  for (int l = 0; l < V::W; ++l) {
+    low[l] = (l & Step) ? (l ^ Step) + V::W : l;
+    high[l] = (l & Step) ? l + V::W : l ^ Step;
+  }
+  const V c = {__builtin_shuffle(a.v, b.v, low)};
+  b = {__builtin_shuffle(a.v, b.v, high)};
+  a = c;
+#else
+  for (int l = 0; l < V::W; ++l) {
+    if (l & Step) continue;
+    const auto lane = a.v[l | Step];
+    a.v[l | Step] = b.v[l];
+    b.v[l] = lane;
+  }
+#endif
+}
+
+template <int Step, class V>
+TOKENOPS_INLINE void transpose(V (&m)[V::W]) {
+  if constexpr (Step < V::W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < V::W; ++i) {
+      if (!(i & Step)) exchange<Step>(m[i], m[i | Step]);
+    }
+    transpose<2 * Step>(m);
+  }
+}

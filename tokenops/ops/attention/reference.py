@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention with key weights in plain PyTorch: the oracle of every kernel, and the fallback.
+
+Letters: B batch, H heads of queries, Hkv heads of keys, Nq queries, Nk keys, D width, Dv width of
+the values. A row is one query of one head; what a row sees are the keys that are neither padding
+nor of size 0 nor, where attention is causal, behind its position.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._library import acc_dtype, no_autocast
+
+#: Entries of attention maps that the operators hold at a time: queries come in blocks of so many,
+#: which keeps memory linear in N. Autograd through these functions keeps the maps all the same.
+MAP_AT_A_TIME = 1 << 24
+
+
+class Options(NamedTuple):
+    """What stays the same for all rows; the names are the operators' arguments."""
+
+    policy: Tensor | None  # [B, Nk] or [B, H, Nk], >= 0
+    size: Tensor | None  # [B, Nk], >= 0
+    key_padding_mask: Tensor | None  # bool [B, Nk], true for padding
+    self_keep: bool
+    exclude_self: bool
+    eps: float
+    is_causal: bool
+    scale: float
+
+
+class _Rows(NamedTuple):
+    """The factors of a block of rows; all but the last three are [B, H, Nq, Nk]."""
+
+    share: Tensor  # exp(s_ij + log z_j - L_i): attention before the policy
+    keep: Tensor  # the policy, 1 for a row's own key under self_keep
+    attention: Tensor  # what multiplies the values: share * keep + floor / (number of seen keys)
+    seen: Tensor  # bool
+    own: Tensor  # bool, the row's own key
+    lse: Tensor  # [B, H, Nq]
+    floor: Tensor  # [B, H, Nq], the share of eps in the row's sum
+    argmax: Tensor  # int32 [B, H, Nq], the key of the row's maximum; -1 without eps
+
+
+def _map_rows(q: Tensor, k: Tensor, position: Tensor | None, o: Options) -> _Rows:
+    """All factors of the rows of ``q``, differentiable by autograd in q, k, policy and size."""
+    dtype = acc_dtype(q)
+    nq, nk = q.shape[2], k.shape[2]
+    part = _part(o)
+    keys = _per_head(_without_padding(k, part).to(dtype), q.shape[1])
+    key = torch.arange(nk, device=q.device)
+    at = torch.arange(nq, device=q.device) if position is None else position
+    own = (at[..., None] == key).unsqueeze(-3)  # [1, Nq, Nk] or [B, 1, Nq, Nk]
+    seen = torch.ones(1, 1, 1, nk, dtype=torch.bool, device=q.device)
+    if part is not None:
+        seen = part[:, None, None]
+    if o.is_causal:
+        seen = seen & (key <= at[..., None]).unsqueeze(-3)
+
+    s = (q.to(dtype) * o.scale) @ keys.transpose(-1, -2)  # [B, H, Nq, Nk]
+    if o.size is not None:
+        size = o.size.to(dtype)
+        s = s + torch.where(size > 0, size, 1).log()[:, None, None]
+    keep = torch.ones_like(s)
+    if o.policy is not None:
+        policy = o.policy.to(dtype)
+        policy = policy[:, None, None] if policy.dim() == 2 else policy[:, :, None]
+        keep = policy.expand(s.shape)
+        if o.self_keep:
+            keep = torch.where(own, 1, keep)
+    seen, own = seen.expand(s.shape), own.expand(s.shape)
+    s = s.masked_fill(~seen, -math.inf)
+    lse, floor, exp, total, argmax = _normalize(s, keep, seen, o.eps)
+
+    # A dropped key may dominate its row beyond all bounds; its share is capped, not infinite.
+    share = (exp / total[..., None]).clamp(max=math.exp(_limit(s)))
+    count = seen.sum(-1).clamp(min=1)
+    attention = exp * keep / total[..., None] + (floor / count)[..., None] * seen
+    if o.exclude_self:
+        attention = attention.masked_fill(own, 0)
+    return _Rows(share, keep, attention, seen, own, lse, floor, argmax)
+
+
+def _normalize(
+    s: Tensor, keep: Tensor, seen: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """L, the share of eps, exp(s - m), its weighted sum and the key of the maximum m, by row.
+
+    Without eps nothing depends on m, which is then taken over keys that count: a dropped key that
+    dominates its row cannot make the others vanish.
+    """
+    if s.shape[-1] == 0:
+        nothing = s.sum(-1)
+        no_key = torch.full_like(nothing, -1, dtype=torch.int32)
+        return nothing - math.inf, nothing, s, nothing + 1, no_key
+    candidates = s if eps > 0 else s.detach().masked_fill(keep.detach() == 0, -math.inf)
+    argmax = candidates.detach().argmax(-1, keepdim=True)  # the first of equals
+    m = candidates.gather(-1, argmax)
+    m = torch.where(m == -math.inf, 0, m)
+    exp = (s - m).clamp(max=_limit(s)).exp().masked_fill(~seen, 0)
+    some = seen.any(-1)
+    weight_of_eps = torch.where(some, torch.full_like(m[..., 0], eps), 0)
+    total = (exp * keep).sum(-1) + weight_of_eps
+    empty = total == 0
+    total = torch.where(empty, 1, total)
+    exp = exp.masked_fill(empty[..., None], 0)
+    lse = torch.where(empty, -math.inf, m[..., 0] + total.log())
+    floor = weight_of_eps / total
+    if eps == 0:
+        return lse, floor, exp, total, torch.full_like(argmax[..., 0], -1, dtype=torch.int32)
+    return lse, floor, exp, total, torch.where(some, argmax[..., 0], -1).int()
+
+
+def _part(o: Options) -> Tensor | None:
+    """Keys that take part, bool [B, Nk]; None for all."""
+    part = None if o.key_padding_mask is None else ~o.key_padding_mask
+    if o.size is None:
+        return part
+    return o.size > 0 if part is None else part & (o.size > 0)
+
+
+def _without_padding(x: Tensor, part: Tensor | None) -> Tensor:
+    """Keys or values with 0 for padding, whose NaN would outlast a weight of 0."""
+    return x if part is None else torch.where(part[:, None, :, None], x, 0)
+
+
+def _limit(x: Tensor) -> float:
+    """Logarithm of the largest share: its square is a number still."""
+    return math.log(torch.finfo(x.dtype).max) / 2
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Give each head of queries the keys or values that it shares with its group."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _per_group(x: Tensor, groups: int) -> Tensor:
+    """The adjoint of :func:`_per_head`: sums over the heads of each group."""
+    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
+
+
+def _row_blocks(q: Tensor, k: Tensor) -> list[slice]:
+    rows = q.shape[2]
+    if torch.is_grad_enabled():
+        return [slice(0, rows)]
+    per_row = max(1, q.shape[0] * q.shape[1] * k.shape[2])
+    block = max(1, MAP_AT_A_TIME // per_row)
+    if rows <= block:
+        return [slice(0, rows)]
+    return [slice(i, min(i + block, rows)) for i in range(0, rows, block)]
+
+
+def _positions(position: Tensor | None, q: Tensor, rows: slice) -> Tensor | None:
+    if position is not None:
+        return position[..., rows]
+    if rows.start == 0:
+        return None
+    return torch.arange(rows.start, rows.stop, device=q.device)
+
+
+def policy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    size: Tensor | None,
+    key_padding_mask: Tensor | None,
+    position: Tensor | None,
+    self_keep: bool,
+    exclude_self: bool,
+    eps: float,
+    is_causal: bool,
+    policy_grad: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, Nq, H, Dv], L [B, H, Nq] and, with eps, floor and argmax [B, H, Nq] of each row.
+
+    Differentiable by ordinary autograd in q, k, v, policy and size.
+    """
+    if policy is not None and policy_grad == "none":
+        policy = policy.detach()
+    elif policy is not None and policy_grad == "kept":
+        policy = torch.where(policy > 0, policy, policy.detach())
+    o = Options(policy, size, key_padding_mask, self_keep, exclude_self, eps, is_causal, scale)
+    parts = []
+    with no_autocast(q.device.type):
+        values = _per_head(_without_padding(v, _part(o)).to(acc_dtype(v)), q.shape[1])
+        for block in _row_blocks(q, k):
+            rows = _map_rows(q[:, :, block], k, _positions(position, q, block), o)
+            out = (rows.attention @ values).to(q.dtype).transpose(1, 2)
+            parts.append((out, rows.lse, rows.floor, rows.argmax))
+    dims = (1, 2, 2, 2)
+    out, lse, floor, argmax = (torch.cat([p[i] for p in parts], dims[i]) for i in range(4))
+    if eps == 0:
+        floor, argmax = floor[..., :0], argmax[..., :0]
+    return out, lse, floor, argmax
+
+
+def policy_attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    size: Tensor | None,
+    key_padding_mask: Tensor | None,
+    position: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    floor: Tensor,
+    argmax: Tensor,
+    self_keep: bool,
+    exclude_self: bool,
+    eps: float,
+    is_causal: bool,
+    policy_grad: str,
+    scale: float,
+    need_v: bool,
+    need_policy: bool,
+    need_size: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v in the layout [B, N, heads, width], of policy and of size.
+
+    What is not needed comes back empty. All is computed from the inputs again; ``out``, ``lse``,
+    ``floor`` and ``argmax`` spare kernels that. Differentiable by ordinary autograd.
+    """
+    o = Options(policy, size, key_padding_mask, self_keep, exclude_self, eps, is_causal, scale)
+    dtype = acc_dtype(q)
+    parts = []
+    with no_autocast(q.device.type):
+        for block in _row_blocks(q, k):
+            g = grad[:, block].transpose(1, 2).to(dtype)  # [B, H, Nq, Dv]
+            g_lse = None if grad_lse is None else grad_lse[:, :, block]
+            at = _positions(position, q, block)
+            parts.append(_block_backward(g, g_lse, q[:, :, block], k, v, at, o))
+        dq = torch.cat([p[0] for p in parts], 2)
+        dk, dv, dpolicy, dlog = (_sum([p[i] for p in parts]) for i in range(1, 5))
+        dk, dv = _per_group(dk, k.shape[1]), _per_group(dv, k.shape[1])
+    dq, dk, dv = (t.transpose(1, 2).to(q.dtype) for t in (dq, dk, dv))
+    nothing = dlog[..., :0].sum(1)  # [B, 0]
+    dsize = nothing
+    if size is not None and need_size:
+        dlog = dlog.sum(1)
+        dsize = torch.where(size > 0, dlog / torch.where(size > 0, size, 1), 0)
+    if policy is None or not need_policy:
+        dpolicy = nothing
+    else:
+        dpolicy = dpolicy.sum(1) if policy.dim() == 2 else dpolicy
+        if policy_grad == "kept":
+            dpolicy = torch.where(policy > 0, dpolicy, 0)
+    return dq, dk, dv if need_v else dv[:, :0], dpolicy, dsize
+
+
+def _block_backward(
+    g: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor | None,
+    o: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a block of rows adds to the gradients of q, k, v, policy and log size, by head."""
+    heads = q.shape[1]
+    part = _part(o)
+    keys, values = (_per_head(_without_padding(t, part).to(g.dtype), heads) for t in (k, v))
+    rows = _map_rows(q, k, position, o)
+    weighted = g @ values.transpose(-1, -2)  # g_i . v_j
+    if o.exclude_self:
+        weighted = weighted.masked_fill(rows.own, 0)
+    delta = (rows.attention * weighted).sum(-1)  # g_i . o_i
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    t = rows.share * (weighted - delta[..., None])
+    ds = rows.keep * t
+    if o.eps > 0:
+        count = rows.seen.sum(-1).clamp(min=1)
+        mean = (weighted * rows.seen).sum(-1) / count  # g_i . (mean of the values)
+        r = (rows.floor * (mean - delta))[..., None]
+        key = torch.arange(k.shape[2], device=k.device)
+        ds = ds + r * (rows.argmax[..., None] == key)
+    dpolicy = (t.masked_fill(rows.own, 0) if o.self_keep else t).sum(-2)
+    dq, dk = o.scale * (ds @ keys), o.scale * (ds.transpose(-1, -2) @ q.to(g.dtype))
+    return dq, dk, rows.attention.transpose(-1, -2) @ g, dpolicy, ds.sum(-2)
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    query_weight: Tensor | None,
+    policy: Tensor | None,
+    size: Tensor | None,
+    key_padding_mask: Tensor | None,
+    position: Tensor | None,
+    lse: Tensor | None,
+    self_keep: bool,
+    exclude_self: bool,
+    eps: float,
+    is_causal: bool,
+    scale: float,
+    head_reduce: str,
+) -> Tensor:
+    """Attention that each key receives, [B, Nk], or [B, H, Nk] without a reduction over heads.
+
+    Differentiable by ordinary autograd. ``lse`` spares kernels a pass over the logits; here it is
+    computed again.
+    """
+    o = Options(policy, size, key_padding_mask, self_keep, exclude_self, eps, is_causal, scale)
+    parts = []
+    with no_autocast(q.device.type):
+        for block in _row_blocks(q, k):
+            rows = _map_rows(q[:, :, block], k, _positions(position, q, block), o)
+            received = rows.attention
+            if query_weight is not None:
+                weight = query_weight[..., block].to(received.dtype)
+                weight = weight[:, None] if weight.dim() == 2 else weight
+                received = received * weight[..., None]
+            parts.append(received.sum(2))  # [B, H, Nk]
+    score = _sum(parts)
+    if head_reduce == "none":
+        return score
+    return score.mean(1) if head_reduce == "mean" else score.sum(1)
