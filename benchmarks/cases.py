@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from tokenops.splits import Split
 from .timing import Rival
 
 #: Rivals by name, in the order of columns. ``tokenops`` is always there.
-RIVALS = ("tokenops", "reference", "eager", "compile")
+RIVALS = ("tokenops", "reference", "eager", "compile", "flex", "sdpa+bias")
 
 #: Yardsticks are no rivals: they do less, or something else.
-YARDSTICKS = ("copy", "bmm", "bmm+max")
+YARDSTICKS = ("copy", "bmm", "bmm+max", "sdpa", "unweighted")
 
 LEGEND = {
     "tokenops": "tokenops as installed",
@@ -31,7 +31,27 @@ LEGEND = {
     "bmm+max": "that product and the maximum of each row",
 }
 
+#: What some of them are where attention is timed, and who is there besides.
+ATTENTION_LEGEND = {
+    "eager": "maps of all queries by all keys in PyTorch operators: DynamicViT's softmax with a "
+    "policy, ToMe's logarithms of sizes, scores summed out of the map",
+    "flex": "FlexAttention under torch.compile, the logarithm of the policy added to each score",
+    "sdpa+bias": "scaled_dot_product_attention with the logarithm of the weights as a dense mask",
+    "sdpa": "scaled_dot_product_attention without any weights",
+    "unweighted": "tokenops' own policy_attention without any weights",
+}
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Sizes(Protocol):
+    """Sizes of a case: :class:`Shape`, or what else an operator needs."""
+
+    def describe(self, letter: str) -> str:
+        """Sizes in words; ``letter`` stands for the width."""
+
+    def tiny(self) -> Sizes:
+        """Sizes of the same kind that take no time."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,8 @@ class Case:
     """One line of a table.
 
     Attributes:
-        operator: What is timed: a public operator, ``_backward`` appended for its backward.
+        operator: What is timed: a public operator, ``_backward`` appended for its backward,
+            ``_forward_backward`` for both together.
         name: Name of the case, unique within the operator.
         shape: Sizes.
         setup: Makes the work from the shape, a dtype and a device.
@@ -131,15 +152,20 @@ class Case:
 
     operator: str
     name: str
-    shape: Shape
-    setup: Callable[[Shape, torch.dtype, torch.device], Work]
+    shape: Sizes
+    setup: Callable[[Any, torch.dtype, torch.device], Work]
     skip: Mapping[str, str] = field(default_factory=dict)
     memory: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> str:
-        """The shape in words: D is the width of a metric, C the number of channels."""
-        return self.shape.describe("D" if self.operator == "match" else "C")
+        """The shape in words: D is the width of a metric or head, C the number of channels."""
+        return self.shape.describe("C" if "merge" in self.operator else "D")
+
+    @property
+    def public(self) -> str:
+        """The public operator behind what is timed."""
+        return self.operator.removesuffix("_backward").removesuffix("_forward")
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> Work:
         """Make the inputs, from a fixed seed."""

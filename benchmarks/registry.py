@@ -3,7 +3,8 @@
 
 Shapes: ViT-B/16 at 224 pixels (197 tokens), ViT-L/16 at 512 (1025 tokens), Stable Diffusion 1.5 at
 512 (4096 tokens, two images by classifier-free guidance) and at 1024 (16384 tokens), and 65536
-tokens, where scores of all pairs no longer are a sensible thing to store.
+tokens, where scores of all pairs no longer are a sensible thing to store. Attention: 16 images of
+ViT-B/16 at 224, one of ViT-L/16 at 512, and 8192 tokens for the memory that it takes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from .attention import AttentionShape, setup_attention, setup_attention_step, setup_scores
 from .cases import Case, Shape
 from .matching import setup_match
 from .merging import backward, forward, merge_pair, unmerge_pair, wavg_pair
@@ -22,6 +24,40 @@ N16384 = Shape(batch=2, tokens=16384, width=320, r=8192, grid=(128, 128, 2, 2))
 N65536 = Shape(batch=1, tokens=65536, width=64, r=32768, grid=(256, 256, 2, 2))
 
 _TOO_LARGE = "not run: it stores 49152 x 16384 scores, 3.2 GB in float32"
+
+DYNAMIC_VIT_EPS = 1e-6
+HEADS_B = AttentionShape(batch=16, heads=12, tokens=197, width=64)
+HEADS_L = AttentionShape(batch=1, heads=16, tokens=1025, width=64)
+HEADS_8192 = AttentionShape(batch=1, heads=8, tokens=8192, width=64, eps=DYNAMIC_VIT_EPS)
+
+_TOO_LARGE_MAPS = "not run: it stores several attention maps of 2.1 GB each in float32"
+
+#: Attention by name: what is timed forward, and forward and backward.
+ATTENTION: dict[str, AttentionShape] = {
+    "vit-b": replace(HEADS_B, eps=DYNAMIC_VIT_EPS),
+    "vit-l-512": replace(HEADS_L, eps=DYNAMIC_VIT_EPS),
+    "vit-b-packed": replace(HEADS_B, eps=DYNAMIC_VIT_EPS, packed=True),
+    "vit-b-hard": replace(HEADS_B, weights="hard", keep=0.5, eps=DYNAMIC_VIT_EPS),
+    "vit-l-512-hard": replace(HEADS_L, weights="hard", keep=0.5, eps=DYNAMIC_VIT_EPS),
+    "vit-b-size": replace(HEADS_B, weights="size"),
+    "vit-l-512-size": replace(HEADS_L, weights="size"),
+    "vit-b-keep70": replace(HEADS_B, weights="hard", keep=0.7),
+    "vit-b-keep50": replace(HEADS_B, weights="hard", keep=0.5),
+    "vit-b-keep35": replace(HEADS_B, weights="hard", keep=0.35),
+    "vit-l-512-keep50": replace(HEADS_L, weights="hard", keep=0.5),
+}
+
+
+def _attention_steps() -> Iterator[Case]:
+    """Forward and backward; hard policies without a gradient too, as where tokens are removed."""
+    operator = "policy_attention_forward_backward"
+    for name, shape in ATTENTION.items():
+        memory = ("tokenops", "eager", "sdpa") if name == "vit-l-512" else ()
+        yield Case(operator, name, shape, setup_attention_step, memory=memory)
+        if shape.skips_exactly:
+            shape = replace(shape, policy_grad="none")
+            yield Case(operator, f"{name}-none", shape, setup_attention_step)
+
 
 CASES: dict[str, tuple[Case, ...]] = {
     "matching": (
@@ -50,6 +86,29 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("merge_backward", "vit-b", VIT_B, backward(merge_pair)),
         Case("merge_wavg_backward", "vit-b", VIT_B, backward(wavg_pair)),
         Case("unmerge_backward", "vit-b", VIT_B, backward(unmerge_pair)),
+    ),
+    "attention": (
+        *(Case("policy_attention", *named, setup_attention) for named in ATTENTION.items()),
+        *_attention_steps(),
+        Case(
+            "policy_attention_forward_backward",
+            "n8192",
+            HEADS_8192,
+            setup_attention_step,
+            skip=dict.fromkeys(("reference", "eager", "compile", "sdpa+bias"), _TOO_LARGE_MAPS),
+            memory=("tokenops", "sdpa"),
+        ),
+        *(
+            Case(
+                "attention_scores",
+                f"{name}-{weights}",
+                replace(heads, weights=weights),
+                setup_scores,
+                memory=("tokenops", "eager", "sdpa") if heads is HEADS_L else (),
+            )
+            for name, heads in (("vit-b", HEADS_B), ("vit-l-512", HEADS_L))
+            for weights in ("class", "columns")
+        ),
     ),
 }
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import store
-from .cases import LEGEND, RIVALS
+from .cases import ATTENTION_LEGEND, LEGEND, RIVALS, YARDSTICKS
+from .registry import CASES
 from .store import Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ _BLOCK = re.compile(
     re.DOTALL,
 )
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+_ATTENTION = {case.operator for case in CASES["attention"]}
 _DASH, _TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
@@ -54,6 +56,12 @@ def duration(microseconds: str) -> str:
         if value >= size:
             return f"{store.number(value / size, 3)} {unit}"
     return f"{store.number(value, 3)} µs"
+
+
+def _title(row: Row) -> str:
+    """What was timed, in words."""
+    name = row["operator"].replace("_forward_backward", " forward+backward")
+    return name.replace("_backward", " backward")
 
 
 def _table(head: list[str], body: list[list[str]], left: int) -> list[str]:
@@ -140,9 +148,19 @@ def hardware(rows: list[Row]) -> list[str]:
     return lines
 
 
-def summary(rows: list[Row]) -> list[str]:
-    """One line per case: time of tokenops, and the factors of eager and compile, per dtype."""
-    everything = groups(rows)
+def _summary(
+    pick: Callable[[Row], bool], others: tuple[str, ...]
+) -> Callable[[list[Row]], list[str]]:
+    """A table of a line per case: time of tokenops, and the factors of others, per dtype."""
+
+    def table(rows: list[Row]) -> list[str]:
+        chosen = [g for g in groups(rows) if pick(g.ours)]
+        return _one_line_each(chosen, others) if chosen else []
+
+    return table
+
+
+def _one_line_each(everything: list[Group], others: tuple[str, ...]) -> list[str]:
     dtypes = [d for d in _SHORT if any(g.ours["dtype"] == d for g in everything)]
     lines: dict[tuple[str, str, str], dict[str, Group]] = {}
     for group in everything:
@@ -150,18 +168,18 @@ def summary(rows: list[Row]) -> list[str]:
         lines.setdefault(key, {})[group.ours["dtype"]] = group
     head = ["operator", "shape"]
     for dtype in dtypes:
-        head += [f"{_SHORT[dtype]} tokenops", "eager", "compile"]
+        head += [f"{_SHORT[dtype]} tokenops", *others]
     body = []
-    for (operator, _, shape), by_dtype in lines.items():
-        cells = [operator.replace("_backward", " backward"), shape]
+    for (_, _, shape), by_dtype in lines.items():
+        cells = [_title(next(iter(by_dtype.values())).ours), shape]
         for dtype in dtypes:
             if dtype in by_dtype:
                 found = by_dtype[dtype]
-                cells += [_time(found), _factor(found, "eager"), _factor(found, "compile")]
+                cells += [_time(found), *(_factor(found, rival) for rival in others)]
             else:
-                cells += [_DASH] * 3
+                cells += [_DASH] * (1 + len(others))
         body.append(cells)
-    return _table(head, body, left=2) + _notes(everything, ("eager", "compile"))
+    return _table(head, body, left=2) + _notes(everything, others)
 
 
 def _detail(
@@ -190,7 +208,7 @@ def _detail(
             span = f"{duration(ours['p20_us'])}{_DASH}{duration(ours['p80_us'])}"
             bound = f"{duration(ours['bound_us'])} ({ours['bound_by']})"
             body.append([
-                ours["operator"].replace("_backward", " backward"),
+                _title(ours),
                 _shape(group, chosen),
                 _SHORT.get(ours["dtype"], ours["dtype"]),
                 ours["backend"],
@@ -213,11 +231,12 @@ def memory(rows: list[Row]) -> list[str]:
     chosen = [g for g in everything if any(row["extra_mb"] for row in g.values())]
     if not chosen:
         return []
-    names = [n for n in RIVALS if any(g.get(n, {}).get("extra_mb") for g in chosen)]
+    possible = (*RIVALS, *YARDSTICKS)
+    names = [n for n in possible if any(g.get(n, {}).get("extra_mb") for g in chosen)]
     body = []
     for group in chosen:
         ours = group.ours
-        cells = [ours["operator"], _shape(group, everything), _SHORT.get(ours["dtype"], "")]
+        cells = [_title(ours), _shape(group, everything), _SHORT.get(ours["dtype"], "")]
         for name in names:
             extra = group.get(name, {}).get("extra_mb")
             cells.append(f"{extra} MB" if extra else _DASH)
@@ -227,12 +246,19 @@ def memory(rows: list[Row]) -> list[str]:
 
 def legend(rows: list[Row]) -> list[str]:
     """Who is who."""
-    present = {row["rival"] for row in rows}
-    return [f"- *{name}*: {text}." for name, text in LEGEND.items() if name in present]
+    attending = [row["operator"] in _ATTENTION for row in rows]
+    others = {r["rival"] for r, attends in zip(rows, attending, strict=True) if not attends}
+    lines = [f"- *{name}*: {text}." for name, text in LEGEND.items() if name in others]
+    present = {r["rival"] for r, attends in zip(rows, attending, strict=True) if attends}
+    for name, text in {**LEGEND, **ATTENTION_LEGEND}.items():
+        if name not in present or (name in others and name not in ATTENTION_LEGEND):
+            continue
+        lines.append(f"- *{name}*{' of attention' if name in others else ''}: {text}.")
+    return lines
 
 
 def _is_backward(row: Row) -> bool:
-    return row["operator"].endswith("_backward")
+    return row["operator"].endswith("_backward") and row["operator"] not in _ATTENTION
 
 
 def _is_overhead(row: Row) -> bool:
@@ -240,18 +266,56 @@ def _is_overhead(row: Row) -> bool:
 
 
 def _is_merging(row: Row) -> bool:
-    return row["operator"] != "match" and not _is_backward(row) and not _is_overhead(row)
+    others = _ATTENTION | {"match"}
+    return row["operator"] not in others and not _is_backward(row) and not _is_overhead(row)
+
+
+def _is_attention(row: Row) -> bool:
+    return row["operator"] in _ATTENTION
+
+
+def _is_scores(row: Row) -> bool:
+    return row["operator"] == "attention_scores"
+
+
+def _is_proportional(row: Row) -> bool:
+    return _is_attention(row) and row["case"].endswith("-size")
+
+
+def _is_keep(row: Row) -> bool:
+    return _is_attention(row) and "-keep" in row["case"]
+
+
+def _is_policy(row: Row) -> bool:
+    special = _is_scores(row) or _is_proportional(row) or _is_keep(row)
+    return _is_attention(row) and not special
+
+
+def _is_main(row: Row) -> bool:
+    """Cases that stand in the short tables and in the plot."""
+    return not _is_keep(row)
 
 
 TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "hardware": hardware,
-    "summary": lambda rows: summary(rows) if rows else [],
+    "summary": _summary(lambda row: not _is_attention(row), ("eager", "compile")),
+    "attention": _summary(
+        lambda row: _is_attention(row) and _is_main(row), ("eager", "sdpa+bias", "sdpa")
+    ),
     "match": _detail(
         lambda row: row["operator"] == "match",
         ("reference", "eager", "compile", "bmm", "bmm+max"),
     ),
     "merge": _detail(_is_merging, ("reference", "eager", "compile", "copy")),
     "backward": _detail(_is_backward, ("reference", "eager", "compile", "copy")),
+    "policy": _detail(
+        _is_policy, ("reference", "eager", "compile", "flex", "sdpa+bias", "sdpa", "unweighted")
+    ),
+    "proportional": _detail(
+        _is_proportional, ("reference", "eager", "compile", "sdpa+bias", "sdpa", "unweighted")
+    ),
+    "keep": _detail(_is_keep, ("reference", "eager", "sdpa+bias", "sdpa", "unweighted")),
+    "scores": _detail(_is_scores, ("reference", "eager", "compile", "sdpa")),
     "overhead": _detail(_is_overhead, ("reference", "eager", "compile", "copy")),
     "memory": memory,
     "legend": legend,
@@ -300,7 +364,7 @@ def plot(path: Path, rows: list[Row]) -> None:
     mpl.rcParams["svg.hashsalt"] = "tokenops"  # the same file from the same figures
     from matplotlib import pyplot as plt
 
-    everything = groups(rows)
+    everything = [g for g in groups(rows) if _is_main(g.ours)]
     dtypes = [d for d in _SHORT if any(g.ours["dtype"] == d for g in everything)]
     if not dtypes:
         raise SystemExit("benchmarks.report: nothing to plot yet")
@@ -321,7 +385,7 @@ def plot(path: Path, rows: list[Row]) -> None:
                     axis.text(ratio, y + offset, label, va="center", ha=side, fontsize=7)
             axis.barh(0, 0, left=1, color=color, label=f"over {rival}")
         axis.set_yticks(range(len(chosen)))
-        axis.set_yticklabels([f"{g.ours['operator']} {g.ours['case']}" for g in chosen], fontsize=8)
+        axis.set_yticklabels([f"{_title(g.ours)} {g.ours['case']}" for g in chosen], fontsize=8)
         axis.invert_yaxis()
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The eager recipes: what merging code does without tokenops, in plain PyTorch operators.
+"""The recipes: what code of token sparsification does without tokenops, in PyTorch operators.
 
 Written from the published descriptions: ToMe (Bolya et al., ICLR 2023, section 3) splits tokens
 alternately with strided slices; tomesd (Bolya and Hoffman, CVPR Workshops 2023) takes one
@@ -7,16 +7,25 @@ destination of each cell of a grid and splits by index tensors that an argsort m
 materialise the scores of all pairs, sort the sources by their best score, and apply the result with
 gathers and ``scatter_reduce``. Everything is computed in the dtype of the data, as they do it.
 
-Letters: B batch, N tokens, Ns sources, Nd destinations, r merged sources, C channels.
+Attention: DynamicViT (Rao et al., NeurIPS 2021, section 3.3) masks the softmax, ToMe adds the
+logarithm of sizes, and what ranks tokens by attention sums a map of all queries by all keys. Where
+such weights become a bias for a fused kernel, a policy of 0 stands for 1e-6.
+
+Letters: B batch, N tokens, Ns sources, Nd destinations, r merged sources, C channels, H heads, D
+width of a head.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+#: Added to a policy whose logarithm is taken.
+LOG_EPS = 1e-6
 
 
 class Plan(NamedTuple):
@@ -128,3 +137,60 @@ def tomesd_unmerge(y: Tensor, plan: GridPlan) -> Tensor:
     out.scatter_(1, sources.gather(1, plan.unmerged).expand(-1, -1, channels), kept)
     out.scatter_(1, sources.gather(1, plan.merged).expand(-1, -1, channels), moved)
     return out
+
+
+def attention_with_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> Tensor:
+    """DynamicViT's attention: q, k, v [B, H, N, D], policy [B, N]; the map is float32 meanwhile."""
+    tokens = q.shape[2]
+    keep = policy[:, None, None, :]  # [B, 1, 1, N]
+    own = torch.eye(tokens, dtype=policy.dtype, device=policy.device)
+    keep = keep + (1 - keep) * own  # [B, 1, N, N]
+    logits = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[3])
+    weights = (logits - logits.amax(-1, keepdim=True)).float().exp_() * keep
+    total = weights.sum(-1, keepdim=True)
+    return ((weights + eps / tokens) / (total + eps)).to(v.dtype) @ v
+
+
+def attention_with_size(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    """ToMe's proportional attention: size [B, N]."""
+    logits = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[3])
+    return (logits + size_bias(size).to(q.dtype)).softmax(-1) @ v
+
+
+def size_bias(size: Tensor) -> Tensor:
+    """What sizes [B, N] add to logits, [B, 1, 1, N]."""
+    return size.log()[:, None, None, :]
+
+
+def policy_bias(policy: Tensor) -> Tensor:
+    """What a policy [B, N] adds to logits, [B, 1, N, N]: nothing on the diagonal."""
+    own = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
+    return torch.where(own, 0.0, (policy + LOG_EPS).log()[:, None, None, :])
+
+
+def flex_with_policy() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention under ``torch.compile``, the policy [B, N] a change of the scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    @torch.compile(dynamic=False, fullgraph=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return torch.where(i == j, score, score + bias[b, j])
+
+        out: Tensor = flex_attention(q, k, v, score_mod=change)
+        return out
+
+    # The compiler for CPUs cannot read a bias that the same graph computes.
+    return lambda q, k, v, policy: attend(q, k, v, (policy + LOG_EPS).log())
+
+
+def attention_received(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
+    """Mean over heads of what each key receives from queries of weight [B, N]: [B, N]."""
+    attention = ((q @ k.transpose(-2, -1)) / math.sqrt(q.shape[3])).softmax(-1)
+    return (attention * weight[:, None, :, None].to(q.dtype)).sum(2).mean(1)
+
+
+def attention_of_class(q: Tensor, k: Tensor) -> Tensor:
+    """Mean over heads of what each key receives from the first query, [B, N], out of the map."""
+    attention = ((q @ k.transpose(-2, -1)) / math.sqrt(q.shape[3])).softmax(-1)
+    return attention[:, :, 0].mean(1)

@@ -53,7 +53,7 @@ def run_case(case: Case, dtype: str, settings: Settings, progress: Progress) -> 
         A row per rival and yardstick.
     """
     work = case.prepare(DTYPES[dtype], settings.device)
-    names = ["tokenops", *settings.rivals, *(n for n in YARDSTICKS if n in work.rivals)]
+    names = ["tokenops", *(n for n in (*settings.rivals, *YARDSTICKS) if n in work.rivals)]
     rows = {name: _new_row(case, dtype, name, work, settings) for name in names}
     torch.compiler.reset()  # each shape counts towards a limit of recompilations
     with torch.inference_mode(work.inference):
@@ -84,7 +84,7 @@ def _new_row(case: Case, dtype: str, rival: str, work: Work, settings: Settings)
         threads=str(settings.threads),
         timer=settings.timer_name,
         mode=settings.mode,
-        backend=machine.backend_of(case.operator, work.tensor) if rival == "tokenops" else "",
+        backend=machine.backend_of(case.public, work.tensor) if rival == "tokenops" else "",
     )
     return row
 
@@ -123,7 +123,7 @@ def _make_ready(
 
 
 def _obstacle(rival: str, device: torch.device) -> str | None:
-    if rival == "compile" and device.type == "cpu" and machine.cxx() is None:
+    if rival in ("compile", "flex") and device.type == "cpu" and machine.cxx() is None:
         return "torch.compile needs a C++ compiler and none was found (g++, clang++ or CXX)"
     return None
 
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("benchmarks.run: no case of these operators has such a name")
     if arguments.list:
         for case in cases:
-            print(f"{case.operator:<20} {case.name:<10} {case.sizes}")
+            print(f"{case.operator:<33} {case.name:<20} {case.sizes}")
         return
     out = arguments.out
     if out is None and not arguments.quick:

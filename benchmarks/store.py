@@ -20,7 +20,7 @@ COLUMNS = {
     "case": "name of the case",
     "shape": "its sizes",
     "dtype": "type of the data",
-    "rival": "who; copy, bmm and bmm+max are yardsticks, not rivals",
+    "rival": "who, rivals and yardsticks alike",
     "status": "ok; skipped, failed (see note); differs: the result is not the one of tokenops",
     "note": "reason of a skip or failure",
     "median_us": "median",

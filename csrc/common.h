@@ -151,12 +151,13 @@ inline void stream_fence() {
 #endif
 }
 
-// Uninitialised memory, aligned to cache lines, that grows on demand.
+// Uninitialised memory, aligned to cache lines, that grows on demand; never null when made for a
+// number of elements, even for none.
 template <class T>
 class Scratch {
  public:
   Scratch() = default;
-  explicit Scratch(int64_t count) { reserve(count); }
+  explicit Scratch(int64_t count) { reserve(count > 0 ? count : 1); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(data_); }

@@ -12,7 +12,8 @@ import torch
 
 import tokenops
 from benchmarks import machine, memory, report, rivals, run, store
-from benchmarks.cases import DTYPES, RIVALS, Shape, make_metric
+from benchmarks.attention import AttentionShape, make_heads, make_weights
+from benchmarks.cases import DTYPES, RIVALS, YARDSTICKS, Shape, make_metric
 from benchmarks.matching import mean_similarity
 from benchmarks.merging import relative
 from benchmarks.registry import CASES, all_cases, find, operators, select
@@ -26,6 +27,7 @@ from benchmarks.timing import (
     interleave,
     is_clean,
 )
+from tokenops import _library
 
 CPU = torch.device("cpu")
 BRIEF = Policy(samples=2, enough=1, budget=0.2, rounds=2, sample_seconds=1e-5)
@@ -67,7 +69,9 @@ def test_rivals_agree(case, dtype):
     assert work.bytes > 0
     with torch.inference_mode(work.inference):
         expected = work.rivals["tokenops"]().call()
-        for name in ("reference", "eager"):
+        for name in ("reference", "eager", "sdpa+bias"):
+            if name not in work.rivals:
+                continue
             rival = work.rivals[name]()
             with rival.context():
                 result = rival.call()
@@ -96,6 +100,72 @@ def test_recipes_are_what_tokenops_computes(grid, prefix):
         plan = rivals.tomesd_match(metric, 6, *grid)
         back = rivals.tomesd_unmerge(rivals.tomesd_merge(x, plan, "mean"), plan)
     torch.testing.assert_close(back, tokenops.unmerge(tokenops.merge(x, token_map), token_map))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-2])
+def test_attention_recipes_are_what_tokenops_computes(eps):
+    shape = AttentionShape(2, 3, 35, 8, weights="hard", keep=0.4, eps=eps)
+    q, k, v = make_heads(shape, torch.float64, CPU)
+    policy, size = make_weights(shape, CPU), make_weights(replace(shape, weights="size"), CPU)
+    weight = make_weights(replace(shape, weights="columns"), CPU)
+    # The recipe keeps its map in float32.
+    out = rivals.attention_with_policy(q, k, v, policy, eps)
+    expected = tokenops.policy_attention(q, k, v, policy, eps=eps)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    out = rivals.attention_with_size(q, k, v, size.double())
+    torch.testing.assert_close(out, tokenops.policy_attention(q, k, v, size=size.double()))
+    biased = torch.nn.functional.scaled_dot_product_attention
+    mask = rivals.size_bias(size.double())
+    torch.testing.assert_close(out, biased(q, k, v, attn_mask=mask.expand(2, 3, 35, 35)))
+    expected = tokenops.policy_attention(q, k, v, policy)
+    mask = rivals.policy_bias(policy.double())
+    torch.testing.assert_close(biased(q, k, v, attn_mask=mask), expected, rtol=1e-4, atol=1e-4)
+    expected = tokenops.attention_scores(q, k, query_weight=weight.double())
+    torch.testing.assert_close(rivals.attention_received(q, k, weight), expected)
+    expected = tokenops.attention_scores(q, k, query_index=[0])
+    torch.testing.assert_close(rivals.attention_of_class(q, k), expected)
+
+
+@pytest.mark.parametrize("keep", [0.7, 0.5, 0.35])
+def test_hard_policies_keep_their_share_and_the_class_token(keep):
+    shape = AttentionShape(4, 1, 197, 8, weights="hard", keep=keep)
+    policy = make_weights(shape, CPU)
+    assert policy.sum(1).tolist() == [shape.kept] * 4
+    assert shape.kept == round(197 * keep)
+    assert (policy[:, 0] == 1).all()
+    assert not torch.equal(policy[0], policy[1])
+
+
+def test_packed_heads_are_views_of_the_same_numbers():
+    shape = AttentionShape(2, 3, 5, 8)
+    plain, packed = (make_heads(replace(shape, packed=p), torch.float32, CPU) for p in (0, 1))
+    for a, b in zip(plain, packed, strict=True):
+        assert a.is_contiguous()
+        assert b.shape == (2, 3, 5, 8)
+        assert b.stride() == (5 * 3 * 3 * 8, 8, 3 * 3 * 8, 1)
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["vit-b", "vit-b-packed", "vit-b-keep50-none", "vit-b-size"])
+def test_a_step_has_the_gradients_that_the_models_need(name):
+    case = find("policy_attention_forward_backward", name).tiny()
+    work = case.prepare(torch.float32, CPU)
+    learned = case.shape.weights != "size" and case.shape.policy_grad == "exact"
+    for rival in ("tokenops", "eager", "sdpa+bias", "sdpa", "unweighted"):
+        results = work.rivals[rival]().call()
+        weighted = rival not in ("sdpa", "unweighted")
+        assert len(results) == 4 + (learned and weighted)
+        assert all(t.isfinite().all() for t in results)
+        assert all(t.abs().max() > 0 for t in results)
+
+
+def test_a_wrong_policy_gradient_is_noticed():
+    work = find("policy_attention_forward_backward", "vit-b-keep50").tiny()
+    work = work.prepare(torch.float32, CPU)
+    right = work.rivals["tokenops"]().call()
+    wrong = (*right[:-1], right[-1] * (right[-1] > 0))
+    assert work.difference("eager", right, right) == 0
+    assert work.difference("eager", wrong, right) > work.tolerance
 
 
 def test_a_worse_matching_is_noticed():
@@ -129,6 +199,23 @@ def test_compiled_rival(operator):
     assert float(rows["compile"]["ratio"]) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(machine.cxx() is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("operator", "rival"),
+    [
+        ("policy_attention", "compile"),
+        ("policy_attention", "flex"),
+        ("policy_attention_forward_backward", "compile"),
+    ],
+)
+def test_compiled_attention(operator, rival):
+    rows = measure(find(operator, "vit-b"), rivals=(rival,))
+    assert list(rows) == ["tokenops", rival, "sdpa", "unweighted", "copy"]
+    assert rows[rival]["note"] == ""
+    assert rows[rival]["status"] == "ok"
+
+
 # Registry
 
 
@@ -139,7 +226,8 @@ def test_cases_have_unique_names_and_folders():
     assert set(CASES) <= set(folders)
     for case in all_cases():
         assert case.operator in operators()
-        assert set(case.memory) <= set(RIVALS) - set(case.skip)
+        assert case.public in _library.operators
+        assert set(case.memory) <= {*RIVALS, *YARDSTICKS} - set(case.skip)
 
 
 def test_select():
@@ -157,6 +245,24 @@ def test_least_work():
     assert work.bytes == 32 * 197 * 64 * 2
     work = find("merge", "vit-b").prepare(torch.float32, CPU)
     assert work.bytes == 4 * 32 * 768 * (2 * 197 - 16)
+    work = find("policy_attention", "vit-b").prepare(torch.bfloat16, CPU)
+    assert work.flops == 4 * 16 * 12 * 197 * 197 * 64
+    assert work.bytes == 4 * 2 * 16 * 12 * 197 * 64 + 4 * 16 * 197
+
+
+@pytest.mark.parametrize(
+    ("eps", "policy_grad", "forward", "backward"),
+    [
+        (0.0, "exact", 4 + 4, 2 * 10 + 3 * 4),
+        (0.0, "none", 4 + 4, 5 * 4),
+        (1e-6, "exact", 10 + 4, 2 * 10 + 3 * 4),
+    ],
+)
+def test_least_work_of_a_hard_policy(eps, policy_grad, forward, backward):
+    shape = AttentionShape(2, 3, 10, 8, "hard", 0.4, eps, policy_grad)
+    product = 2 * 2 * 3 * 10 * 8  # one column of one product
+    assert shape.forward_flops() == product * forward
+    assert shape.backward_flops() == product * backward
 
 
 # Timing
@@ -296,6 +402,15 @@ def test_match_has_yardsticks():
     assert list(rows) == ["tokenops", "bmm", "bmm+max", "copy"]
 
 
+def test_attention_has_yardsticks():
+    rows = measure(find("policy_attention_forward_backward", "vit-b"), rivals=("flex",))
+    assert list(rows) == ["tokenops", "sdpa", "unweighted", "copy"]
+    assert rows["tokenops"]["shape"] == "B2 H2 N17 D16 soft eps 1e-6"
+    assert all(row["status"] == "ok" and row["ratio"] for row in rows.values())
+    rows = measure(find("attention_scores", "vit-b-class"), rivals=("sdpa+bias",))
+    assert list(rows) == ["tokenops", "sdpa", "copy"]
+
+
 def test_reasons_stand_in_the_row(monkeypatch):
     monkeypatch.setattr(machine, "cxx", lambda: None)
     case = find("match", "n65536")
@@ -405,6 +520,35 @@ def test_tables_go_between_markers(results, tmp_path, capsys):
     assert report.main([*arguments, "--check"]) == 0
     report.main(arguments)
     assert page.read_text(encoding="utf-8") == text
+
+
+def test_attention_stands_in_tables_of_its_own(tmp_path):
+    cases = {
+        "policy": ("policy_attention", "vit-b"),
+        "proportional": ("policy_attention_forward_backward", "vit-b-size"),
+        "keep": ("policy_attention_forward_backward", "vit-b-keep70-none"),
+        "scores": ("attention_scores", "vit-b-columns"),
+    }
+    for case in cases.values():
+        store.merge(tmp_path / "cpu.csv", measure(find(*case)).values())
+    tables = {name: report.render(name, tmp_path) for name in report.TABLES}
+    for name in ("summary", "match", "merge", "backward", "overhead", "memory"):
+        assert tables[name] == ""
+    sizes = {name: f"| {find(*case).tiny().sizes} |" for name, case in cases.items()}
+    for name in cases:
+        assert [s for s in sizes if sizes[s] in tables[name]] == [name]
+    assert [s for s in sizes if sizes[s] in tables["attention"]] == [
+        n for n in cases if n != "keep"
+    ]
+    assert "| policy_attention forward+backward |" in tables["proportional"]
+    assert "| sdpa |" in tables["attention"]
+    assert "*eager*: maps of all queries" in tables["legend"]
+    assert "merging" not in tables["legend"]
+    store.merge(tmp_path / "cpu.csv", measure(find("merge", "vit-b")).values())
+    legend = report.render("legend", tmp_path)
+    assert "*eager*: the recipe of ToMe" in legend
+    assert "*eager* of attention: maps of all queries" in legend
+    assert legend.count("*tokenops*") == 1
 
 
 def test_without_results_tables_are_empty(tmp_path):

@@ -92,12 +92,17 @@ def values_visible(value: Tensor) -> bool:
     return (value.device.type == "cpu" or DEBUG) and not torch.compiler.is_compiling()
 
 
-def holds(condition: Tensor) -> bool:
-    """Read a condition of an eager check; true for tensors whose values do not exist (tracing)."""
+def read(number: Tensor) -> float | None:
+    """Read a number for an eager check; None for tensors whose values do not exist (tracing)."""
     try:
-        return bool(condition)
+        return float(number)
     except RuntimeError:  # fake tensors and functional transforms have no values
-        return True
+        return None
+
+
+def holds(condition: Tensor) -> bool:
+    """Read a condition of an eager check; true for tensors whose values do not exist."""
+    return read(condition) != 0
 
 
 def check_index(operator: str, argument: str, value: object, dims: Sequence[int]) -> None:

@@ -70,8 +70,9 @@ Tensor with_rows(const Tensor& t) {
 template <class T>
 Tokens<T> tokens_of(const Tensor& t, int64_t b, int64_t h, int heads = 1) {
   const int rows = 3 - heads;
-  return {static_cast<const T*>(t.const_data_ptr()) + b * t.stride(0) + h * t.stride(heads),
-          t.stride(rows), t.size(3), nullptr, t.size(rows)};
+  const T* const data = static_cast<const T*>(t.const_data_ptr());
+  const int64_t offset = data == nullptr ? 0 : b * t.stride(0) + h * t.stride(heads);
+  return {data + offset, t.stride(rows), t.size(3), nullptr, t.size(rows)};
 }
 
 template <class U>

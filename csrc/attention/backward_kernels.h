@@ -102,15 +102,8 @@ class BackwardPass {
     const int64_t blocks = (count_ + kMostQueries - 1) / kMostQueries;
     for (int64_t b = 0; b < blocks; ++b) {
       take_queries(count_ * b / blocks, count_ * (b + 1) / blocks);
-      const int64_t kept = work.kept.count,
-                    dropped = gradient.need_dropped ? work.dropped.count : 0;
-      for (int64_t k = 0; k < kept; k += work.block) {
-        block<true>(work.kept, k, k + work.block < kept ? k + work.block : kept, 0);
-      }
-      for (int64_t k = 0; k < dropped; k += work.block) {
-        block<false>(work.dropped, k, k + work.block < dropped ? k + work.block : dropped,
-                     round_up(kept, kTile));
-      }
+      blocks_of<true>(work.kept, 0);
+      if (gradient.need_dropped) blocks_of<false>(work.dropped, round_up(work.kept.count, kTile));
       for (int64_t i = 0; i < queries_; ++i) own_key(i);
       write_queries();
     }
@@ -226,6 +219,16 @@ class BackwardPass {
       total = fma(load_some<V>(g + d, left), load_some<V>(sum + d, left), total);
     }
     return reduce_add(total);
+  }
+
+  // All keys of a list in blocks of about one size.
+  template <bool kKept>
+  void blocks_of(const KeyList<A>& keys, int64_t start) {
+    const int64_t blocks = (keys.count + work.block - 1) / work.block;
+    const int64_t step = blocks == 0 ? 1 : round_up((keys.count + blocks - 1) / blocks, kTile);
+    for (int64_t k = 0; k < keys.count; k += step) {
+      block<kKept>(keys, k, k + step < keys.count ? k + step : keys.count, start);
+    }
   }
 
   // Keys [begin, end) of a list, which starts at a row of the packed ones, by all queries.

@@ -87,7 +87,7 @@ TOKENOPS_INLINE void pack_row(const T* x, int64_t width, int64_t words, acc_t<T>
   using V = Vec<acc_t<T>>;
   using P = typename Packed<T>::type;
   P* const out = reinterpret_cast<P*>(row);
-  if (sizeof(P) == sizeof(T)) {
+  if (sizeof(P) == sizeof(T) && width > 0) {
     std::memcpy(static_cast<void*>(out), x, width * sizeof(T));
   } else {
     for (int64_t d = 0; d < width; d += V::W) {

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,40 @@ _policy_attention = torch.ops.tokenops.policy_attention.default
 _attention_scores = torch.ops.tokenops.attention_scores.default
 
 
+@overload
+def policy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None = ...,
+    *,
+    size: Tensor | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    query_position: Tensor | None = ...,
+    self_keep: bool = ...,
+    eps: float = ...,
+    is_causal: bool = ...,
+    policy_grad: str = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def policy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None = ...,
+    *,
+    size: Tensor | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    query_position: Tensor | None = ...,
+    self_keep: bool = ...,
+    eps: float = ...,
+    is_causal: bool = ...,
+    policy_grad: str = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def policy_attention(
     q: Tensor,
     k: Tensor,
@@ -208,12 +242,10 @@ def attention_scores(
         lse = lse.detach()
     position = None
     if query_index is not None:
-        position = _rows_of(name, query_index, q)
-        rows = position.long().expand(batch, -1)[:, None]  # [B, 1, R]
-        q = q.gather(2, rows[..., None].expand(-1, heads, -1, q.shape[3]))
-        if lse is not None:
-            lse = lse.gather(2, rows.expand(-1, heads, -1))
+        q, lse, position = _select(name, query_index, q, lse)
         queries = q.shape[2]
+        if not (self_keep or exclude_self or is_causal):
+            position = None  # nobody asks
     if query_weight is not None:
         query_weight = _check_weight(name, query_weight, q, (batch, heads, queries))
     _checks.check_choice(name, "head_reduce", head_reduce, HEAD_REDUCTIONS)
@@ -296,9 +328,9 @@ def _check_weight_dtype(name: str, argument: str, value: object, expected: str) 
 def _check_not_negative(name: str, argument: str, value: Tensor) -> None:
     if value.dtype == torch.bool or not _checks.values_visible(value) or value.numel() == 0:
         return
-    least = value.detach().amin()  # NaN if there is one
-    if not _checks.holds(least >= 0):
-        raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"{least.item()} in it")
+    least = _checks.read(value.detach().amin())  # NaN if there is one
+    if least is not None and not least >= 0:
+        raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"{least} in it")
 
 
 def _check_weight(name: str, weight: Tensor, q: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -320,26 +352,41 @@ def _check_position(name: str, argument: str, value: Tensor, q: Tensor) -> Tenso
     return value.clamp(-1, torch.iinfo(torch.int32).max).int()
 
 
-def _rows_of(name: str, query_index: Any, q: Tensor) -> Tensor:
-    """Indices of queries as int32 [R] or [B, R], counted from the start."""
-    if isinstance(query_index, (list, tuple, range)):
-        query_index = torch.tensor(
-            [_checks.check_int(name, "query_index", i, minimum=-(2**31)) for i in query_index],
-            dtype=torch.int64,
-            device=q.device,
-        )
-    _checks.check_index(name, "query_index", query_index, dims=(1, 2))
+def _select(
+    name: str, query_index: Any, q: Tensor, lse: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The chosen rows of q and lse, and their positions as int32 [R] or [B, R]."""
     queries = q.shape[2]
+    expected = f"in [{-queries}, {queries})"
+    if isinstance(query_index, (list, tuple, range)):
+        lowest = -(2**31)
+        rows = [_checks.check_int(name, "query_index", i, minimum=lowest) for i in query_index]
+        if not all(-queries <= i < queries for i in rows):
+            raise _checks.value_error(name, "query_index", expected, query_index)
+        rows = [i + queries if i < 0 else i for i in rows]
+        first, count = (rows[0], len(rows)) if rows else (0, 0)
+        if rows == list(range(first, first + count)):  # views, without a copy to the device
+            position = torch.arange(first, first + count, dtype=torch.int32, device=q.device)
+            return q.narrow(2, first, count), _narrow(lse, first, count), position
+        query_index = torch.tensor(rows, device=q.device)
+    _checks.check_index(name, "query_index", query_index, dims=(1, 2))
     if query_index.dim() == 2:
         _checks.check_shape(name, "query_index", query_index, [(q.shape[0], query_index.shape[1])])
     _checks.check_same_device(name, "query_index", query_index, q)
-    inside = (query_index >= -queries) & (query_index < queries)
-    if _checks.values_visible(query_index) and not _checks.holds(inside.all()):
-        low, high = int(query_index.min()), int(query_index.max())
-        expected = f"in [{-queries}, {queries})"
-        raise _checks.value_mismatch(name, "query_index", expected, f"values from {low} to {high}")
+    if _checks.values_visible(query_index):
+        inside = (query_index >= -queries) & (query_index < queries)
+        if not _checks.holds(inside.all()):
+            got = f"values from {int(query_index.min())} to {int(query_index.max())}"
+            raise _checks.value_mismatch(name, "query_index", expected, got)
     from_start = torch.where(query_index < 0, query_index + queries, query_index)
-    return from_start.clamp(0, max(queries - 1, 0)).int()
+    position = from_start.clamp(0, max(queries - 1, 0)).int()
+    index = position.long().expand(q.shape[0], -1)[:, None].expand(-1, q.shape[1], -1)  # [B, H, R]
+    q = q.gather(2, index[..., None].expand(-1, -1, -1, q.shape[3]))
+    return q, None if lse is None else lse.gather(2, index), position
+
+
+def _narrow(lse: Tensor | None, first: int, count: int) -> Tensor | None:
+    return None if lse is None else lse.narrow(2, first, count)
 
 
 def _self_keep(

@@ -39,8 +39,8 @@ class _Rows(NamedTuple):
     """The factors of a block of rows; all but the last three are [B, H, Nq, Nk]."""
 
     share: Tensor  # exp(s_ij + log z_j - L_i): attention before the policy
-    keep: Tensor  # the policy, 1 for a row's own key under self_keep
-    attention: Tensor  # what multiplies the values: share * keep + floor / (number of seen keys)
+    weight: Tensor  # share times the policy, which is 1 for a row's own key under self_keep
+    attention: Tensor  # what multiplies the values: weight + floor / (number of seen keys)
     seen: Tensor  # bool
     own: Tensor  # bool, the row's own key
     lse: Tensor  # [B, H, Nq]
@@ -70,6 +70,8 @@ def _map_rows(q: Tensor, k: Tensor, position: Tensor | None, o: Options) -> _Row
     keep = torch.ones_like(s)
     if o.policy is not None:
         policy = o.policy.to(dtype)
+        # The inverse of a smaller one is no number: it counts as 0.
+        policy = torch.where(policy < torch.finfo(dtype).tiny, policy - policy.detach(), policy)
         policy = policy[:, None, None] if policy.dim() == 2 else policy[:, :, None]
         keep = policy.expand(s.shape)
         if o.self_keep:
@@ -81,36 +83,44 @@ def _map_rows(q: Tensor, k: Tensor, position: Tensor | None, o: Options) -> _Row
     # A dropped key may dominate its row beyond all bounds; its share is capped, not infinite.
     share = (exp / total[..., None]).clamp(max=math.exp(_limit(s)))
     count = seen.sum(-1).clamp(min=1)
-    attention = exp * keep / total[..., None] + (floor / count)[..., None] * seen
+    weight = exp * keep / total[..., None]
+    attention = weight + (floor / count)[..., None] * seen
     if o.exclude_self:
         attention = attention.masked_fill(own, 0)
-    return _Rows(share, keep, attention, seen, own, lse, floor, argmax)
+    return _Rows(share, weight, attention, seen, own, lse, floor, argmax)
 
 
 def _normalize(
     s: Tensor, keep: Tensor, seen: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """L, the share of eps, exp(s - m), its weighted sum and the key of the maximum m, by row.
+    """L, the share of eps, exp(s - c), its weighted sum and the key of the maximum m, by row.
 
-    Without eps nothing depends on m, which is then taken over keys that count: a dropped key that
-    dominates its row cannot make the others vanish.
+    Any constant c cancels out. With eps it is m. Without, nothing depends on m, and c is the
+    largest of s + log keep: no dropped key makes the others vanish, nor does a small policy.
     """
     if s.shape[-1] == 0:
         nothing = s.sum(-1)
         no_key = torch.full_like(nothing, -1, dtype=torch.int32)
         return nothing - math.inf, nothing, s, nothing + 1, no_key
-    candidates = s if eps > 0 else s.detach().masked_fill(keep.detach() == 0, -math.inf)
-    argmax = candidates.detach().argmax(-1, keepdim=True)  # the first of equals
-    m = candidates.gather(-1, argmax)
+    kept = keep.detach() > 0
+    argmax = s.detach().argmax(-1, keepdim=True)  # the first of equals
+    m = s.gather(-1, argmax)
     m = torch.where(m == -math.inf, 0, m)
-    exp = (s - m).clamp(max=_limit(s)).exp().masked_fill(~seen, 0)
+    c = m.detach()
+    if eps == 0:
+        log = keep.detach().clamp(min=torch.finfo(s.dtype).tiny).log()
+        c = torch.where(kept, s.detach() + log, -math.inf).amax(-1, keepdim=True)
+        c = torch.where(c == -math.inf, 0, c)
+    exp = s - c
+    exp = torch.where(kept, exp, exp.clamp(max=_limit(s))).exp().masked_fill(~seen, 0)
     some = seen.any(-1)
-    weight_of_eps = torch.where(some, torch.full_like(m[..., 0], eps), 0)
+    # The gradient of m through c would be a sum that cancels but for rounding.
+    weight_of_eps = torch.where(some, eps * (m - c)[..., 0].exp(), 0) if eps > 0 else 0 * c[..., 0]
     total = (exp * keep).sum(-1) + weight_of_eps
     empty = total == 0
     total = torch.where(empty, 1, total)
     exp = exp.masked_fill(empty[..., None], 0)
-    lse = torch.where(empty, -math.inf, m[..., 0] + total.log())
+    lse = torch.where(empty, -math.inf, c[..., 0] + total.log())
     floor = weight_of_eps / total
     if eps == 0:
         return lse, floor, exp, total, torch.full_like(argmax[..., 0], -1, dtype=torch.int32)
@@ -143,6 +153,14 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
 def _per_group(x: Tensor, groups: int) -> Tensor:
     """The adjoint of :func:`_per_head`: sums over the heads of each group."""
     return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
+
+
+def _differentiable(policy: Tensor | None, policy_grad: str) -> Tensor | None:
+    """The policy, of which as much has a gradient as is wanted."""
+    if policy is None or policy_grad == "exact":
+        return policy
+    constant = policy.detach()
+    return constant if policy_grad == "none" else torch.where(policy > 0, policy, constant)
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
@@ -187,10 +205,7 @@ def policy_attention(
 
     Differentiable by ordinary autograd in q, k, v, policy and size.
     """
-    if policy is not None and policy_grad == "none":
-        policy = policy.detach()
-    elif policy is not None and policy_grad == "kept":
-        policy = torch.where(policy > 0, policy, policy.detach())
+    policy = _differentiable(policy, policy_grad)
     o = Options(policy, size, key_padding_mask, self_keep, exclude_self, eps, is_causal, scale)
     parts = []
     with no_autocast(q.device.type):
@@ -235,6 +250,7 @@ def policy_attention_backward(
     What is not needed comes back empty. All is computed from the inputs again; ``out``, ``lse``,
     ``floor`` and ``argmax`` spare kernels that. Differentiable by ordinary autograd.
     """
+    policy = _differentiable(policy, policy_grad)
     o = Options(policy, size, key_padding_mask, self_keep, exclude_self, eps, is_causal, scale)
     dtype = acc_dtype(q)
     parts = []
@@ -283,7 +299,7 @@ def _block_backward(
     if grad_lse is not None:
         delta = delta - grad_lse
     t = rows.share * (weighted - delta[..., None])
-    ds = rows.keep * t
+    ds = rows.weight * (weighted - delta[..., None])
     if o.eps > 0:
         count = rows.seen.sum(-1).clamp(min=1)
         mean = (weighted * rows.seen).sum(-1) / count  # g_i . (mean of the values)
