@@ -5,6 +5,7 @@ from ._backend import available_backends, use_backend, why_not
 from .ops.attention.api import attention_scores, policy_attention
 from .ops.matching.api import match, nearest
 from .ops.merging.api import merge, merge_wavg, unmerge
+from .policies import gumbel_keep, keep_ratio_loss, prune, topk_keep
 from .splits import alternate, grid, strided
 from .splits import random as random  # not in __all__, where it would hide the standard module
 from .token_map import TokenMap
@@ -17,12 +18,16 @@ __all__ = [
     "attention_scores",
     "available_backends",
     "grid",
+    "gumbel_keep",
+    "keep_ratio_loss",
     "match",
     "merge",
     "merge_wavg",
     "nearest",
     "policy_attention",
+    "prune",
     "strided",
+    "topk_keep",
     "unmerge",
     "use_backend",
     "why_not",

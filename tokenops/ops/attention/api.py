@@ -302,11 +302,14 @@ def _key_weights(
     if policy is not None:
         if not isinstance(policy, Tensor) or policy.dtype != torch.bool:
             _check_weight_dtype(name, "policy", policy, "a bool or floating-point tensor")
-        _checks.check_shape(name, "policy", policy, [rows, column, per_head])
+        # The likely shape first: a comparison of symbolic sizes that fails is a guard for ever.
+        is_column = policy.dim() == 3 and policy.shape[2] == 1 and policy.shape[1] == keys
+        shapes = [rows, column, per_head] if is_column else [rows, per_head, column]
+        _checks.check_shape(name, "policy", policy, shapes)
         _checks.check_same_device(name, "policy", policy, q)
         _check_not_negative(name, "policy", policy)
         policy = policy.to(dtype)
-        policy = policy.flatten(1) if tuple(policy.shape) == column else policy
+        policy = policy.flatten(1) if is_column else policy
     if size is not None:
         _check_weight_dtype(name, "size", size, "a floating-point tensor")
         _checks.check_shape(name, "size", size, [rows, column])
@@ -413,7 +416,8 @@ def _check_real(name: str, argument: str, value: object, minimum: float = -math.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _checks.type_error(name, argument, "a float", value)
     value = float(value)
-    if not math.isfinite(value) or value < minimum:
+    # Traced with a symbolic number, unlike math.isfinite.
+    if not (-math.inf < value < math.inf and value >= minimum):
         expected = "finite" if minimum == -math.inf else f"finite and >= {minimum}"
         raise _checks.value_error(name, argument, expected, value)
     return value

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in for DynamicViT: attention under a keep policy, and the index functions of its ``utils``.
+
+Arguments and results are the originals'. :func:`attention_with_policy` computes what
+:func:`softmax_with_policy` and the product with the values compute, without a map of queries by
+keys; :func:`masked_mean` is the mean in the predictor. What goes before and after them:
+:func:`tokenops.gumbel_keep`, :func:`tokenops.keep_ratio_loss`, :func:`tokenops.prune`.
+
+Where the original is plainly wrong, this is right:
+
+* Double precision is computed in double precision, not in single.
+* Without ``eps``, a dropped key that dominates its row does not make it NaN; a row whose logits are
+  all -inf is uniform (0 without ``eps``), not NaN.
+* An index outside the tokens is an error, not a token of the image before.
+* ``batch_index_fill`` leaves its argument as it is, and knows what repeated indices mean.
+* The mean over an image that dropped everything is 0, not NaN (DynamicViT #27).
+
+Source: Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification",
+NeurIPS 2021, sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import TokenMap, policy_attention, unmerge
+
+__all__ = [
+    "attention_with_policy",
+    "batch_index_fill",
+    "batch_index_select",
+    "masked_mean",
+    "softmax_with_policy",
+]
+
+
+def softmax_with_policy(attn: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
+    """Softmax over keys of which some are dropped; each token keeps sight of itself.
+
+    ``y_ij = (w_ij + eps / N) / (sum_j w_ij + eps)`` with ``w_ij = exp(s_ij - max_j s_ij) * p_j``,
+    where ``p_j`` is 1 for ``i = j``.
+
+    Args:
+        attn: Logits ``[B, H, N, N]``; float16, bfloat16, float32 or float64.
+        policy: How much of each token is kept, ``[B, N, 1]`` or ``[B, N]``, at least 0.
+        eps: Smoothing, at least 0.
+
+    Returns:
+        The attention ``[B, H, N, N]`` in the dtype of ``attn``, computed in float32 (float64 for
+        double). Only the arguments are kept for the backward pass.
+
+    Differentiable in: ``attn`` and ``policy``, twice; the policy's gradient is not zero where the
+    policy is.
+
+    Determinism: the same bits from run to run.
+
+    Raises:
+        TypeError: If ``attn`` is no floating-point tensor.
+        ValueError: If a shape does not fit.
+
+    Source: ``softmax_with_policy`` of DynamicViT.
+
+    Example:
+        >>> from tokenops.compat.dynamicvit import softmax_with_policy
+        >>> policy = torch.tensor([[[1.0], [0.0]]])
+        >>> softmax_with_policy(torch.zeros(1, 1, 2, 2), policy, eps=0.0).tolist()
+        [[[[1.0, 0.0], [0.5, 0.5]]]]
+    """
+    name = "softmax_with_policy"
+    if not isinstance(attn, Tensor) or not attn.is_floating_point():
+        raise TypeError(f"{name}: attn must be a floating-point tensor, got {_kind(attn)}")
+    if attn.dim() != 4 or attn.shape[2] != attn.shape[3]:
+        raise ValueError(f"{name}: attn must be of shape [B, H, N, N], got {_kind(attn)}")
+    batch, _, tokens, _ = attn.shape
+    policy = _as_column(name, policy, batch, tokens)
+    out: Tensor = _Softmax.apply(attn, policy, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def attention_with_policy(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    eps: float = 1e-6,
+    scale: float | None = None,
+) -> Tensor:
+    """Fused ``softmax_with_policy(q @ k.transpose(-2, -1) * scale, policy, eps) @ v``.
+
+    Args:
+        q: ``[B, H, N, D]``.
+        k: ``[B, H, N, D]`` of the dtype of ``q``.
+        v: ``[B, H, N, D]`` of the dtype of ``q``.
+        policy: ``[B, N, 1]`` or ``[B, N]``, at least 0; plain softmax, without ``eps``, when None.
+        eps: Smoothing, at least 0.
+        scale: ``1 / sqrt(D)`` by default.
+
+    Returns:
+        ``[B, H, N, D]``, so laid out that ``.transpose(1, 2).reshape(B, N, C)`` is a view.
+
+    Differentiable in: ``q``, ``k``, ``v`` and ``policy``.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value does not fit.
+
+    Source: ``Attention`` of DynamicViT; see :func:`tokenops.policy_attention`.
+
+    Example:
+        >>> from tokenops.compat.dynamicvit import attention_with_policy
+        >>> q = k = v = torch.eye(2).expand(1, 1, 2, 2)
+        >>> out = attention_with_policy(q, k, v, torch.tensor([[[1.0], [0.0]]]), eps=0.0)
+        >>> out[0, 0, 0].tolist()
+        [1.0, 0.0]
+    """
+    if policy is None:
+        eps = 0.0
+    return policy_attention(q, k, v, policy, eps=eps, scale=scale)
+
+
+def batch_index_select(x: Tensor, idx: Tensor) -> Tensor:
+    """Take tokens of each image by index: ``out[b, m] = x[b, idx[b, m]]``.
+
+    Args:
+        x: ``[B, N, C]``, ``[B, N]`` or ``[B, N, ...]`` of any dtype.
+        idx: int32 or int64 ``[B, M]``, or ``[1, M]`` for all images, in [0, N).
+
+    Returns:
+        ``[B, M, ...]`` in the dtype of ``x``.
+
+    Differentiable in: ``x``.
+
+    Determinism: the same bits from run to run, also in the gradient of a token taken twice.
+
+    Raises:
+        TypeError: If ``idx`` is no integer tensor.
+        ValueError: If a shape does not fit or an index is out of range; where looking at indices
+            would wait for the device, the nearest token is taken instead.
+
+    Source: ``batch_index_select`` of DynamicViT, except that an index out of range is an error, and
+    not a token of another image, and that ``x`` may have any rank above 1.
+
+    Example:
+        >>> from tokenops.compat.dynamicvit import batch_index_select
+        >>> batch_index_select(torch.tensor([[5.0, 6.0, 7.0]]), torch.tensor([[2, 0]])).tolist()
+        [[7.0, 5.0]]
+    """
+    name = "batch_index_select"
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        raise ValueError(f"{name}: x must be of shape [B, N, ...], got {_kind(x)}")
+    return _take(x, _check_index(name, "idx", idx, x.shape[0], x.shape[1]))
+
+
+def batch_index_fill(x: Tensor, x1: Tensor, x2: Tensor, idx1: Tensor, idx2: Tensor) -> Tensor:
+    """Put two sets of tokens into their places: ``x[b, idx1[b]] = x1[b]``, then the same for 2.
+
+    Args:
+        x: ``[B, N, C]`` or ``[B, N, ...]``, what stands in all other places; it is not changed.
+        x1: ``[B, N1, ...]``.
+        x2: ``[B, N2, ...]``.
+        idx1: int32 or int64 ``[B, N1]``, or ``[1, N1]`` for all images, in [0, N).
+        idx2: int32 or int64 ``[B, N2]`` or ``[1, N2]``, in [0, N).
+
+    Returns:
+        ``[B, N, ...]`` in the dtype of ``x``. Of several tokens for one place the last one counts,
+        those of ``x2`` being later than those of ``x1``.
+
+    Differentiable in: ``x``, ``x1`` and ``x2``.
+
+    Determinism: the same bits from run to run.
+
+    Raises:
+        TypeError: If an index is no integer tensor.
+        ValueError: If a shape does not fit or an index is out of range; where looking at indices
+            would wait for the device, the nearest place is taken instead.
+
+    Source: ``batch_index_fill`` of DynamicViT, except that it does not write into ``x``, that the
+    outcome of repeated indices is defined, and that an index out of range is an error.
+
+    Example:
+        >>> from tokenops.compat.dynamicvit import batch_index_fill
+        >>> x, x1, x2 = torch.zeros(1, 3, 1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 2.0)
+        >>> batch_index_fill(x, x1, x2, torch.tensor([[2]]), torch.tensor([[0]])).flatten().tolist()
+        [2.0, 0.0, 1.0]
+    """
+    name = "batch_index_fill"
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        raise ValueError(f"{name}: x must be of shape [B, N, ...], got {_kind(x)}")
+    batch, tokens = x.shape[:2]
+    places = []
+    for i, rows, idx in ((1, x1, idx1), (2, x2, idx2)):
+        idx = _check_index(name, f"idx{i}", idx, batch, tokens)
+        if not isinstance(rows, Tensor) or rows.shape != (batch, idx.shape[1], *x.shape[2:]):
+            expected = [batch, idx.shape[1], *x.shape[2:]]
+            raise ValueError(f"{name}: x{i} must be of shape {expected}, got {_kind(rows)}")
+        places.append(idx)
+    # Each place names the row that it takes: its own, or the last one that goes there.
+    place = torch.cat(places, dim=1)
+    rows = torch.cat([x, x1.to(x.dtype), x2.to(x.dtype)], dim=1)
+    number = torch.arange(rows.shape[1], device=x.device).expand(batch, -1)
+    last = number[:, :tokens].scatter_reduce(1, place, number[:, tokens:], "amax")
+    return _take(rows, last)
+
+
+def masked_mean(x: Tensor, policy: Tensor) -> Tensor:
+    """Mean of the kept tokens of each image: the predictor's global feature.
+
+    ``out[b] = sum_n p[b, n] x[b, n] / sum_n p[b, n]``, 0 where the policy sums to 0.
+
+    Args:
+        x: ``[B, N, C]``; float16, bfloat16, float32 or float64.
+        policy: ``[B, N, 1]`` or ``[B, N]``, at least 0.
+
+    Returns:
+        ``[B, 1, C]`` in the dtype of ``x``; half types accumulate in float32.
+
+    Differentiable in: ``x`` and ``policy``. Where everything is dropped the gradient is finite: 0
+    for ``x``, ``g . x[b, n]`` for the policy, as if one token were kept.
+
+    Determinism: the same bits from run to run.
+
+    Raises:
+        TypeError: If ``x`` is no floating-point tensor.
+        ValueError: If a shape does not fit.
+
+    Source: ``PredictorLG`` of DynamicViT, where such an image turns the model into NaN (#27).
+
+    Example:
+        >>> from tokenops.compat.dynamicvit import masked_mean
+        >>> x = torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]])
+        >>> masked_mean(x, torch.tensor([[1.0, 1.0], [0.0, 0.0]])).flatten().tolist()
+        [2.0, 0.0]
+    """
+    name = "masked_mean"
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name}: x must be a floating-point tensor, got {_kind(x)}")
+    if x.dim() != 3:
+        raise ValueError(f"{name}: x must be of shape [B, N, C], got {_kind(x)}")
+    policy = _as_column(name, policy, x.shape[0], x.shape[1])
+    dtype = _sum_dtype(x)
+    total = policy.sum(1, keepdim=True, dtype=dtype)  # [B, 1, 1]
+    total = torch.where(total == 0, 1, total)
+    mean: Tensor = (x * policy.to(x.dtype)).sum(1, keepdim=True, dtype=dtype) / total
+    return mean.to(x.dtype)
+
+
+class _Softmax(torch.autograd.Function):
+    """Keeps nothing but its arguments; the backward pass computes the map again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(attn: Tensor, policy: Tensor, eps: float) -> Tensor:
+        weight, _ = _weights(attn, policy, eps)
+        own = weight.diagonal(dim1=-2, dim2=-1).clone()
+        weight.mul_(policy[:, None, None, :, 0].to(weight.dtype)).diagonal(dim1=-2, dim2=-1).copy_(
+            own
+        )
+        total = _nonzero(weight.sum(-1, keepdim=True) + eps)
+        return weight.add_(eps / max(attn.shape[-1], 1)).div_(total).to(attn.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        attn, policy, ctx.eps = inputs
+        ctx.save_for_backward(attn, policy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        attn, policy = ctx.saved_tensors
+        weight, top = _weights(attn, policy, ctx.eps)
+        tokens = weight.shape[-1]
+        own = torch.eye(tokens, dtype=torch.bool, device=weight.device)
+        keep = torch.where(own, 1, policy[:, None, None, :, 0].to(weight.dtype))  # [B, 1, N, N]
+        total = _nonzero((weight * keep).sum(-1, keepdim=True) + ctx.eps)
+        share = weight / total  # attention before the policy
+        floor = ctx.eps / total  # [B, H, N, 1]
+        grad = grad.to(weight.dtype)
+        mean = grad.sum(-1, keepdim=True) / max(tokens, 1)
+        delta = (grad * share * keep).sum(-1, keepdim=True) + floor * mean
+        share = share * (grad - delta)
+        d_attn = d_policy = None
+        if ctx.needs_input_grad[0]:
+            at_top = top == torch.arange(tokens, device=weight.device)
+            d_attn = (share * keep + floor * (mean - delta) * at_top).to(attn.dtype)
+        if ctx.needs_input_grad[1]:
+            d_policy = share.masked_fill(own, 0).sum((1, 2))[..., None].to(policy.dtype)
+        return d_attn, d_policy, None
+
+
+def _weights(attn: Tensor, policy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``exp(s - m)`` in the type of sums, and the key [B, H, N, 1] of each row's maximum m."""
+    s = attn.to(_sum_dtype(attn))
+    if s.shape[-1] == 0:
+        return s.exp(), torch.zeros_like(s, dtype=torch.int64)
+    candidates = s.detach()
+    if eps == 0:  # nothing depends on m: a dropped key shall not make the others vanish
+        own = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
+        dropped = (policy.detach() == 0)[:, None, None, :, 0] & ~own
+        candidates = candidates.masked_fill(dropped, -math.inf)
+    top = candidates.argmax(-1, keepdim=True)
+    m = s.gather(-1, top)
+    s = s - torch.where(m == -math.inf, 0, m)
+    if eps == 0:
+        s = s.clamp(max=math.log(torch.finfo(s.dtype).max) / 2)
+    return s.exp(), top
+
+
+def _nonzero(total: Tensor) -> Tensor:
+    return torch.where(total == 0, 1, total)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _take(x: Tensor, idx: Tensor) -> Tensor:
+    """Rows of ``x`` [B, N, ...] by valid indices [B, M]."""
+    if x.is_floating_point() and x.dtype.itemsize > 1:
+        rows = x.flatten(2) if x.dim() > 2 else x[..., None]
+        out = unmerge(rows, TokenMap.from_assign(idx, x.shape[1]))
+    else:
+        index = idx.reshape(*idx.shape, *(1 for _ in x.shape[2:]))
+        out = x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+    return out.reshape(*idx.shape, *x.shape[2:])
+
+
+def _check_index(name: str, argument: str, idx: Tensor, batch: int, tokens: int) -> Tensor:
+    """Indices as int64 [B, M] in [0, N)."""
+    if not isinstance(idx, Tensor) or idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: {argument} must be an int32 or int64 tensor, got {_kind(idx)}")
+    if idx.dim() != 2 or idx.shape[0] not in (1, batch):
+        raise ValueError(f"{name}: {argument} must be of shape [{batch}, M], got {_kind(idx)}")
+    if outside(idx, tokens):
+        got = f"values from {int(idx.min())} to {int(idx.max())}"
+        raise ValueError(f"{name}: {argument} must be in [0, {tokens}), got {got}")
+    if tokens == 0 and idx.shape[1] > 0:
+        raise ValueError(f"{name}: {argument} must be empty without tokens, got {_kind(idx)}")
+    return idx.long().clamp(0, max(tokens - 1, 0)).expand(batch, -1)
+
+
+def outside(idx: Tensor, tokens: int) -> bool:
+    """Whether an index is not in [0, tokens); False where looking would wait or cannot be done."""
+    if idx.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    try:
+        return bool(((idx < 0) | (idx >= tokens)).any())
+    except RuntimeError:  # fake tensors and functional transforms have no values
+        return False
+
+
+def _as_column(name: str, policy: Tensor, batch: int, tokens: int) -> Tensor:
+    """The policy as [B, N, 1]."""
+    if not isinstance(policy, Tensor):
+        raise TypeError(f"{name}: policy must be a tensor, got {_kind(policy)}")
+    if tuple(policy.shape) not in ((batch, tokens, 1), (batch, tokens)):
+        expected = f"of shape [{batch}, {tokens}, 1] or [{batch}, {tokens}]"
+        raise ValueError(f"{name}: policy must be {expected}, got {_kind(policy)}")
+    return policy.reshape(batch, tokens, 1)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"

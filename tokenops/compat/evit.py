@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in for EViT: the class token's attention, ``complement_idx``, and what its ``Block`` drops.
+
+The attention map of a block is not needed: :func:`class_attention` computes the class token's row
+alone, and any fused attention serves the rest. With ``q``, ``k`` of a block and its tokens ``x``
+after attention::
+
+    cls_attn = class_attention(q, k)
+    x, token_map = drop_tokens(x, cls_attn, keep_rate=0.7, fuse_token=True)
+
+Where the original is plainly wrong, this is right: further prefix tokens (distillation, registers)
+are no candidates for dropping, if ``num_prefix`` says so (EViT #15), and an index outside the range
+is an error.
+
+Source: Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
+Reorganizations", ICLR 2022, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import TokenMap, attention_scores, prune
+from .. import merge as _merge
+from .dynamicvit import outside
+
+__all__ = ["class_attention", "complement_idx", "drop_tokens"]
+
+
+def class_attention(
+    q: Tensor, k: Tensor, scale: float | None = None, num_prefix: int = 1
+) -> Tensor:
+    """Attention of the class token to each token outside the prefix, the mean over heads.
+
+    ``softmax(scale * q_0 k^T)[num_prefix:]``, without the other rows of the attention map.
+
+    Args:
+        q: ``[B, H, N, D]``, of which token 0 is the class token.
+        k: ``[B, H, N, D]`` of the dtype of ``q``; ``[B, Hkv, N, D]`` if heads share keys.
+        scale: ``1 / sqrt(D)`` by default.
+        num_prefix: Leading tokens that are left out of the result, not of the softmax.
+
+    Returns:
+        ``[B, N - num_prefix]`` in float32 (float64 for double).
+
+    Differentiable in: ``q`` and ``k``.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape or device does not fit.
+
+    Source: ``attn[:, :, 0, 1:].mean(dim=1)`` of EViT's ``Attention``.
+
+    Example:
+        >>> from tokenops.compat.evit import class_attention
+        >>> class_attention(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8)).tolist()
+        [[0.25, 0.25, 0.25]]
+    """
+    if num_prefix < 0:
+        raise ValueError(f"class_attention: num_prefix must be >= 0, got {num_prefix!r}")
+    return attention_scores(q, k, query_index=[0], scale=scale)[:, num_prefix:]
+
+
+def complement_idx(idx: Tensor, dim: int) -> Tensor:
+    """Indices in ``range(dim)`` that ``idx`` does not name, ascending.
+
+    Args:
+        idx: int32 or int64 ``[..., K]``, distinct along the last dimension, in [0, dim).
+        dim: Number of tokens.
+
+    Returns:
+        int64 ``[..., dim - K]``.
+
+    Determinism: the same bits from run to run.
+
+    Raises:
+        TypeError: If ``idx`` is no integer tensor.
+        ValueError: If K is above ``dim``, or an index is out of range (clamped where looking at
+            indices would wait for the device).
+
+    Source: ``complement_idx`` of EViT.
+
+    Example:
+        >>> from tokenops.compat.evit import complement_idx
+        >>> complement_idx(torch.tensor([[3, 0]]), 5).tolist()
+        [[1, 2, 4]]
+    """
+    name = "complement_idx"
+    if not isinstance(idx, Tensor) or idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: idx must be an int32 or int64 tensor, got {idx!r}")
+    if idx.dim() == 0 or idx.shape[-1] > dim:
+        expected = f"[..., K] with K at most dim = {dim}"
+        raise ValueError(f"{name}: idx must be of shape {expected}, got {list(idx.shape)}")
+    if outside(idx, dim):
+        got = f"values from {int(idx.min())} to {int(idx.max())}"
+        raise ValueError(f"{name}: idx must be in [0, {dim}), got {got}")
+    named = torch.zeros(*idx.shape[:-1], dim, dtype=torch.uint8, device=idx.device)
+    named = named.scatter(-1, idx.long().clamp(0, max(dim - 1, 0)), 1)
+    return named.argsort(dim=-1, stable=True)[..., : dim - idx.shape[-1]]
+
+
+def drop_tokens(
+    x: Tensor,
+    cls_attn: Tensor,
+    keep_rate: float = 1.0,
+    tokens: int | None = None,
+    fuse_token: bool = False,
+    *,
+    num_prefix: int = 1,
+    order: str = "score",
+) -> tuple[Tensor, TokenMap]:
+    """Keep the tokens that the class token attends to most; drop the others or fuse them into one.
+
+    The fused token is ``sum_n cls_attn[n] x[n]`` over the dropped tokens, which is not normalised.
+
+    Args:
+        x: ``[B, N, C]``, prefix first.
+        cls_attn: ``[B, N - num_prefix]``, from :func:`class_attention`.
+        keep_rate: Share of the tokens outside the prefix to keep, in (0, 1]; rounded up.
+        tokens: Number of these tokens to keep, at least 1; overrides ``keep_rate``.
+        fuse_token: Append the fused token.
+        num_prefix: Leading tokens that stay, in front.
+        order: ``"score"``: kept tokens by descending attention, as EViT has them; ``"position"``:
+            in the order of the input.
+
+    Returns:
+        The tokens ``[B, num_prefix + kept (+ 1), C]`` in the dtype of ``x``, and the map that made
+        them. ``token_map.members[:, num_prefix : num_prefix + kept] - num_prefix`` is EViT's
+        ``idx``. Where nothing is dropped, ``x`` itself, in its order, and the identity.
+
+    Differentiable in: ``x``, and ``cls_attn`` through the fused token.
+
+    Determinism: the same bits from run to run; ties go to the lowest index.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value does not fit.
+
+    Source: ``Attention`` and ``Block`` of EViT; Liang et al., ICLR 2022, sections 3.2 and 3.3.
+
+    Example:
+        >>> from tokenops.compat.evit import drop_tokens
+        >>> x, cls_attn = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[0.25, 0.5]])
+        >>> drop_tokens(x, cls_attn, 0.5, fuse_token=True)[0].flatten().tolist()
+        [1.0, 3.0, 0.5]
+    """
+    name = "drop_tokens"
+    if not isinstance(x, Tensor) or x.dim() != 3 or not 0 <= num_prefix <= x.shape[1]:
+        got = list(x.shape) if isinstance(x, Tensor) else repr(x)
+        expected = f"of shape [B, N, C] with a prefix of {num_prefix!r}"
+        raise ValueError(f"{name}: x must be {expected}, got {got}")
+    batch, free = x.shape[0], x.shape[1] - num_prefix
+    if not isinstance(cls_attn, Tensor) or tuple(cls_attn.shape) != (batch, free):
+        got = list(cls_attn.shape) if isinstance(cls_attn, Tensor) else repr(cls_attn)
+        raise ValueError(f"{name}: cls_attn must be of shape {[batch, free]}, got {got}")
+    if tokens is None:
+        if not 0 < keep_rate <= 1:
+            raise ValueError(f"{name}: keep_rate must be in (0, 1], got {keep_rate!r}")
+        tokens = math.ceil(keep_rate * free)
+    elif tokens < 1:
+        raise ValueError(f"{name}: tokens must be >= 1, got {tokens!r}")
+    if tokens >= free:
+        return x, TokenMap.identity(batch, x.shape[1], x.device)
+    scores = torch.nn.functional.pad(cls_attn, (num_prefix, 0))
+    token_map = prune(scores, tokens, num_prefix=num_prefix, order=order, fuse=fuse_token)
+    weight = None
+    if fuse_token:
+        fused = token_map.assign == token_map.num_tokens - 1
+        weight = torch.where(fused, scores, 1)
+    return _merge(x, token_map, reduce="sum", weight=weight), token_map

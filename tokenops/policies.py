@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens to keep: pruning by score, keep decisions with gradients, and their loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._library import acc_dtype
+from .token_map import TokenMap
+
+ORDERS = ("position", "score")
+
+
+def prune(
+    scores: Tensor,
+    keep: int | Tensor,
+    *,
+    num_prefix: int = 0,
+    order: str = "position",
+    fuse: bool = False,
+) -> TokenMap:
+    """Keep the tokens with the highest scores and drop the rest, or fuse the rest into one token.
+
+    With ``rank_n`` the number of tokens outside the prefix that score higher than token n, or equal
+    at a lower index, token n is kept iff ``rank_n < keep``. ``merge(x, prune(...))`` gathers the
+    kept tokens, ``unmerge`` scatters them back.
+
+    Args:
+        scores: ``[B, N]``; float16, bfloat16, float32 or float64; any strides. Those of the prefix
+            are ignored; NaN ranks last.
+        keep: Tokens to keep beside the prefix, clamped to N - ``num_prefix``: one number for all
+            images, or int32 or int64 ``[B]``, one for each. The map then has N output tokens, of
+            which ``counts`` are live; the rest is padding (``token_map.key_mask()``).
+        num_prefix: Leading tokens (class, distillation, registers) that always stay, in front.
+        order: ``"position"``: kept tokens in the order of the input. ``"score"``: by descending
+            score, as DynamicViT and EViT have them.
+        fuse: Send the dropped tokens to one more output token, right behind the kept ones. There is
+            none where nothing is dropped.
+
+    Returns:
+        A map of N tokens to ``num_prefix + keep``, and one more if ``fuse`` finds any to drop (to
+        N, padded, with a tensor). Without ``fuse``, dropped tokens have ``assign`` -1. EViT's fused
+        token is ``merge(x, token_map, reduce="sum", weight=w)`` with ``w`` 1 for kept tokens and
+        the score for the others.
+
+    Differentiable in: nothing; indices carry no gradient. :func:`topk_keep` makes the same choice
+    with one.
+
+    Determinism: the same bits from run to run; ties go to the lowest index.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape or device does not fit, or a number is negative (those of a tensor
+            count as 0 where reading them would wait for the device).
+
+    Source: DynamicViT (Rao et al., NeurIPS 2021, section 3.3); ``fuse`` from EViT (Liang et al.,
+    ICLR 2022, section 3.2).
+
+    Example:
+        >>> import torch, tokenops
+        >>> token_map = tokenops.prune(torch.tensor([[0.1, 0.5, 0.2, 0.9]]), 2)
+        >>> token_map.assign.tolist()
+        [[-1, 0, -1, 1]]
+        >>> token_map.merge(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])).flatten().tolist()
+        [2.0, 4.0]
+    """
+    num_prefix = _check_scores("prune", scores, num_prefix)
+    keep = _check_keep("prune", "keep", keep, scores, num_prefix)
+    _checks.check_choice("prune", "order", order, ORDERS)
+    batch, tokens = scores.shape
+    free = tokens - num_prefix
+    limit = keep[:, None] if isinstance(keep, Tensor) else keep
+    rank = _ranks(scores, num_prefix)  # [B, N - P]
+    kept = rank < limit
+    place = rank if order == "score" else kept.cumsum(1) - 1
+    rest = num_prefix + limit if fuse else -1
+    prefix = torch.arange(num_prefix, device=scores.device).expand(batch, -1)
+    assign = torch.cat([prefix, torch.where(kept, num_prefix + place, rest)], dim=1).int()
+    counts = None
+    if isinstance(keep, Tensor):
+        num_tokens, counts = tokens, (num_prefix + keep + (keep < free if fuse else 0)).int()
+    else:
+        num_tokens = num_prefix + keep + (1 if fuse and keep < free else 0)
+    offsets, members = torch.ops.tokenops.invert(assign, num_tokens)
+    return TokenMap(assign, offsets, members, counts)
+
+
+def gumbel_keep(
+    logits: Tensor,
+    prev: Tensor | None = None,
+    *,
+    tau: float = 1.0,
+    hard: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw keep decisions with the gradient of their relaxation (straight-through Gumbel-softmax).
+
+    With Gumbel noise ``g`` and ``y = softmax((logits + g) / tau)``, the decision is 1 iff
+    ``y_0 >= y_1``, times ``prev``. It is exactly 0 or 1; its gradient is that of ``y_0``.
+
+    Args:
+        logits: ``[B, N, 2]``; float16, bfloat16, float32 or float64; logits or log-probabilities of
+            keeping (index 0) and of dropping (index 1).
+        prev: Decisions of the stage before, floating ``[B, N, 1]``: who is dropped stays dropped.
+        tau: Temperature, above 0.
+        hard: Round to 0 or 1; otherwise ``y_0`` itself is returned.
+        generator: Source of randomness; the device's default one when None. ``torch.compile`` knows
+            the default one only.
+
+    Returns:
+        ``[B, N, 1]`` in the dtype of ``logits``.
+
+    Differentiable in: ``logits`` and ``prev``, twice and more.
+
+    Determinism: a function of the state of the generator, from which ``[B, N, 2]`` exponential
+    numbers in float32 are taken; with float32 logits, the same decisions as
+    :func:`torch.nn.functional.gumbel_softmax` from the same state.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape or device does not fit, or ``tau`` is not above 0.
+
+    Source: Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017, section 2;
+    DynamicViT (Rao et al., NeurIPS 2021, section 3.2).
+
+    Example:
+        >>> import torch, tokenops
+        >>> logits = torch.tensor([[[99.0, 0.0], [0.0, 99.0]]])
+        >>> tokenops.gumbel_keep(logits).flatten().tolist()
+        [1.0, 0.0]
+    """
+    name = "gumbel_keep"
+    _checks.check_floating(name, "logits", logits, dims=(3,))
+    batch, tokens = logits.shape[:2]
+    _checks.check_shape(name, "logits", logits, [(batch, tokens, 2)])
+    if prev is not None:
+        _checks.check_floating(name, "prev", prev, dims=(3,))
+        _checks.check_shape(name, "prev", prev, [(batch, tokens, 1)])
+        _checks.check_same_device(name, "prev", prev, logits)
+    tau = _check_real(name, "tau", tau)
+    if tau <= 0:
+        raise _checks.value_error(name, "tau", "above 0", tau)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise _checks.type_error(name, "generator", "a torch.Generator or None", generator)
+    noisy = logits.to(acc_dtype(logits)) + _gumbel_like(logits, generator)
+    lead = noisy[..., :1] - noisy[..., 1:]
+    keep = (lead / tau).sigmoid()
+    if hard:
+        # The difference is 0, and so the decision exact: 1 - y + y would be off by a rounding.
+        keep = (lead >= 0).to(keep.dtype) + (keep - keep.detach())
+    keep = keep.to(logits.dtype)
+    return keep if prev is None else keep * prev.to(logits.dtype)
+
+
+def topk_keep(scores: Tensor, k: int | Tensor, *, num_prefix: int = 0) -> Tensor:
+    """Keep decisions for the ``k`` highest scores, with a straight-through gradient.
+
+    The value is 1 for the tokens that ``prune(scores, k)`` keeps and 0 for the others; the gradient
+    is passed on to the scores as it comes, as if the decision were the score.
+
+    Args:
+        scores: ``[B, N]``; float16, bfloat16, float32 or float64. Those of the prefix are ignored;
+            NaN ranks last.
+        k: Tokens to keep beside the prefix, clamped to N - ``num_prefix``: a number, or int32 or
+            int64 ``[B]``.
+        num_prefix: Leading tokens that are always kept.
+
+    Returns:
+        ``[B, N, 1]`` in the dtype of ``scores``, exactly 0 or 1.
+
+    Differentiable in: ``scores``, by the identity; those of the prefix, and those that are infinite
+    or NaN, get 0.
+
+    Determinism: the same bits from run to run; ties go to the lowest index.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape or device does not fit, or a number is negative.
+
+    Source: the straight-through estimator of Bengio et al., "Estimating or Propagating Gradients
+    Through Stochastic Neurons for Conditional Computation", arXiv 1308.3432, section 4.
+
+    Example:
+        >>> import torch, tokenops
+        >>> scores = torch.tensor([[0.1, 0.5, 0.2, 0.9]], requires_grad=True)
+        >>> tokenops.topk_keep(scores, 2).flatten().tolist()
+        [0.0, 1.0, 0.0, 1.0]
+    """
+    num_prefix = _check_scores("topk_keep", scores, num_prefix)
+    k = _check_keep("topk_keep", "k", k, scores, num_prefix)
+    kept = _ranks(scores, num_prefix) < (k[:, None] if isinstance(k, Tensor) else k)
+    free = scores[:, num_prefix:]
+    free = torch.where(free.isfinite(), free, 0)  # infinity minus infinity would be NaN
+    decision = kept.to(scores.dtype) + (free - free.detach())
+    prefix = torch.ones_like(scores[:, :num_prefix])
+    return torch.cat([prefix, decision], dim=1)[..., None]
+
+
+def keep_ratio_loss(
+    decisions: Tensor | Sequence[Tensor],
+    ratios: float | Sequence[float],
+    *,
+    per_image: bool = True,
+) -> Tensor:
+    """Squared distance of the share of kept tokens from what it should be.
+
+    ``mean_s mean_b (mean_n decisions_s[b, n] - ratio_s)^2`` over stages s and images b; without
+    ``per_image``, ``mean_s (mean_bn decisions_s[b, n] - ratio_s)^2``, which lets images differ.
+
+    Args:
+        decisions: Keep decisions ``[B, N, 1]`` or ``[B, N]`` of each stage, floating, without the
+            prefix; a tensor alone is one stage.
+        ratios: Share of tokens to keep at each stage, between 0 and 1; a number alone is meant for
+            every stage.
+        per_image: Whether each image is to keep that share, or the batch as a whole.
+
+    Returns:
+        A number, in float32 (float64 if decisions are double).
+
+    Differentiable in: ``decisions``, twice.
+
+    Determinism: the same bits from run to run.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape does not fit, there are no stages, or a ratio is not in [0, 1].
+
+    Source: DynamicViT (Rao et al., NeurIPS 2021, section 3.3), the ratio loss; ``per_image=False``
+    is its ``dynamic`` mode.
+
+    Example:
+        >>> import torch, tokenops
+        >>> decisions = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+        >>> tokenops.keep_ratio_loss(decisions, 0.5).item()
+        0.125
+        >>> tokenops.keep_ratio_loss(decisions, 0.75, per_image=False).item()
+        0.0
+    """
+    name = "keep_ratio_loss"
+    if isinstance(decisions, Tensor):
+        decisions = [decisions]
+    if not isinstance(decisions, Sequence) or isinstance(decisions, str):
+        raise _checks.type_error(name, "decisions", "a tensor or a sequence of them", decisions)
+    if len(decisions) == 0:
+        raise _checks.value_error(name, "decisions", "of at least one stage", decisions)
+    if not isinstance(ratios, Sequence):
+        ratios = [ratios] * len(decisions)
+    if isinstance(ratios, str) or len(ratios) != len(decisions):
+        expected = f"a number, or one for each of {len(decisions)} stages"
+        raise _checks.value_error(name, "ratios", expected, ratios)
+    terms = []
+    for decision, ratio in zip(decisions, ratios, strict=True):
+        _checks.check_floating(name, "decisions", decision, dims=(2, 3))
+        if decision.dim() == 3:
+            _checks.check_shape(name, "decisions", decision, [(*decision.shape[:2], 1)])
+        ratio = _check_real(name, "ratios", ratio)
+        if not 0 <= ratio <= 1:
+            raise _checks.value_error(name, "ratios", "in [0, 1]", ratio)
+        shares = _mean(decision.flatten(1).to(acc_dtype(decision)), 1)  # [B]
+        if per_image:
+            terms.append(_mean((shares - ratio) ** 2, 0))
+        else:
+            terms.append((_mean(shares, 0) - ratio) ** 2)
+    return torch.stack(terms).mean()
+
+
+def _mean(x: Tensor, dim: int) -> Tensor:
+    """The mean over a dimension; of nothing, 0."""
+    return x.sum(dim) / max(x.shape[dim], 1)
+
+
+def _ranks(scores: Tensor, num_prefix: int) -> Tensor:
+    """Place [B, N - P] of each token outside the prefix in descending order of scores."""
+    scores = scores.detach()[:, num_prefix:]
+    # Ascending sorts put NaN last; where negation turned its sign, a radix sort might not.
+    order = torch.where(scores.isnan(), math.nan, -scores).argsort(dim=1, stable=True)
+    place = torch.arange(order.shape[1], device=order.device)
+    return torch.empty_like(order).scatter(1, order, place.expand_as(order))
+
+
+def _gumbel_like(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Gumbel noise in float32, always finite."""
+    noise = torch.empty_like(
+        logits,
+        dtype=torch.float32,
+        device=None if generator is None else generator.device,
+        memory_format=torch.contiguous_format,
+    )
+    noise.exponential_(generator=generator)
+    return -noise.clamp(min=torch.finfo(torch.float32).tiny).log().to(logits.device)
+
+
+def _check_scores(name: str, scores: Tensor, num_prefix: int) -> int:
+    _checks.check_floating(name, "scores", scores, dims=(2,))
+    num_prefix = _checks.check_int(name, "num_prefix", num_prefix)
+    if num_prefix > scores.shape[1]:
+        raise _checks.value_error(name, "num_prefix", f"at most N = {scores.shape[1]}", num_prefix)
+    return num_prefix
+
+
+def _check_keep(
+    name: str, argument: str, keep: int | Tensor, scores: Tensor, num_prefix: int
+) -> int | Tensor:
+    """The number of tokens to keep, clamped to those there are."""
+    free = scores.shape[1] - num_prefix
+    if not isinstance(keep, Tensor):
+        return min(_checks.check_int(name, argument, keep), free)
+    _checks.check_index(name, argument, keep, dims=(1,))
+    _checks.check_shape(name, argument, keep, [(scores.shape[0],)])
+    _checks.check_same_device(name, argument, keep, scores)
+    if _checks.values_visible(keep) and not _checks.holds((keep >= 0).all()):
+        raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"{int(keep.min())} in it")
+    return keep.clamp(0, free)
+
+
+def _check_real(name: str, argument: str, value: object) -> float:
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
+        raise _checks.type_error(name, argument, "a float", value)
+    value = float(value)
+    if not -math.inf < value < math.inf:  # traced with a symbolic number, unlike math.isfinite
+        raise _checks.value_error(name, argument, "finite", value)
+    return value
