@@ -46,20 +46,23 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "isa: runs again at each level of CPU vector instructions")
+    config.addinivalue_line("markers", "native_only: about a promise that kernels alone make")
 
 
 def pytest_generate_tests(metafunc):
     names = metafunc.fixturenames
+    native_only = metafunc.definition.get_closest_marker("native_only") is not None
+    backends = [b for b in BACKENDS if b == "native" or not native_only]
     if "backend" in names and "device" in names:
         # On other devices: what is there. On the CPU: what was asked for, or the run fails.
-        pairs = [(b, "cpu") for b in BACKENDS]
+        pairs = [(b, "cpu") for b in backends]
         for device in DEVICES[1:]:
             there = tokenops.available_backends(device)
-            pairs += [(b, device) for b in BACKENDS if b in there]
+            pairs += [(b, device) for b in backends if b in there]
         ids = ["-".join(pair) for pair in pairs]
         metafunc.parametrize(("backend", "device"), pairs, ids=ids)
     elif "backend" in names:
-        metafunc.parametrize("backend", BACKENDS)
+        metafunc.parametrize("backend", backends)
     elif "device" in names:
         metafunc.parametrize("device", DEVICES)
     if "isa_level" in names:

@@ -20,11 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def calls_of_the_reference(monkeypatch):
     """Names of the operators that went to the reference by choice."""
+    from tokenops.ops.attention import reference as attention
     from tokenops.ops.matching import reference as matching
     from tokenops.ops.merging import reference as merging
 
     names = []
     for module, name in (
+        (attention, "policy_attention"),
+        (attention, "attention_scores"),
         (matching, "match"),
         (matching, "nearest"),
         (merging, "merge"),
@@ -48,11 +51,13 @@ def call_everything():
     tokenops.merge(x, token_map)
     tokenops.merge_wavg(x, token_map)
     tokenops.unmerge(x[:, :7], token_map)
+    tokenops.policy_attention(x[:, None], x[:, None], x[:, None])
+    tokenops.attention_scores(x[:, None], x[:, None])
 
 
 def test_the_choice_is_obeyed(backend, calls_of_the_reference):
     call_everything()
-    expected = {"match", "nearest", "merge", "merge_wavg", "unmerge"}
+    expected = set(_library.operators)
     assert set(calls_of_the_reference) == (expected if backend == "reference" else set())
 
 
@@ -129,7 +134,7 @@ def test_why_not():
         tokenops.why_not("invert", x)
 
 
-@pytest.mark.parametrize("operator", ["match", "nearest", "merge", "merge_wavg", "unmerge"])
+@pytest.mark.parametrize("operator", _library.operators)
 def test_an_explicit_choice_never_falls_back(operator):
     x = random_tokens(1, 8, 4)
     token_map = tokenops.match(x, 2)
@@ -139,6 +144,8 @@ def test_an_explicit_choice_never_falls_back(operator):
         "merge": (x, token_map),
         "merge_wavg": (x, token_map),
         "unmerge": (x[:, :6], token_map),
+        "policy_attention": (x[:, None],) * 3,
+        "attention_scores": (x[:, None],) * 2,
     }
     message = rf"{operator}: backend 'triton' was chosen but cannot serve it: no Triton kernel"
     with tokenops.use_backend("triton"), pytest.raises(NotImplementedError, match=message):

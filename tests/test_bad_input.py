@@ -21,6 +21,9 @@ MAP = TokenMap.from_assign(torch.arange(N).expand(B, N) % M, M)
 LABELS = MAP.assign
 SOURCES, DESTINATIONS = torch.arange(0, N, 2), torch.arange(1, N, 2)
 ALL = torch.ones(N, dtype=torch.bool)
+Q = METRIC[:, None].expand(B, 6, N, D)
+ONES = torch.ones(B, N)
+NAN = ONES.masked_fill(torch.arange(N) == 3, math.nan)
 
 
 def match(metric=METRIC, r=2, **options):
@@ -41,6 +44,14 @@ def merge_wavg(x=X, token_map=MAP, size=None, **options):
 
 def unmerge(y=Y, token_map=MAP, **options):
     return lambda: tokenops.unmerge(y, token_map, **options)
+
+
+def attend(q=Q, k=KEYS, v=KEYS, policy=None, **options):
+    return lambda: tokenops.policy_attention(q, k, v, policy, **options)
+
+
+def scores(q=Q, k=KEYS, **options):
+    return lambda: tokenops.attention_scores(q, k, **options)
 
 
 def from_assign(assign=LABELS, num_tokens=M, counts=None):
@@ -193,6 +204,164 @@ CASES = {
     "unmerge: residual device": (
         unmerge(residual=X.to("meta")), ValueError, "unmerge: residual", "on cpu",
     ),
+    # policy_attention
+    "attend: q list": (attend([1.0]), TypeError, "policy_attention: q", "floating-point", "list"),
+    "attend: q 3-D": (attend(METRIC), ValueError, "policy_attention: q", "4-D", "[2, 8, 4]"),
+    "attend: q int": (attend(Q.int()), TypeError, "policy_attention: q", "int32"),
+    "attend: k 3-D": (attend(k=METRIC), ValueError, "policy_attention: k", "4-D", "[2, 8, 4]"),
+    "attend: k dtype": (
+        attend(k=KEYS.double()), TypeError, "policy_attention: k", "torch.float32 as q", "float64",
+    ),
+    "attend: k batch": (attend(k=KEYS[:1]), ValueError, "policy_attention: k", "[1, 3, 8, 4]"),
+    "attend: k width": (attend(k=KEYS[..., 1:]), ValueError, "policy_attention: k", "[2, 3, 8, 3]"),
+    "attend: heads": (
+        attend(KEYS[:, :2]), ValueError, "policy_attention: k", "divides the 2 heads", "[2, 3, 8",
+    ),
+    "attend: no heads": (attend(Q[:, :0]), ValueError, "policy_attention: k", "the 0 heads"),
+    "attend: no key heads": (attend(k=KEYS[:, :0]), ValueError, "policy_attention: k", "divides"),
+    "attend: k device": (attend(k=KEYS.to("meta")), ValueError, "policy_attention: k", "on cpu"),
+    "attend: v None": (attend(v=None), TypeError, "policy_attention: v", "NoneType"),
+    "attend: v dtype": (attend(v=KEYS.half()), TypeError, "policy_attention: v", "float16"),
+    "attend: v heads": (
+        attend(v=Q), ValueError, "policy_attention: v", "[2, 3, 8, 4]", "[2, 6, 8, 4]",
+    ),
+    "attend: v keys": (attend(v=KEYS[:, :, 1:]), ValueError, "policy_attention: v", "[2, 3, 7, 4]"),
+    "attend: v device": (attend(v=KEYS.to("meta")), ValueError, "policy_attention: v", "on meta"),
+    "attend: policy int": (attend(policy=LABELS), TypeError, "policy_attention: policy", "int32"),
+    "attend: policy float": (attend(policy=0.5), TypeError, "policy_attention: policy", "0.5"),
+    "attend: policy shape": (
+        attend(policy=ONES[:, 1:]), ValueError, "policy_attention: policy", "[2, 8] or ",
+        "[2, 8, 1]", "[2, 6, 8]", "[2, 7]",
+    ),
+    "attend: policy heads": (
+        attend(policy=ONES[:, None].expand(B, 3, N)), ValueError, "policy", "[2, 6, 8]", "[2, 3",
+    ),
+    "attend: policy 1-D": (attend(policy=ONES[0]), ValueError, "policy_attention: policy", "[8]"),
+    "attend: policy device": (
+        attend(policy=ONES.to("meta")), ValueError, "policy_attention: policy", "on cpu", "on meta",
+    ),
+    "attend: policy negative": (
+        attend(policy=ONES - 1.5), ValueError, "policy_attention: policy", ">= 0", "-0.5",
+    ),
+    "attend: policy NaN": (
+        attend(policy=NAN), ValueError, "policy_attention: policy", ">= 0", "nan",
+    ),
+    "attend: size int": (attend(size=LABELS), TypeError, "policy_attention: size", "int32"),
+    "attend: size bool": (attend(size=ONES > 0), TypeError, "policy_attention: size", "bool"),
+    "attend: size shape": (
+        attend(size=ONES[:, None]), ValueError, "policy_attention: size", "[2, 8] or [2, 8, 1]",
+    ),
+    "attend: size negative": (
+        attend(size=-ONES), ValueError, "policy_attention: size", ">= 0", "-1.0",
+    ),
+    "attend: size NaN": (attend(size=NAN), ValueError, "policy_attention: size", "nan"),
+    "attend: size device": (attend(size=ONES.to("meta")), ValueError, "policy_attention: size"),
+    "attend: mask float": (
+        attend(key_padding_mask=ONES), TypeError, "policy_attention: key_padding_mask", "bool",
+        "float32",
+    ),
+    "attend: mask shape": (
+        attend(key_padding_mask=ALL), ValueError, "policy_attention: key_padding_mask", "[2, 8]",
+    ),
+    "attend: mask device": (
+        attend(key_padding_mask=(ONES > 1).to("meta")), ValueError, "key_padding_mask", "on cpu",
+    ),
+    "attend: position float": (
+        attend(query_position=ONES), TypeError, "policy_attention: query_position", "int64",
+    ),
+    "attend: position list": (
+        attend(query_position=[0]), TypeError, "policy_attention: query_position", "list",
+    ),
+    "attend: position shape": (
+        attend(query_position=SOURCES), ValueError, "query_position", "[8] or [2, 8]", "[4]",
+    ),
+    "attend: position 3-D": (
+        attend(query_position=LABELS[None]), ValueError, "query_position", "1-D or 2-D",
+    ),
+    "attend: self_keep": (
+        attend(Q[:, :, 1:], policy=ONES), ValueError, "policy_attention: self_keep", "7 queries",
+        "8 keys", "query_position",
+    ),
+    "attend: eps negative": (attend(eps=-1e-6), ValueError, "policy_attention: eps", ">= 0"),
+    "attend: eps NaN": (attend(eps=math.nan), ValueError, "policy_attention: eps", "nan"),
+    "attend: eps inf": (attend(eps=math.inf), ValueError, "policy_attention: eps", "inf"),
+    "attend: eps None": (attend(eps=None), TypeError, "policy_attention: eps", "a float"),
+    "attend: eps bool": (attend(eps=True), TypeError, "policy_attention: eps", "bool True"),
+    "attend: scale str": (attend(scale="auto"), TypeError, "policy_attention: scale", "'auto'"),
+    "attend: scale NaN": (attend(scale=math.nan), ValueError, "policy_attention: scale", "finite"),
+    "attend: policy_grad": (
+        attend(policy_grad="soft"), ValueError, "policy_attention: policy_grad", "'kept'", "'soft'",
+    ),
+    "attend: policy_grad bool": (
+        attend(policy_grad=False), TypeError, "policy_attention: policy_grad", "a str",
+    ),
+    # attention_scores
+    "scores: q 3-D": (scores(METRIC), ValueError, "attention_scores: q", "4-D", "[2, 8, 4]"),
+    "scores: k dtype": (scores(k=KEYS.half()), TypeError, "attention_scores: k", "float16"),
+    "scores: heads": (scores(KEYS[:, :2]), ValueError, "attention_scores: k", "divides"),
+    "scores: policy": (scores(policy=-ONES), ValueError, "attention_scores: policy", "-1.0"),
+    "scores: size": (scores(size=NAN), ValueError, "attention_scores: size", "nan"),
+    "scores: mask": (
+        scores(key_padding_mask=ONES), TypeError, "attention_scores: key_padding_mask",
+    ),
+    "scores: self_keep": (
+        scores(Q[:, :, 1:], policy=ONES), ValueError, "attention_scores: self_keep", "7 queries",
+    ),
+    "scores: weight int": (
+        scores(query_weight=LABELS), TypeError, "attention_scores: query_weight", "int32",
+    ),
+    "scores: weight shape": (
+        scores(query_weight=ONES[:, 1:]), ValueError, "attention_scores: query_weight", "[8]",
+        "[2, 8]", "[2, 6, 8]", "[2, 7]",
+    ),
+    "scores: weights of rows": (
+        scores(query_weight=ONES, query_index=[0, 1]), ValueError, "query_weight", "[2, 2]",
+    ),
+    "scores: weight device": (
+        scores(query_weight=ONES.to("meta")), ValueError, "attention_scores: query_weight", "cpu",
+    ),
+    "scores: index float": (
+        scores(query_index=ONES), TypeError, "attention_scores: query_index", "float32",
+    ),
+    "scores: index of floats": (
+        scores(query_index=[0.0]), TypeError, "attention_scores: query_index", "an int", "0.0",
+    ),
+    "scores: index of bools": (scores(query_index=[True]), TypeError, "query_index", "an int"),
+    "scores: index int": (scores(query_index=0), TypeError, "attention_scores: query_index"),
+    "scores: index beyond": (
+        scores(query_index=[0, 8]), ValueError, "attention_scores: query_index", "[-8, 8)", "8",
+    ),
+    "scores: index below": (
+        scores(query_index=(-9,)), ValueError, "attention_scores: query_index", "[-8, 8)", "-9",
+    ),
+    "scores: tensor beyond": (
+        scores(query_index=SOURCES + 3), ValueError, "query_index", "[-8, 8)", "from 3 to 9",
+    ),
+    "scores: index 0-D": (scores(query_index=SOURCES[0]), ValueError, "query_index", "1-D or 2-D"),
+    "scores: index batch": (
+        scores(query_index=SOURCES.expand(3, 4)), ValueError, "query_index", "[2, 4]", "[3, 4]",
+    ),
+    "scores: index device": (
+        scores(query_index=SOURCES.to("meta")), ValueError, "attention_scores: query_index",
+    ),
+    "scores: head_reduce": (
+        scores(head_reduce="max"), ValueError, "attention_scores: head_reduce", "'sum'", "'max'",
+    ),
+    "scores: head_reduce None": (
+        scores(head_reduce=None), TypeError, "attention_scores: head_reduce", "a str",
+    ),
+    "scores: lse True": (scores(lse=True), TypeError, "attention_scores: lse", "bool True"),
+    "scores: lse dtype": (
+        scores(lse=Q[..., 0].double()), TypeError, "attention_scores: lse", "float32", "float64",
+    ),
+    "scores: lse shape": (
+        scores(lse=Q), ValueError, "attention_scores: lse", "[2, 6, 8]", "[2, 6, 8, 4]",
+    ),
+    "scores: lse device": (
+        scores(lse=Q[..., 0].to("meta")), ValueError, "attention_scores: lse", "on cpu",
+    ),
+    "scores: eps": (scores(eps=-1.0), ValueError, "attention_scores: eps", ">= 0"),
+    "scores: scale": (scores(scale=math.inf), ValueError, "attention_scores: scale", "finite"),
     # token maps
     "labels: list": (from_assign([[0, 1]]), TypeError, "TokenMap.from_assign: assign", "list"),
     "labels: float": (from_assign(LABELS.float()), TypeError, "from_assign: assign", "float32"),
@@ -256,6 +425,8 @@ UNSERVED = {
     "merge": merge(),
     "merge_wavg": merge_wavg(),
     "unmerge": unmerge(),
+    "policy_attention": attend(policy=ONES, size=ONES[..., None], eps=0),
+    "attention_scores": scores(policy=ONES, query_index=np.array([0, -1]).tolist()),
 }
 
 

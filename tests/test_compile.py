@@ -64,7 +64,37 @@ def clusters(metric, x, size):
     return kept.merge(x, weight=size), kept.source_matrix()
 
 
-FUNCTIONS = (layer, tome_layer, grid_layer, ragged_layer, reductions, pairs, clusters)
+def attend(metric, x, size):
+    """Everything that attention takes, and the scores of its rows."""
+    q = metric.unflatten(2, (2, -1)).transpose(1, 2)
+    v = x[:, None].expand(-1, 2, -1, -1)
+    padding = size.detach() > 1.5
+    weights = {"size": size + 1, "key_padding_mask": padding, "eps": 1e-6, "is_causal": True}
+    out, lse = tokenops.policy_attention(q, q, v, size, **weights, return_lse=True)
+    score = tokenops.attention_scores(q, q, policy=size, **weights, lse=lse, exclude_self=True)
+    by_head = size[:, None].expand(-1, 2, -1)
+    more = tokenops.policy_attention(q, q, v, by_head, policy_grad="kept", self_keep=False)
+    return out.transpose(1, 2).flatten(2), lse, score, more
+
+
+def attend_to_kept(metric, x, size):
+    """A keep policy by the class token's attention; then kept queries among all keys."""
+    q = metric[:, None]
+    score = tokenops.attention_scores(q, q, query_index=[0], head_reduce="none")[:, 0]
+    kept = score.topk(5).indices
+    rows = q.gather(2, kept[:, None, :, None].expand(-1, 1, -1, q.shape[3]))
+    out = tokenops.policy_attention(
+        rows, q, x[:, None], size > 0.4, query_position=kept, policy_grad="kept"
+    )
+    rows = [[0], [-1], [0, -1], kept]
+    more = [tokenops.attention_scores(q, q, query_index=r, exclude_self=True) for r in rows]
+    return out, tokenops.attention_scores(q, q, query_weight=size), score, more
+
+
+FUNCTIONS = (
+    *(layer, tome_layer, grid_layer, ragged_layer, reductions, pairs, clusters),
+    *(attend, attend_to_kept),
+)
 
 
 def make_inputs(batch=2, tokens=24, channels=6, seed=0):
@@ -100,7 +130,9 @@ def test_compile(function, backend):
 
 
 @pytest.mark.parametrize(
-    "function", [layer, tome_layer, ragged_layer, clusters], ids=lambda f: f.__name__
+    "function",
+    [layer, tome_layer, ragged_layer, clusters, attend, attend_to_kept],
+    ids=lambda f: f.__name__,
 )
 def test_compile_with_dynamic_shapes(function):
     """One graph for all sizes."""
@@ -118,7 +150,9 @@ def test_compile_with_dynamic_shapes_of_the_reference():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("function", "dynamic"), [(layer, False), (tome_layer, True)])
+@pytest.mark.parametrize(
+    ("function", "dynamic"), [(layer, False), (tome_layer, True), (attend, True)]
+)
 def test_inductor(function, dynamic):
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
     for tokens in (24, 31) if dynamic else (24,):
@@ -164,7 +198,9 @@ def test_compiled_autocast(backend):
     def function(x):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             token_map = tokenops.match(x, 3)
-            return token_map.merge(x), tokenops.nearest(x, x.flip(1))
+            heads = x[:, None], x[:, None], x[:, None]
+            attended = tokenops.policy_attention(*heads), tokenops.attention_scores(*heads[:2])
+            return token_map.merge(x), tokenops.nearest(x, x.flip(1)), attended
 
     x = random_tokens(2, 12, 8)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -196,7 +232,10 @@ def exported(function, named):
 
 @pytest.mark.parametrize(
     ("function", "named"),
-    [(layer, True), (layer, False), (tome_layer, False), (ragged_layer, True), (clusters, True)],
+    [
+        *((layer, True), (layer, False), (tome_layer, False), (ragged_layer, True)),
+        *((clusters, True), (attend, True), (attend, False), (attend_to_kept, True)),
+    ],
     ids=lambda p: getattr(p, "__name__", {True: "named", False: "auto"}.get(p)),
 )
 def test_export_with_dynamic_batch_and_tokens(function, named):

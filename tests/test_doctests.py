@@ -9,6 +9,7 @@ import pkgutil
 import pytest
 
 import tokenops
+from tokenops import _library
 
 
 def public_modules():
@@ -43,7 +44,7 @@ def test_everything_public_is_documented(name):
         assert f"{parameter}:" in text, f"{name}: {parameter} is not described"
 
 
-@pytest.mark.parametrize("name", ["match", "nearest", "merge", "merge_wavg", "unmerge"])
+@pytest.mark.parametrize("name", _library.operators)
 def test_operators_say_what_they_promise(name):
     text = inspect.getdoc(getattr(tokenops, name))
     for section in (

@@ -49,7 +49,7 @@ def modules(*patterns):
 
 
 def test_there_are_operators():
-    assert {"matching", "merging"} <= set(OPERATORS)
+    assert {"attention", "matching", "merging"} <= set(OPERATORS)
 
 
 @pytest.mark.parametrize("word", OPERATORS)

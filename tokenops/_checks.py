@@ -59,7 +59,8 @@ def check_shape(
     operator: str, argument: str, value: Tensor, shapes: Sequence[tuple[Any, ...]]
 ) -> None:
     shape = tuple(value.shape)
-    if not any(shape == expected for expected in shapes):
+    # Tuples of symbolic sizes compare entry by entry, and keep as a guard what they find.
+    if not any(len(shape) == len(expected) and shape == expected for expected in shapes):
         expected = " or ".join(str(list(s)) for s in shapes)
         raise value_error(operator, argument, f"of shape {expected}", value)
 

@@ -15,8 +15,10 @@ template <class A>
 constexpr A infinity() {
   return static_cast<A>(__builtin_inf());
 }
-// Logarithm of the largest share that a dropped key can have in a row: its square is a number
-// still.
+// Logarithms to base 2: of the largest number but for rounding, and of the largest share of a row
+// that a dropped key can have, whose square is a number still.
+template <class A>
+constexpr A kLargest = sizeof(A) == 4 ? 127 : 1023;
 template <class A>
 constexpr A kMaxExponent = sizeof(A) == 4 ? 64 : 512;
 // Smaller policies and sizes count as zero: their inverse is no number.

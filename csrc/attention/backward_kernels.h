@@ -29,12 +29,16 @@ TOKENOPS_INLINE void differentiate_tile(const Head<T>& head, const TileTask<A>& 
                                         const A* w) {
   using V = Vec<A>;
   using P = typename Packed<T>::type;
-  const V slope = V::set1(head.slope()), limit = V::set1(kMaxExponent<A>), zero = V::zero();
+  const V slope = V::set1(head.slope()), zero = V::zero(), one = V::set1(1);
   const bool owns = head.self_keep || head.exclude_self, causal = head.is_causal;
   const bool has_floor = head.eps > 0;
   V even[N];
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
+    // Sums of a kept key are of its attention, for its policy to be divided out at the end: that
+    // is no larger than 1, where the share of a key with a small policy is beyond all bounds.
+    const bool kept = kKept && task.weight[i] > 0;
+    const V limit = V::set1(kept ? kLargest<A> : kMaxExponent<A>);
     const V bias = V::set1(task.bias[i]), weight = V::set1(task.weight[i]);
     const V key = V::set1(task.key[i]);
     V dpolicy = V::load(task.dpolicy + i * V::W), dlog = V::load(task.dlog + i * V::W);
@@ -55,13 +59,14 @@ TOKENOPS_INLINE void differentiate_tile(const Head<T>& head, const TileTask<A>& 
       V dot = V::load(w + i * N * V::W + at);
       const auto own = eq(key, place);
       if (owns && head.exclude_self) dot = blend(own, zero, dot);
-      const V t = share * (dot - delta);
+      const V factor = head.self_keep ? blend(own, one, weight) : weight;
+      V y = share * factor;
+      const V t = (kept ? y : share) * (dot - delta);
       dpolicy = dpolicy + (head.self_keep ? blend(own, zero, t) : t);
       if (!kKept) continue;
-      const V keep = head.self_keep ? blend(own, V::set1(1), weight) : weight;
-      V y = fma(share, keep, spread);
+      V ds = kept ? t : head.self_keep ? blend(own, t, zero) : zero;
+      y = y + spread;
       if (owns && head.exclude_self) y = blend(own, zero, y);
-      V ds = keep * t;
       if (has_floor) {
         const auto is_top = eq(key, V::load(task.argmax + at));
         ds = ds + blend(is_top, V::load(task.top + at), zero);
@@ -274,7 +279,9 @@ class BackwardPass {
     for (int64_t i = 0; i < end - begin; ++i) {
       const int32_t key = keys.list[begin + i];
       if (result.dpolicy != nullptr) {
-        result.dpolicy[key] += reduce_add(V::load(dpolicy + i * V::W));
+        const A weight = keys.weight[begin + i];
+        result.dpolicy[key] +=
+            reduce_add(V::load(dpolicy + i * V::W)) / (kKept && weight > 0 ? weight : 1);
       }
       if (kKept && result.dlog != nullptr) {
         result.dlog[key] += reduce_add(V::load(dlog + i * V::W));

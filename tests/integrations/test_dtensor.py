@@ -17,6 +17,12 @@ def _layer(x: torch.Tensor) -> tuple[tokenops.TokenMap, torch.Tensor, torch.Tens
     return token_map, token_map.unmerge(merged, residual=x), size
 
 
+def _attend(x: torch.Tensor, policy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q = x.unflatten(2, (2, -1)).transpose(1, 2)
+    out = tokenops.policy_attention(q, q, q, policy, eps=1e-6)
+    return out, tokenops.attention_scores(q, q, policy=policy, query_index=[0])
+
+
 def _worker(rank: int, folder: str) -> None:
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
@@ -40,6 +46,18 @@ def _worker(rank: int, folder: str) -> None:
     out.square().sum().backward()
     expected.square().sum().backward()
     assert torch.equal(sharded.grad.full_tensor(), whole.grad)
+
+    policy = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
+    sharded_policy = distribute_tensor(policy, mesh, [Shard(0)]).requires_grad_()
+    policy.requires_grad_()
+    results, expected_results = _attend(sharded, sharded_policy), _attend(whole, policy)
+    for got, wanted in zip(results, expected_results, strict=True):
+        assert got.placements == (Shard(0),)
+        assert torch.equal(got.full_tensor(), wanted)
+    sum(r.square().sum() for r in results).backward()
+    sum(r.square().sum() for r in expected_results).backward()
+    assert torch.equal(sharded.grad.full_tensor(), whole.grad)
+    assert torch.equal(sharded_policy.grad.full_tensor(), policy.grad)
     dist.barrier()
     Path(folder, f"done{rank}").touch()
     os._exit(0)  # gloo's threads do not always survive the end of the interpreter

@@ -11,11 +11,13 @@ from torch.utils import _pytree as pytree
 
 import tokenops
 from tokenops import TokenMap, _library
+from tokenops.ops.attention import reference as attention
 from tokenops.ops.matching import reference as matching
 from tokenops.ops.merging import reference as merging
 from tokenops.testing import (
     assert_same_bits,
     assert_within_error_budget,
+    random_attention,
     random_token_map,
     random_tokens,
 )
@@ -35,8 +37,62 @@ def numbers(tokens, seed=5):
     return random_tokens(B, tokens, 1, seed=seed)[..., 0].contiguous().requires_grad_()
 
 
+#: Kinds of inputs of attention; self_keep, exclude_self, eps, is_causal; the policy's gradient.
+ATTENTION = {
+    "plain": ({}, (False, False, 0.0, False), "exact"),
+    "policy": ({"policy": "hard"}, (True, False, 0.0, False), "exact"),
+    "eps": ({"policy": "per-head", "key_heads": 1}, (True, False, 1e-3, False), "kept"),
+    "all": (
+        {"policy": "soft", "zero_sizes": 0.2, "padding": 0.2, "value_width": 2},
+        (True, True, 1e-2, True),
+        "exact",
+    ),
+    "none": ({"policy": "soft", "layout": "packed"}, (False, False, 0.0, False), "none"),
+    "half": ({"zero_sizes": 0.0, "dtype": torch.bfloat16}, (False, True, 1e-3, True), "exact"),
+    "double": ({"policy": "hard", "dtype": torch.float64}, (True, False, 1e-3, False), "exact"),
+}
+
+
+def kinds_of_attention():
+    for name, (kinds, flags, policy_grad) in ATTENTION.items():
+        inputs = random_attention(B, 2, N, C, seed=3, **kinds)
+        q, k, v, policy, size, mask = (
+            inputs.get(n) for n in ("q", "k", "v", "policy", "size", "key_padding_mask")
+        )
+        position = None
+        if name in ("eps", "none", "half"):
+            position = torch.tensor([0, 3, 1, -1, 9, 2, 2], dtype=torch.int32)
+            position = position if name == "eps" else position.expand(B, N).contiguous()
+        options = *flags, policy_grad, C**-0.5
+
+        def leaves(*tensors):
+            return tuple(
+                t.detach().requires_grad_(t.is_floating_point()) if t is not None else None
+                for t in tensors
+            )
+
+        weights = leaves(policy, size, mask)
+        yield ops.policy_attention, (*leaves(q, k, v), *weights, position, *options), f"att-{name}"
+        tensors = q, k, v, policy, size, mask, position
+        results = ops.policy_attention(*tensors, *options)
+        grad = random_tokens(*results[0].shape, dtype=q.dtype, seed=4)
+        if name == "none":
+            grad = grad[..., :1].expand(grad.shape)
+        grad_lse = None if name == "plain" else torch.randn_like(results[1])
+        needs = name != "policy", name != "none", True
+        arguments = grad, grad_lse, *tensors, *results, *options, *needs
+        yield ops.policy_attention_backward, arguments, f"att-backward-{name}"
+        reduce = {"plain": "mean", "policy": "none", "eps": "none"}.get(name, "sum")
+        weight = None if name == "plain" else torch.linspace(-1, 2, N).to(results[1])
+        weight = weight if weight is None else weight.expand(B, *((2,) * (name == "eps")), N)
+        lse = results[1] if name in ("policy", "all") else None
+        arguments = *leaves(q, k, weight), *weights, position, lse, *flags, C**-0.5, reduce
+        yield ops.attention_scores, arguments, f"scores-{name}"
+
+
 def kinds_of_arguments():
     """Operator, arguments and a name for each kind of call."""
+    yield from kinds_of_attention()
     yield ops.invert, (MAP.assign, M), "invert"
     for dtype, wants in ((torch.float32, True), (torch.bfloat16, True), (torch.float64, False)):
         for reduce in ("sum", "mean", "amax", "amin", "prod"):
@@ -108,12 +164,17 @@ def test_opcheck(operator, arguments):
 @pytest.mark.isa
 @pytest.mark.parametrize(
     ("operator", "arguments"),
-    [pytest.param(op, args, id=name) for op, args, name in kinds_of_arguments()],
+    [  # the measure of attention in half precision is what users have, not whole maps in float32
+        pytest.param(op, args, id=name)
+        for op, args, name in kinds_of_arguments()
+        if name not in ("att-half", "att-backward-half")
+    ],
 )
 def test_operator_does_what_its_reference_does(operator, arguments):
     """Also the operators that only backwards call."""
     name = operator.default.name().partition("::")[2]
-    reference = getattr(matching if name in ("match", "nearest") else merging, name)
+    module = next(m for m in (attention, matching, merging) if hasattr(m, name))
+    reference = getattr(module, name)
 
     def run(function, widen=False):
         values = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -232,6 +293,34 @@ def test_vmap_of_splits(backend):
     check_vmap(lambda a: TokenMap.from_assign(a, 4).members, (0,), labels)
 
 
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0), (1, 0)], ids=str)
+def test_vmap_of_attention(dims, backend):
+    """Mapped over tokens, weights or both; positions for all images or for each one."""
+    q, k, v = (
+        torch.randn((IMAGES, B, 2, N, C), generator=torch.Generator().manual_seed(i))
+        for i in range(3)
+    )
+    policy = torch.rand((IMAGES, B, N), generator=torch.Generator().manual_seed(4)).round()
+    position = torch.arange(IMAGES * N).view(IMAGES, N) % N
+    if dims[0] != 0:
+        q, k, v = (t[0] if dims[0] is None else t.movedim(0, 1) for t in (q, k, v))
+    if dims[1] is None:
+        policy, position = policy[0], position[0]
+
+    def attend(q, k, v, policy, position):
+        out, lse = tokenops.policy_attention(
+            q, k, v, policy, query_position=position, eps=1e-3, size=policy + 1, return_lse=True
+        )
+        shared = tokenops.policy_attention(q, k, v, query_position=torch.arange(N), is_causal=True)
+        score = tokenops.attention_scores(q, k, policy=policy, query_weight=policy + 1, lse=lse)
+        return out, lse, shared, score, tokenops.attention_scores(q, k, query_index=[0, -1])
+
+    in_dims = (dims[0],) * 3 + (dims[1],) * 2
+    arguments = q, k, v, policy, position
+    got = vmap(attend, in_dims=in_dims)(*arguments)
+    torch.testing.assert_close(got, loop(attend, in_dims, *arguments))
+
+
 def test_vmap_returns_token_maps(backend):
     metrics = random_tokens(IMAGES * B, 12, 4).view(IMAGES, B, 12, 4)
     token_maps = vmap(lambda m: tokenops.match(m, 3))(metrics)
@@ -250,7 +339,11 @@ def loss(x, metric):
     token_map = tokenops.match(metric, 2)
     y, size = token_map.merge_wavg(x, x[..., :1].exp())
     score, _ = tokenops.nearest(x, metric)
-    total = token_map.unmerge(y, residual=x).pow(2).sum() + (size * y).sum() + score.sum()
+    heads = x[:, None], metric[:, None], x[:, None]
+    policy = metric[..., 0] > 0
+    score = score.sum() + tokenops.policy_attention(*heads, policy, eps=1e-2).pow(2).sum()
+    score = score + tokenops.attention_scores(*heads[:2], policy=policy)[:, ::2].sum()
+    total = token_map.unmerge(y, residual=x).pow(2).sum() + (size * y).sum() + score
     return total + sum(token_map.merge(x, reduce=r).pow(2).sum() for r in ("mean", "amax"))
 
 
@@ -265,6 +358,20 @@ def test_batched_gradients():
         )
         singly = [torch.autograd.grad(out, x, d, retain_graph=True)[0] for d in directions]
         torch.testing.assert_close(batched, torch.stack(singly))
+
+
+def test_batched_gradients_of_attention():
+    inputs = random_attention(B, 2, N, C, policy="hard", zero_sizes=0.0)
+    leaves = {n: t.requires_grad_() for n, t in inputs.items()}
+    out = tokenops.policy_attention(**leaves, eps=1e-3)
+    directions = torch.randn(5, *out.shape, generator=torch.Generator().manual_seed(1))
+    tensors = list(leaves.values())
+    batched = torch.autograd.grad(
+        out, tensors, directions, retain_graph=True, is_grads_batched=True
+    )
+    singly = [torch.autograd.grad(out, tensors, d, retain_graph=True) for d in directions]
+    for got, expected in zip(batched, zip(*singly, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(expected))
 
 
 @pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script:DeprecationWarning")  # in torch.func.jvp

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Same bits always; no memory read before it is written; no index followed out of bounds."""
 
+import itertools
 import math
 import os
 import platform
@@ -16,6 +17,7 @@ from tokenops.testing import (
     assert_same_bits,
     assert_valid_token_map,
     exact_metric,
+    random_attention,
     random_token_map,
     random_tokens,
 )
@@ -55,6 +57,31 @@ def everything(dtype, device="cpu"):
     return [r.detach() for r in results if r is not None]
 
 
+def all_of_attention(dtype, device="cpu"):
+    """Few images and heads, so that threads share the rows of one; then many."""
+    results = []
+    for sizes, options in (
+        ((1, 2, 701, 48), {"eps": 1e-3}),
+        ((1, 2, 701, 24), {"is_causal": True}),
+        ((5, 4, 67, 32), {"self_keep": False}),
+    ):
+        kinds = {"policy": "hard", "zero_sizes": 0.1, "layout": "packed", "device": device}
+        inputs = random_attention(*sizes, key_heads=sizes[1] // 2, dtype=dtype, **kinds)
+        leaves = {n: t.requires_grad_() for n, t in inputs.items()}
+        out, lse = tokenops.policy_attention(**leaves, **options, return_lse=True)
+        rest = {n: t for n, t in leaves.items() if n != "v"}
+        scores = [
+            tokenops.attention_scores(**rest, **options),
+            tokenops.attention_scores(**rest, **options, query_index=[0, 1], head_reduce="none"),
+            tokenops.attention_scores(**rest, **options, lse=lse, exclude_self=True),
+        ]
+        cotangent = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(dtype)
+        results += [out, lse, *scores]
+        results += torch.autograd.grad((out, lse), leaves.values(), (cotangent, lse.sin()))
+        results += torch.autograd.grad(sum(s.sin().sum() for s in scores), rest.values())
+    return [r.detach() for r in results]
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
@@ -65,16 +92,29 @@ def threads():
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_same_bits_for_any_number_of_threads(dtype, backend, threads):
+    check_threads(everything, dtype, threads)
+
+
+# The matrix products of PyTorch, and so the reference, depend on the number of threads.
+@pytest.mark.isa
+@pytest.mark.native_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_same_bits_of_attention_for_any_number_of_threads(dtype, backend, threads):
+    check_threads(all_of_attention, dtype, threads)
+
+
+def check_threads(function, dtype, threads):
     threads(1)
-    expected = everything(dtype)
+    expected = function(dtype)
     for number in (2, 3, 7):
         threads(number)
-        for i, (a, b) in enumerate(zip(everything(dtype), expected, strict=True)):
+        for i, (a, b) in enumerate(zip(function(dtype), expected, strict=True)):
             assert_same_bits(a, b, name=f"result {i} with {number} threads")
 
 
-def test_same_bits_from_run_to_run(backend, device):
-    first, second = everything(torch.float32, device), everything(torch.float32, device)
+@pytest.mark.parametrize("function", [everything, all_of_attention], ids=lambda f: f.__name__)
+def test_same_bits_from_run_to_run(function, backend, device):
+    first, second = function(torch.float32, device), function(torch.float32, device)
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         assert_same_bits(a, b, name=f"result {i}")
 
@@ -92,6 +132,16 @@ def test_inputs_are_left_alone(backend):
     token_map.merge_wavg(x, size)
     token_map.unmerge(y, residual=x)
     tokenops.nearest(metric, metric, a_mask=protected, b_mask=protected)
+    attended = random_attention(2, 3, 30, 8, policy="hard", zero_sizes=0.2, padding=0.2)
+    index, position = torch.tensor([3, -1]), torch.arange(30)
+    weights = [*attended.values(), index, position]
+    inputs += weights
+    copies[5:5] = [t.clone() for t in weights]
+    leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in attended.items()}
+    out = tokenops.policy_attention(**leaves, query_position=position, eps=1e-3)
+    del leaves["v"]
+    score = tokenops.attention_scores(**leaves, query_index=index)
+    (out.sum() + score.sum()).backward()
     for after, before in zip([*inputs, *fields], copies, strict=True):
         assert_same_bits(after, before)
 
@@ -109,13 +159,13 @@ def test_results_are_new_memory(backend):
 
 def test_unwritten_memory_is_poisoned():
     """The fixture that all other tests rely on."""
-    assert torch.empty(100).isnan().all()
+    assert torch.empty(1000).isnan().all()
     assert (torch.empty(100, dtype=torch.int32) == 2**31 - 1).all()
     if platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
         return  # another allocator, a sanitizer's for example, fills memory in its own way
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
-        for number in (100, 10_000):
+        for number in (1000, 10_000):  # smaller blocks may come from a cache, as they were
             assert (torch.empty(number) > 3e38).all()
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
@@ -215,6 +265,96 @@ def test_garbage_stays_where_it_is(backend):
         assert_same_bits(dirty.unmerge(y, residual=x), clean.unmerge(y, residual=x))
 
 
+def test_wild_positions_of_the_operators(backend):
+    """What the API would refuse or clamp, kernels survive: a position out of range is none."""
+    inputs = random_attention(2, 2, 12, 4, policy="hard", keys=9)
+    q, k, v, policy = inputs.values()
+    edges = torch.tensor([-(2**31), -(2**30), -1, 0, 8, 9, 10, 1000, 2**24, 2**30, 2**31 - 1, 3])
+    far = edges.int().expand(2, 12).contiguous()
+    near = torch.where((edges >= 0) & (edges < 9), edges, torch.where(edges < 0, -1, 9))
+    near = near.int().expand(2, 12).contiguous()
+    for eps, causal in itertools.product((0.0, 1e-2), (False, True)):
+        results = []
+        for position in (far, near):
+            leaves = [t.clone().requires_grad_() for t in (q, k, v, policy)]
+            out, lse, *_ = torch.ops.tokenops.policy_attention(
+                *leaves, None, None, position, True, False, eps, causal, "exact", 0.5
+            )
+            score = torch.ops.tokenops.attention_scores(
+                *leaves[:2], None, policy, None, None, position, None, True, True, eps, causal, 0.5,
+                "mean",
+            )  # fmt: skip
+            gradients = torch.autograd.grad(out.sum() + score.square().sum(), leaves)
+            results.append([out, lse, score, *gradients])
+        for got, expected in zip(*results, strict=True):
+            assert_same_bits(got, expected)
+
+
+def test_wild_argmax_of_the_backward(backend):
+    """An argmax from elsewhere than the forward pass adds to no key, or to the wrong one."""
+    inputs = random_attention(1, 2, 7, 4, policy="soft")
+    q, k, v, policy = inputs.values()
+    options = True, False, 1e-2, False, "exact", 0.5
+    tensors = q, k, v, policy, None, None, None
+    out, lse, floor, argmax = torch.ops.tokenops.policy_attention(*tensors, *options)
+    for wild in (-(2**31), -1, 7, 2**24, 2**31 - 1):
+        results = torch.ops.tokenops.policy_attention_backward(
+            out, lse, *tensors, out, lse, floor, torch.full_like(argmax, wild), *options,
+            True, True, False,
+        )  # fmt: skip
+        assert all(r.isfinite().all() for r in results)
+
+
+MEMORY = """
+import re, sys, torch, tokenops
+from pathlib import Path
+
+tokenops.use_backend("native")
+torch.set_num_threads(2)
+names = "policy", "size"
+
+def status(field):
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\\s*(\\d+) kB", text)[1]) * 1024
+
+def run(tokens, options, scores):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, tokens, 16, generator=generator).requires_grad_() for _ in "qkv")
+    policy = torch.rand(1, tokens, generator=generator).requires_grad_()
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    if scores:
+        out = tokenops.attention_scores(q, k, policy=policy, **options)
+    else:
+        out = tokenops.policy_attention(q, k, v, policy, **options)
+    out.square().sum().backward()
+    return status("VmHWM") - before
+
+for options in ({}, {"eps": 1e-3, "is_causal": True}):
+    for scores in (False, True):
+        run(64, options, scores)
+        print(run(4096, options, scores))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
+@pytest.mark.native_only  # the reference differentiates through maps
+def test_memory_of_attention_is_linear(backend):
+    """Forward and backward of 4096 tokens; one map of them in float32 has 64 MB."""
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_TOP_PAD_": "0",
+    }
+    command = [sys.executable, "-c", MEMORY]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    extra = [int(line) for line in run.stdout.split()]
+    assert len(extra) == 4
+    assert max(extra) < 16 << 20, f"{extra} bytes"
+
+
 # ---- extreme values and sizes ----
 
 
@@ -244,5 +384,14 @@ def test_offsets_beyond_32_bits(backend, tmp_path):
     for reduce in ("sum", "mean", "amax", "amin", "prod"):
         assert_same_bits(token_map.merge(far, reduce=reduce), token_map.merge(near, reduce=reduce))
     assert_same_bits(token_map.merge_wavg(far)[0], token_map.merge_wavg(near)[0])
+    heads = [t[:, None] for t in (far, near)]
+    attended = [tokenops.policy_attention(t, t, t) for t in heads]
+    scores = [tokenops.attention_scores(t, t, query_index=[8]) for t in heads]
+    if backend == "native":
+        assert_same_bits(*attended)
+        assert_same_bits(*scores)
+    else:
+        torch.testing.assert_close(*attended)
+        torch.testing.assert_close(*scores)
     spread = token_map.unmerge(far[:, 3:], residual=far)
     assert_same_bits(spread, token_map.unmerge(near[:, 3:], residual=near))

@@ -360,18 +360,23 @@ def _select(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The chosen rows of q and lse, and their positions as int32 [R] or [B, R]."""
     queries = q.shape[2]
-    expected = f"in [{-queries}, {queries})"
+
+    def expected() -> str:  # only when it is wanted: writing out a symbolic size makes it constant
+        return f"in [{-queries}, {queries})"
+
     if isinstance(query_index, (list, tuple, range)):
         lowest = -(2**31)
         rows = [_checks.check_int(name, "query_index", i, minimum=lowest) for i in query_index]
         if not all(-queries <= i < queries for i in rows):
-            raise _checks.value_error(name, "query_index", expected, query_index)
-        rows = [i + queries if i < 0 else i for i in rows]
+            raise _checks.value_error(name, "query_index", expected(), query_index)
         first, count = (rows[0], len(rows)) if rows else (0, 0)
-        if rows == list(range(first, first + count)):  # views, without a copy to the device
+        one_side = first >= 0 or first + count <= 0
+        if one_side and rows == list(range(first, first + count)):
+            # Views, without a copy to the device.
+            first = first + queries if first < 0 else first
             position = torch.arange(first, first + count, dtype=torch.int32, device=q.device)
             return q.narrow(2, first, count), _narrow(lse, first, count), position
-        query_index = torch.tensor(rows, device=q.device)
+        query_index = torch.tensor([i + queries if i < 0 else i for i in rows], device=q.device)
     _checks.check_index(name, "query_index", query_index, dims=(1, 2))
     if query_index.dim() == 2:
         _checks.check_shape(name, "query_index", query_index, [(q.shape[0], query_index.shape[1])])
@@ -380,7 +385,7 @@ def _select(
         inside = (query_index >= -queries) & (query_index < queries)
         if not _checks.holds(inside.all()):
             got = f"values from {int(query_index.min())} to {int(query_index.max())}"
-            raise _checks.value_mismatch(name, "query_index", expected, got)
+            raise _checks.value_mismatch(name, "query_index", expected(), got)
     from_start = torch.where(query_index < 0, query_index + queries, query_index)
     position = from_start.clamp(0, max(queries - 1, 0)).int()
     index = position.long().expand(q.shape[0], -1)[:, None].expand(-1, q.shape[1], -1)  # [B, H, R]

@@ -58,7 +58,8 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _attention_backward(
     ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Tensor | None
 ) -> tuple[Any, ...]:
-    tensors, (out, *rows) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    saved = ctx.saved_tensors  # once: checkpoints of activations do not give them twice
+    tensors, (out, *rows) = saved[:7], saved[7:]
     if grad is None and grad_lse is None:
         return (None,) * 13
     if grad is None:

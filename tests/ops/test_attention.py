@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""policy_attention: values and gradients against whole maps in float64, and what is promised."""
+
+import attention_oracle as oracle
+import pytest
+import torch
+
+import tokenops
+from tokenops.ops.attention import reference
+from tokenops.testing import (
+    LAYOUTS,
+    assert_same_bits,
+    assert_within_error_budget,
+    random_attention,
+    random_tokens,
+    stride_zero,
+)
+
+HALF = (torch.bfloat16, torch.float16)
+
+#: Kinds of inputs, and options of the call.
+CASES = {
+    "plain": ({}, {}),
+    "soft": ({"policy": "soft"}, {}),
+    "hard": ({"policy": "hard"}, {}),
+    "hard, own dropped": ({"policy": "hard"}, {"self_keep": False}),
+    "bool": ({"policy": "bool"}, {}),
+    "column": ({"policy": "column"}, {"eps": 1e-6}),
+    "per head": ({"policy": "per-head"}, {}),
+    "per head, eps": ({"policy": "per-head"}, {"eps": 1e-2}),
+    "hard, eps": ({"policy": "hard"}, {"eps": 1e-6}),
+    "hard, own dropped, eps": ({"policy": "hard"}, {"eps": 1e-2, "self_keep": False}),
+    "none kept": ({"policy": "none kept"}, {}),
+    "none kept, eps": ({"policy": "none kept"}, {"eps": 1e-6}),
+    "none kept, own dropped, eps": (
+        {"policy": "none kept"}, {"eps": 1e-6, "self_keep": False},
+    ),
+    "eps alone": ({}, {"eps": 1e-2}),
+    "size": ({"zero_sizes": 0.0}, {}),
+    "size with zeros": ({"zero_sizes": 0.3}, {}),
+    "size, hard, eps": ({"zero_sizes": 0.2, "policy": "hard"}, {"eps": 1e-2}),
+    "padding": ({"padding": 0.4}, {}),
+    "padding, size, soft, eps": (
+        {"padding": 0.3, "zero_sizes": 0.2, "policy": "soft"}, {"eps": 1e-2},
+    ),
+    "padding, hard": ({"padding": 0.3, "policy": "hard"}, {}),
+    "wide logits": ({"logits": 60.0}, {}),
+    "wide logits, hard": ({"logits": 60.0, "policy": "hard"}, {}),
+    "wide logits, hard, eps": ({"logits": 60.0, "policy": "hard"}, {"eps": 1e-2}),
+    "causal": ({}, {"is_causal": True}),
+    "causal, hard": ({"policy": "hard"}, {"is_causal": True}),
+    "causal, hard, own dropped, padding, eps": (
+        {"policy": "hard", "padding": 0.2}, {"is_causal": True, "self_keep": False, "eps": 1e-2},
+    ),
+    "causal, all": (
+        {"policy": "per-head", "padding": 0.2, "zero_sizes": 0.2, "key_heads": 2},
+        {"is_causal": True, "eps": 1e-3},
+    ),
+    "grouped": ({"key_heads": 2, "policy": "hard"}, {}),
+    "one key head": ({"key_heads": 1, "policy": "per-head", "zero_sizes": 0.1}, {"eps": 1e-6}),
+    "kept": ({"policy": "hard"}, {"policy_grad": "kept"}),
+    "kept, soft": ({"policy": "per-head"}, {"policy_grad": "kept", "eps": 1e-2}),
+    "no policy gradient": ({"policy": "soft"}, {"policy_grad": "none"}),
+    "narrow values": ({"value_width": 3, "policy": "hard"}, {}),
+    "wide values": ({"value_width": 37, "policy": "soft"}, {"eps": 1e-2}),
+    "scale": ({"policy": "soft"}, {"scale": 0.7}),
+    "negative scale": ({"policy": "hard"}, {"scale": -0.3}),
+    "no scale": ({"policy": "hard"}, {"scale": 0.0}),
+}  # fmt: skip
+
+
+def widened(inputs):
+    return {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+
+
+def attention(**arguments):
+    return tokenops.policy_attention(**arguments, return_lse=True)
+
+
+def check_exactly(inputs, options):
+    """Results and gradients in float64: off by 1e-10 of the sum of the terms at most."""
+    grad, grad_lse = oracle.cotangents(inputs)
+    got = oracle.results(attention, inputs, grad, grad_lse, **options)
+    truth = oracle.results(oracle.attention, inputs, grad, grad_lse, **options)
+    sums = oracle.magnitudes(**inputs, grad=grad, grad_lse=grad_lse, **options)
+    oracle.assert_exact(got, truth, sums)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case, backend, device):
+    kinds, options = CASES[case]
+    inputs = random_attention(2, 4, 19, 8, dtype=torch.float64, device=device, seed=1, **kinds)
+    check_exactly(inputs, options)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("case", CASES)
+def test_several_tiles(case, backend):
+    """More rows and keys than the kernels take at a time."""
+    kinds, options = CASES[case]
+    inputs = random_attention(1, 2, 131, 20, dtype=torch.float64, seed=2, **kinds)
+    check_exactly(inputs, options)
+
+
+EVERYTHING = {"policy": "per-head", "zero_sizes": 0.1, "padding": 0.1, "key_heads": 1}
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("width", [1, 5, 32, 64, 80])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17, 64, 197])
+def test_sizes(tokens, width, backend):
+    inputs = random_attention(2, 2, tokens, width, dtype=torch.float64, seed=3, **EVERYTHING)
+    check_exactly(inputs, {"eps": 1e-3})
+    inputs = random_attention(
+        1, 2, tokens, width, value_width=width + 3, dtype=torch.float64, seed=4, policy="hard"
+    )
+    check_exactly(inputs, {})
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-3}, {"is_causal": True}], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(700, 700), (1100, 90), (90, 1100)])
+def test_many_tokens(queries, keys, options, backend):
+    """More queries than a pass of the kernels takes, or more keys than a block of rows has."""
+    inputs = random_attention(
+        1, 1, queries, 12, keys=keys, dtype=torch.float64, seed=5, policy="hard"
+    )
+    check_exactly(inputs, {"self_keep": queries == keys, **options})
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("eps", [0.0, 1e-2])
+@pytest.mark.parametrize("policy", [None, "hard", "per-head"])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 23), (23, 5), (7, 0), (0, 7), (1, 1), (0, 0)])
+def test_queries_and_keys_that_differ_in_number(queries, keys, policy, eps, causal, backend):
+    inputs = random_attention(
+        2, 2, queries, 6, keys=keys, dtype=torch.float64, seed=6, policy=policy
+    )
+    options = {"eps": eps, "is_causal": causal, "self_keep": queries == keys}
+    check_exactly(inputs, options)
+
+
+def positions(kind, batch, queries, keys):
+    generator = torch.Generator().manual_seed(8)
+    if kind == "last":
+        return torch.arange(keys - queries, keys)
+    if kind == "unsorted":
+        return torch.randperm(keys, generator=generator)[:queries]
+    if kind == "each":
+        rows = [torch.randperm(keys, generator=generator)[:queries] for _ in range(batch)]
+        return torch.stack(rows).int()
+    if kind == "repeated":
+        return torch.randint(0, keys, (batch, queries), generator=generator)
+    # Nowhere: before, behind, and far away.
+    edges = torch.tensor([-(2**31), -7, -1, 0, 1, keys - 1, keys, keys + 3, 2**31 - 1, 2**40])
+    return edges[torch.randint(0, len(edges), (batch, queries), generator=generator)]
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("eps", [0.0, 1e-2])
+@pytest.mark.parametrize("kind", ["last", "unsorted", "each", "repeated", "nowhere"])
+def test_query_position(kind, eps, causal, backend):
+    position = positions(kind, 2, 9, 31)
+    for kinds in (
+        {"policy": "hard"},
+        {"policy": "per-head", "zero_sizes": 0.2, "key_heads": 1, "padding": 0.2},
+    ):
+        inputs = random_attention(2, 2, 9, 6, keys=31, dtype=torch.float64, seed=8, **kinds)
+        options = {"query_position": position, "eps": eps, "is_causal": causal}
+        check_exactly(inputs, options)
+
+
+def test_query_position_counts_from_zero_by_default(backend):
+    inputs = random_attention(2, 2, 13, 4, policy="hard")
+    for options in ({}, {"is_causal": True, "eps": 1e-3}):
+        expected = tokenops.policy_attention(**inputs, **options)
+        for position in (torch.arange(13), torch.arange(13).int().expand(2, -1)):
+            got = tokenops.policy_attention(**inputs, **options, query_position=position)
+            torch.testing.assert_close(got, expected)
+
+
+def test_kept_queries_among_all_keys(backend):
+    """The rows of some queries are those rows of the whole, gradients included."""
+    inputs = random_attention(2, 3, 29, 8, policy="hard", dtype=torch.float64)
+    kept = torch.stack([torch.randperm(29)[:11] for _ in range(2)])
+    grad = random_tokens(2, 3, 11, 8, dtype=torch.float64, seed=9)
+    index = kept[:, None, :, None].expand(2, 3, 11, 8)
+
+    def some(q, **rest):
+        rows = q.gather(2, index)
+        return tokenops.policy_attention(rows, **rest, query_position=kept, return_lse=True)
+
+    def whole(**inputs):
+        out, lse = tokenops.policy_attention(**inputs, return_lse=True)
+        return out.gather(2, index), lse.gather(2, index[..., 0])
+
+    got, expected = (oracle.results(f, inputs, grad) for f in (some, whole))
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+# ---- the formulas that serve where no kernel does ----
+
+
+@pytest.mark.parametrize("rows", [5, 1000])
+@pytest.mark.parametrize("case", CASES)
+def test_formulas_in_blocks_of_rows(case, rows, monkeypatch):
+    """Forward, backward and scores of the registered reference, a few queries at a time."""
+    kinds, options = CASES[case]
+    inputs = random_attention(2, 4, 19, 8, dtype=torch.float64, seed=1, **kinds)
+    monkeypatch.setattr(reference, "MAP_AT_A_TIME", 2 * 4 * 19 * rows)
+    q, k, v, policy, size, mask = (
+        inputs.get(n) for n in ("q", "k", "v", "policy", "size", "key_padding_mask")
+    )
+    if policy is not None:
+        policy = policy.double().view(
+            policy.shape[:2] if policy.shape[2:] == (1,) else policy.shape
+        )
+    by_default = {
+        "self_keep": True, "exclude_self": False, "eps": 0.0, "is_causal": False,
+        "policy_grad": "exact", "scale": 8**-0.5,
+    }  # fmt: skip
+    flags = [options.get(n, value) for n, value in by_default.items()]
+    tensors = q, k, v, policy, size, mask, None
+    grad, grad_lse = oracle.cotangents(inputs)
+    need_policy = policy is not None and flags[4] != "none"
+    with torch.no_grad():
+        results = reference.policy_attention(*tensors, *flags)
+        backward = reference.policy_attention_backward(
+            grad.transpose(1, 2), grad_lse, *tensors, *results, *flags, True, need_policy, True
+        )
+        rest = q, k, None, policy, size, mask, None, None, flags[0], False, *flags[2:4], flags[5]
+        score = reference.attention_scores(*rest, "sum")
+    got = {"out": results[0].transpose(1, 2), "lse": results[1]}
+    got |= {n: t.transpose(1, 2) for n, t in zip("qkv", backward, strict=False)}
+    truth = oracle.results(oracle.attention, inputs, grad, grad_lse, **options)
+    for name, t in (("policy", backward[3]), ("size", backward[4])):
+        if name in truth:
+            got[name] = None if truth[name] is None else t.view(truth[name].shape)
+    sums = oracle.magnitudes(**inputs, grad=grad, grad_lse=grad_lse, **options)
+    oracle.assert_exact(got, truth, sums)
+    maps = {n: t for n, t in options.items() if n != "policy_grad"}
+    weights = {n: t for n, t in inputs.items() if n != "v"}
+    expected = oracle.scores(**weights, head_reduce="sum", **maps)
+    torch.testing.assert_close(score, expected, rtol=1e-10, atol=1e-12)
+
+
+# ---- precision ----
+
+
+def check_budget(inputs, options):
+    """Errors against float64 are at most twice those of what users write, in the same dtype.
+
+    That is so for the largest one and for their mean square. Each term of a sum counts with a
+    rounding of the dtype, which is the type of the attention maps that users have.
+    """
+    grad, grad_lse = oracle.cotangents(inputs)
+    got = oracle.results(attention, inputs, grad, grad_lse, **options)
+    plain = oracle.results(oracle.recipe, inputs, grad, grad_lse, **options)
+    wide = widened(inputs)
+    truth = oracle.results(oracle.attention, wide, grad.double(), grad_lse, **options)
+    sums = oracle.magnitudes(**wide, grad=grad, grad_lse=grad_lse, **options)
+    eps = torch.finfo(inputs["q"].dtype).eps
+    terms = eps / torch.finfo(torch.float32).eps
+    wrong = []
+    for name, expected in truth.items():
+        try:
+            assert_within_error_budget(
+                got[name], plain[name], expected, magnitude=terms * sums[name], name=name
+            )
+        except AssertionError as error:
+            wrong.append(str(error))
+        unit = torch.finfo(got[name].dtype).eps * expected.abs() + eps * sums[name] + 1e-280
+        errors = [((x[name] - expected) / unit).square().mean().sqrt() for x in (got, plain)]
+        if not errors[0] <= 2 * errors[1] + 0.25:  # a result's own rounding is so much at most
+            units = f"{errors[0]:.3g} units in the mean, the reference by {errors[1]:.3g}"
+            wrong.append(f"{name}: off by {units}")
+    assert not wrong, "\n".join(wrong)
+
+
+BUDGETED = [
+    name
+    for name, (kinds, options) in CASES.items()
+    if kinds.get("policy") not in ("bool", "none kept") and options.get("policy_grad") is None
+    # Rows that see no kept key are 0/0 to what users write.
+    if not (options.get("self_keep") is False and options.get("eps", 0) == 0)
+    # All weight is where it is dropped, and 0/0 again.
+    if name != "wide logits, hard" and "causal, hard, own" not in name
+]
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("case", BUDGETED)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_precision(dtype, case, backend, device):
+    kinds, options = CASES[case]
+    kinds = {**kinds, "logits": min(kinds.get("logits", 1.0), 8.0)}
+    for tokens, width in ((23, 24), (90, 40)):
+        inputs = random_attention(2, 4, tokens, width, dtype=dtype, device=device, seed=10, **kinds)
+        check_budget(inputs, options)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("tokens", "width"), [(197, 64), (64, 80), (17, 1), (33, 5), (2, 32)])
+def test_precision_of_sizes(tokens, width, dtype, backend):
+    kinds = {"policy": "per-head", "zero_sizes": 0.1, "key_heads": 1}
+    check_budget(random_attention(1, 2, tokens, width, dtype=dtype, seed=11, **kinds), {})
+    kinds = {"policy": "hard", "value_width": width + 3}
+    inputs = random_attention(1, 2, tokens, width, dtype=dtype, seed=12, **kinds)
+    check_budget(inputs, {"eps": 1e-6})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF, torch.float64], ids=str)
+def test_dtypes_and_layout_of_results(dtype, backend, device):
+    """L and the policy's gradient in the type of sums; the output as the next layer wants it."""
+    inputs = random_attention(2, 3, 9, 5, policy="soft", dtype=dtype, device=device, zero_sizes=0.0)
+    inputs = {n: t.requires_grad_() for n, t in inputs.items()}
+    out, lse = tokenops.policy_attention(**inputs, return_lse=True)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (out.dtype, lse.dtype) == (dtype, sums)
+    assert (out.shape, lse.shape) == ((2, 3, 9, 5), (2, 3, 9))
+    assert out.transpose(1, 2).is_contiguous()
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+    out.sum().backward()
+    for name, t in inputs.items():
+        assert (t.grad.dtype, t.grad.shape) == (t.dtype, t.shape), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_policies_and_sizes_of_other_dtypes(dtype, backend):
+    inputs = random_attention(2, 2, 9, 4, policy="hard", zero_sizes=0.0)
+    inputs["size"] = inputs["size"].round()
+    other = {n: inputs[n].to(dtype).requires_grad_() for n in ("policy", "size")}
+    out = tokenops.policy_attention(**{**inputs, **other})
+    torch.testing.assert_close(out, tokenops.policy_attention(**inputs))
+    gradients = torch.autograd.grad(out.pow(2).sum(), list(other.values()))
+    assert [g.dtype for g in gradients] == [dtype, dtype]
+
+
+# ---- layouts ----
+
+
+def assert_same(actual, expected, backend, name):
+    """The kernels pack their operands; matrix products of PyTorch depend on strides."""
+    if backend == "native":
+        assert_same_bits(actual, expected, name=name)
+    else:
+        torch.testing.assert_close(actual, expected, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_layouts(dtype, layout, backend, device):
+    kinds = {"policy": "hard", "key_heads": 2, "dtype": dtype, "device": device, "seed": 13}
+    inputs = random_attention(2, 4, 21, 12, layout=layout, **kinds)
+    dense = {n: t.clone(memory_format=torch.contiguous_format) for n, t in inputs.items()}
+    grad, _ = oracle.cotangents(inputs)
+    got, expected = (oracle.results(attention, x, grad, eps=1e-3) for x in (inputs, dense))
+    for name, value in expected.items():
+        assert_same(got[name], value, backend, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_qkv(dtype, backend, device):
+    """Three views of one tensor, whose gradient is one tensor too."""
+    packed = random_tokens(2, 17, 3 * 4 * 8, dtype=dtype, device=device).view(2, 17, 3, 4, 8)
+    policy = (torch.arange(17, device=device) % 3 > 0).float().expand(2, 17)
+
+    def gradient(dense):
+        leaf = packed.clone().requires_grad_()
+        q, k, v = leaf.permute(2, 0, 3, 1, 4)
+        if dense:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = tokenops.policy_attention(q, k, v, policy, eps=1e-6).transpose(1, 2).flatten(2)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaf)
+
+    for got, expected in zip(gradient(False), gradient(True), strict=True):
+        assert_same(got, expected, backend, "packed")
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_layouts_of_gradients(dtype, backend, device):
+    """``sum()`` sends back stride 0, a transposition the strides of its own."""
+    inputs = random_attention(2, 2, 18, 8, policy="hard", dtype=dtype, device=device)
+    grad, _ = oracle.cotangents(inputs)
+    views = [
+        (grad, "dense"),
+        (grad.transpose(1, 2).contiguous().transpose(1, 2), "as the output"),
+        (grad.mT.contiguous().mT, "transposed"),
+        (grad[:1].expand(grad.shape), "one for all"),
+        (stride_zero(grad, 0.5), "stride 0"),
+        (grad[..., :1].expand(grad.shape), "stride 0 in a row"),
+    ]
+    for view, name in views:
+        got = oracle.results(attention, inputs, view)
+        expected = oracle.results(attention, inputs, view.clone().contiguous())
+        for key, value in expected.items():
+            assert_same(got[key], value, backend, f"{key} of a gradient {name}")
+
+
+def test_weights_of_any_layout(backend):
+    inputs = random_attention(3, 2, 14, 4, policy="per-head", zero_sizes=0.2, padding=0.3)
+    expected = tokenops.policy_attention(**inputs)
+    for name in ("policy", "size", "key_padding_mask"):
+        wide = inputs[name][..., None].repeat_interleave(3, -1)[..., 1]
+        turned = inputs[name].mT.contiguous().mT
+        for view in (wide, turned):
+            assert not view.is_contiguous()
+            assert_same_bits(tokenops.policy_attention(**{**inputs, name: view}), expected)
+    one = {n: inputs[n][:1].expand(inputs[n].shape) for n in ("policy", "size", "key_padding_mask")}
+    dense = {n: t.clone().contiguous() for n, t in one.items()}
+    assert_same_bits(
+        tokenops.policy_attention(**{**inputs, **one}),
+        tokenops.policy_attention(**{**inputs, **dense}),
+    )
