@@ -22,15 +22,18 @@ CPP_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '
 NATIVE := tokenops/_build_info.json
 SANITIZED := build/sanitize/tokenops/_C.abi3.so
 
-.PHONY: help demo test bench docs lint format sanitize native clean FORCE
+.PHONY: help demo train test bench docs lint format sanitize native clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | bench | docs | lint | format | sanitize | native | clean"
+	@echo "make demo | train | test | bench | docs | lint | format | sanitize | native | clean"
 
 demo: $(READY)/demo $(NATIVE)
 	$(PY) examples/demo.py $(ARGS)
+
+train: $(READY)/demo $(NATIVE)
+	$(PY) examples/train_dynamicvit.py $(ARGS)
 
 test: $(READY)/test $(NATIVE)
 	$(PY) -m pytest $(ARGS)

@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
 import threading
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-# The profiler's greetings and the allocator's remarks on it; read when torch loads.
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import measure
 import numpy as np
@@ -29,6 +24,7 @@ import torch
 from matplotlib import cbook
 from picture import draw
 from PIL import Image
+from table import print_columns
 from torch import Tensor
 from tqdm import tqdm
 
@@ -262,17 +258,6 @@ def print_table(
             )
         )
     print_columns(rows)
-
-
-def print_columns(rows: Sequence[Sequence[str]]) -> None:
-    """A table that is legible as it stands and as Markdown."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for index, (name, *cells) in enumerate(rows):
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        print("| " + " | ".join([name.ljust(widths[0]), *padded]) + " |")
-        if index == 0:
-            rules = ["-" * (width + 1) + ":" for width in widths[1:]]
-            print("|" + "|".join(["-" * (widths[0] + 2), *rules]) + "|")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
+# The profiler's greetings and the allocator's remarks on it; read when torch loads.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from torch.profiler import ProfilerActivity, profile

@@ -20,6 +20,8 @@ from transformers import (
     ViTModel,
 )
 
+import tokenops
+import tokenops.integrations.transformers as integration
 from tokenops.integrations.transformers import apply_patch, last_trace, remove_patch
 
 TINY = {
@@ -253,6 +255,66 @@ def test_activation_checkpointing_recomputes_its_own_pass():
     (got,) = torch.autograd.grad(loss, weight)
     torch.testing.assert_close(got, expected)
     assert len(trace.token_maps) == len(trace.sources) == 4
+
+
+def counted(monkeypatch, obstacles):
+    """Count the calls of policy_attention, as if those obstacles were all to its kernel."""
+    calls = []
+
+    def attention(*args, **kwargs):
+        calls.append(kwargs["size"])
+        return tokenops.policy_attention(*args, **kwargs)
+
+    monkeypatch.setattr(integration, "policy_attention", attention)
+    monkeypatch.setattr(integration, "why_not", lambda *_: obstacles)
+    return calls
+
+
+def test_the_kernel_counts_sizes_once_there_are_any(monkeypatch):
+    calls = counted(monkeypatch, {"triton": "not there"})
+    model, pixels = vit(), images()
+    patch = apply_patch(model, [0, 4, 0, 4])
+    model(pixels)
+    assert len(calls) == 2
+    assert [size.sum(1).eq(37).all().item() for size in calls] == [True, True]
+    patch.proportional = False
+    model(pixels)
+    patch.proportional, patch.r = True, 0
+    model(pixels)
+    patch.r = [0, 0, 0, 4]
+    model(pixels)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("obstacles", "config", "training"),
+    [
+        ({"native": "not compiled"}, {}, False),
+        ({}, {"attn_implementation": "eager"}, False),
+        ({}, {"attention_probs_dropout_prob": 0.5}, True),
+    ],
+)
+def test_the_bias_counts_sizes_where_the_kernel_cannot(monkeypatch, obstacles, config, training):
+    calls = counted(monkeypatch, obstacles)
+    model, pixels = vit(**config).train(training), images()
+    apply_patch(model, 4)
+    model(pixels)
+    assert calls == []
+    model.eval()
+    model(pixels)
+    assert len(calls) == (3 if training else 0)
+
+
+def test_kernel_and_bias_agree(monkeypatch):
+    model, pixels = vit().train(), images().requires_grad_()
+    apply_patch(model, [5, 0, 7, 4])
+    outcomes = []
+    for obstacles in ({}, {"native": "not compiled"}):
+        calls = counted(monkeypatch, obstacles)
+        logits = model(pixels).logits
+        outcomes.append((logits, *torch.autograd.grad(logits.square().sum(), [pixels])))
+        assert len(calls) == (0 if obstacles else 3)
+    torch.testing.assert_close(*outcomes)
 
 
 def test_dropout_is_active_in_training_only():

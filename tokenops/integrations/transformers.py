@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import TokenMap, match, merge_wavg
+from .. import TokenMap, match, merge_wavg, policy_attention, why_not
 from ..compat.tome import parse_r
 
 Schedule = int | list[int] | tuple[int, float]
@@ -146,7 +146,9 @@ def apply_patch(
 
     Between attention and MLP, layer ``l`` merges the ``r[l]`` most similar tokens by their keys
     (mean over heads) into the size-weighted mean of each group. Attention then counts a token of
-    size s as s patches, by ``log(s)`` added to its logits, unless ``proportional`` is false.
+    size s as s patches, unless ``proportional`` is false: by :func:`tokenops.policy_attention`
+    where it has a kernel; with dropout, eager attention and on other devices by ``log(s)`` added to
+    the logits.
 
     Args:
         model: ``ViTModel``, ``ViTForImageClassification``, ``DeiTModel``,
@@ -315,28 +317,50 @@ def _attention_forward(
             attention, hidden_states, attention_mask, **kwargs
         )
         return plain
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.vit.modeling_vit import eager_attention_forward
-
     batch, tokens, _ = hidden_states.shape
     per_head = (batch, tokens, -1, attention.head_dim)
     query = attention.q_proj(hidden_states).view(per_head).transpose(1, 2)  # [B, H, N, D]
     key = attention.k_proj(hidden_states).view(per_head).transpose(1, 2)
     value = attention.v_proj(hidden_states).view(per_head).transpose(1, 2)
+    merge_trace._key = key
+    weights = None
+    if key_size is not None and _has_kernel(attention, query):
+        out = policy_attention(query, key, value, size=key_size, scale=attention.scaling)
+        out = out.transpose(1, 2)  # [B, N, H, D]
+    else:
+        out, weights = _attend(attention, query, key, value, key_size)
+    return attention.o_proj(out.reshape(batch, tokens, -1)), weights
+
+
+def _has_kernel(attention: Any, query: Tensor) -> bool:
+    """Whether a kernel counts keys by size: it knows no dropout and shows no attention weights."""
+    if attention.config._attn_implementation != "sdpa":
+        return False
+    if attention.training and attention.attention_dropout > 0:
+        return False
+    return "native" not in why_not("policy_attention", query)
+
+
+def _attend(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, size: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by transformers, ``[B, N, H, D]``, and its weights if it shows them."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.vit.modeling_vit import eager_attention_forward
+
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation, eager_attention_forward
     )
-    out, weights = attend(
+    out: tuple[Tensor, Tensor | None] = attend(
         attention,
         query,
         key,
         value,
-        None if key_size is None else _key_bias(key_size, query),
+        None if size is None else _key_bias(size, query),
         dropout=attention.attention_dropout if attention.training else 0.0,
         scaling=attention.scaling,
     )
-    merge_trace._key = key
-    return attention.o_proj(out.reshape(batch, tokens, -1)), weights
+    return out
 
 
 def _key_bias(size: Tensor, query: Tensor) -> Tensor:
