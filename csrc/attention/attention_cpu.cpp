@@ -437,6 +437,7 @@ Tensor attention_scores(const Tensor& q, const Tensor& k, const OptionalTensor& 
                   ": expected head_reduce mean, sum or none, got ", head_reduce);
   const Tensor score =
       all_heads ? empty({in.batch, in.heads, in.keys}, in.acc) : empty({in.batch, in.keys}, in.acc);
+  if (score.numel() == 0) return score;
   dispatch(op, in.q.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
