@@ -76,10 +76,14 @@ def register(
 
 
 def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference with dense outputs, as the fakes promise and as compiled graphs rely on."""
+    """The reference with dense outputs, as the fakes promise and as compiled graphs rely on.
+
+    The registered backward differentiates the operator, so that nothing in it need be recorded.
+    """
 
     def kernel(*args: Any) -> Any:
-        return pytree.tree_map_only(Tensor, Tensor.contiguous, reference(*args))
+        with torch.no_grad():
+            return pytree.tree_map_only(Tensor, Tensor.contiguous, reference(*args))
 
     return kernel
 

@@ -113,7 +113,8 @@ struct Inputs {
     batch = q.size(0), heads = q.size(1), queries = q.size(2), width = q.size(3);
     groups = k.size(1), keys = k.size(2);
     check_shape(op, "k", k, {batch, groups, keys, width});
-    STD_TORCH_CHECK(groups > 0 && heads % groups == 0, op, ": heads of k must divide those of q");
+    STD_TORCH_CHECK(heads > 0 && groups > 0 && heads % groups == 0, op,
+                    ": heads of k must divide those of q");
     STD_TORCH_CHECK(queries < kMaxTokens && keys < kMaxTokens, op, ": at most 2^24 tokens");
     acc = acc_dtype(q.scalar_type());
     policy = dense(op, "policy", policy_in, acc);
@@ -401,7 +402,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
       fold(policy_sums.data(), in.batch, in.heads * parts, in.policy_heads ? in.heads : 1, in.keys,
            to);
       const A* const p = data_of<A>(in.policy);
-      for (int64_t i = 0; !exact && i < dpolicy.numel(); ++i) to[i] = p[i] > 0 ? to[i] : 0;
+      if (policy_grad == "kept") {
+        for (int64_t i = 0; i < dpolicy.numel(); ++i) to[i] = p[i] > 0 ? to[i] : 0;
+      }
     }
     if (need_size) {
       A* const to = output<A>(dsize);

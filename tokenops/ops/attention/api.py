@@ -81,8 +81,9 @@ def policy_attention(
         o_i  = (sum_j w_ij v_j + eps * mean_j v_j) / (sum_j w_ij + eps)
 
     ``eps=1e-6`` is DynamicViT's ``softmax_with_policy``, ``size`` alone ToMe's proportional
-    attention. No map of queries by keys is ever stored, forward or backward, and dropped keys and
-    rows without a gradient are skipped where that changes nothing but rounding.
+    attention. Memory is linear in the number of tokens, forward and backward (second derivatives
+    keep maps of queries by keys); dropped keys and rows without a gradient are skipped where that
+    changes nothing but rounding.
 
     Args:
         q: ``[B, H, Nq, D]``; float16, bfloat16, float32 or float64; any strides, best with a
@@ -183,7 +184,7 @@ def attention_scores(
     """Attention that each key receives: what score-based pruning ranks tokens by.
 
     ``score_j = sum_i w_i y_ij`` with ``y`` the attention that :func:`policy_attention` applies and
-    ``w`` the queries' weights; no map of queries by keys is ever stored.
+    ``w`` the queries' weights, in memory that is linear in the number of tokens.
 
     Args:
         q: ``[B, H, Nq, D]``; float16, bfloat16, float32 or float64; any strides.
@@ -204,7 +205,8 @@ def attention_scores(
         key_padding_mask: As in :func:`policy_attention`. Padding has score 0.
         scale: ``1 / sqrt(D)`` by default.
         lse: ``L`` ``[B, H, Nq]`` that :func:`policy_attention` returned for the same arguments. It
-            spares a pass, no more: gradients are as without it, and none goes to ``lse``.
+            spares the search for the maximum where ``eps`` is 0, no more: gradients are as without
+            it, and none goes to ``lse``.
 
     Returns:
         ``[B, Nk]``, or ``[B, H, Nk]`` without a reduction over heads, in float32 (float64 for
