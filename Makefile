@@ -22,12 +22,13 @@ CPP_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '
 NATIVE := tokenops/_build_info.json
 SANITIZED := build/sanitize/tokenops/_C.abi3.so
 
-.PHONY: help demo train test bench docs lint format sanitize native clean FORCE
+.PHONY: help demo train test bench docs lint format sanitize interpret gpu-check native clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | train | test | bench | docs | lint | format | sanitize | native | clean"
+	@echo "make demo | train | test | bench | docs | lint | format | sanitize | interpret | gpu-check |"
+	@echo "     native | clean"
 
 demo: $(READY)/demo $(NATIVE)
 	$(PY) examples/demo.py $(ARGS)
@@ -67,6 +68,15 @@ sanitize: $(READY)/test
 		TOKENOPS_LIBRARY=$(SANITIZED); \
 	$(PY) -c "from tokenops import _native as n; exit(0 if n.loaded else n.reason)" && \
 	$(PY) -m pytest --capture=sys tests/ops $(ARGS)
+
+# Triton's kernels as Python on the CPU: right or wrong does not need a GPU.
+interpret: $(READY)/test $(NATIVE)
+	TRITON_INTERPRET=1 TOKENOPS_TEST_BACKENDS=triton HYPOTHESIS_PROFILE=quick \
+		$(PY) -m pytest tests/ops tests/test_policy_gradient.py $(ARGS)
+
+# All that needs a GPU; installs nothing, so that it runs where nothing can be fetched.
+gpu-check:
+	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 native: $(NATIVE)
 

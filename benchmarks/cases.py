@@ -148,6 +148,7 @@ class Case:
         setup: Makes the work from the shape, a dtype and a device.
         skip: Rivals and yardsticks that do not run, with the reason.
         memory: Rivals whose extra memory is measured besides.
+        device: Kind of device whose sizes these are.
     """
 
     operator: str
@@ -156,6 +157,7 @@ class Case:
     setup: Callable[[Any, torch.dtype, torch.device], Work]
     skip: Mapping[str, str] = field(default_factory=dict)
     memory: tuple[str, ...] = ()
+    device: str = "cpu"
 
     @property
     def sizes(self) -> str:

@@ -5,6 +5,8 @@ Shapes: ViT-B/16 at 224 pixels (197 tokens), ViT-L/16 at 512 (1025 tokens), Stab
 512 (4096 tokens, two images by classifier-free guidance) and at 1024 (16384 tokens), and 65536
 tokens, where scores of all pairs no longer are a sensible thing to store. Attention: 16 images of
 ViT-B/16 at 224, one of ViT-L/16 at 512, and 8192 tokens for the memory that it takes.
+
+A GPU has sizes of its own, in ``GPU_CASES``: more images, and the tokens of vision-language models.
 """
 
 from __future__ import annotations
@@ -113,10 +115,95 @@ CASES: dict[str, tuple[Case, ...]] = {
 }
 
 
+def _on_gpu(cases: Iterable[Case]) -> tuple[Case, ...]:
+    return tuple(replace(case, device="cuda") for case in cases)
+
+
+VIT_B_256 = replace(VIT_B, batch=256)
+VIT_L_32 = replace(VIT_L, batch=32)
+SD_16 = replace(SD, batch=16)
+N16384_640 = replace(N16384, width=640)
+VLM_2880 = Shape(batch=8, tokens=2880, width=64, r=1440)
+
+GPU_HEADS: dict[str, AttentionShape] = {
+    "vit-b-256": replace(HEADS_B, batch=256, eps=DYNAMIC_VIT_EPS),
+    "vit-l-512-32": replace(HEADS_L, batch=32, eps=DYNAMIC_VIT_EPS),
+    "vit-b-256-size": replace(HEADS_B, batch=256, weights="size"),
+    "vit-l-512-32-size": replace(HEADS_L, batch=32, weights="size"),
+    "vlm-576": AttentionShape(32, 16, 576, 64),
+    "vlm-2880": AttentionShape(8, 16, 2880, 64),
+    "vlm-2880-keep50": AttentionShape(8, 16, 2880, 64, weights="hard", keep=0.5),
+    "n16384-10": AttentionShape(2, 10, 16384, 64, eps=DYNAMIC_VIT_EPS),
+}
+
+#: Heads by name whose maps of all pairs do not fit, or take too long.
+_NO_MAPS = dict.fromkeys(("reference", "eager", "compile", "sdpa+bias"), _TOO_LARGE_MAPS)
+
+GPU_CASES: dict[str, tuple[Case, ...]] = {
+    "matching": _on_gpu(
+        (
+            Case("match", "vit-b-256", replace(VIT_B_256, width=64), setup_match),
+            Case("match", "vit-b-256-qkv", replace(VIT_B_256, width=64, heads=12), setup_match),
+            Case("match", "vit-l-512-32", replace(VIT_L_32, width=64), setup_match),
+            Case("match", "sd-2", SD, setup_match),
+            Case("match", "sd-16", SD_16, setup_match),
+            Case("match", "n16384-320", N16384, setup_match),
+            Case("match", "n16384-640", N16384_640, setup_match),
+            Case("match", "vlm-2880", VLM_2880, setup_match),
+        )
+    ),
+    "merging": _on_gpu(
+        Case(name, shape_name, shape, setup)
+        for name, setup in (
+            ("merge", forward(merge_pair)),
+            ("merge_wavg", forward(wavg_pair)),
+            ("unmerge", forward(unmerge_pair)),
+            ("merge_backward", backward(merge_pair)),
+            ("merge_wavg_backward", backward(wavg_pair)),
+            ("unmerge_backward", backward(unmerge_pair)),
+        )
+        for shape_name, shape in (
+            ("vit-b-256", VIT_B_256),
+            ("vit-l-512-32", VIT_L_32),
+            ("sd-2", SD),
+            ("sd-16", SD_16),
+            ("vlm-2880-4096", replace(VLM_2880, width=4096)),
+        )
+        if shape.grid is None or "wavg" not in name
+    ),
+    "attention": _on_gpu(
+        (
+            *(
+                Case(
+                    operator,
+                    name,
+                    shape,
+                    setup,
+                    skip=_NO_MAPS if shape.tokens > 8192 else {},
+                )
+                for operator, setup in (
+                    ("policy_attention", setup_attention),
+                    ("policy_attention_forward_backward", setup_attention_step),
+                )
+                for name, shape in GPU_HEADS.items()
+            ),
+            *(
+                Case("attention_scores", f"{name}-{weights}", heads, setup_scores)
+                for name, weights, heads in (
+                    ("vit-b-256", "class", replace(HEADS_B, batch=256, weights="class")),
+                    ("vlm-2880", "columns", replace(GPU_HEADS["vlm-2880"], weights="columns")),
+                )
+            ),
+        )
+    ),
+}
+
+
 def all_cases() -> Iterator[Case]:
-    """Every case, in the order of the tables."""
-    for cases in CASES.values():
-        yield from cases
+    """Every case, in the order of the tables; those for the CPU first."""
+    for table in (CASES, GPU_CASES):
+        for cases in table.values():
+            yield from cases
 
 
 def operators() -> list[str]:
@@ -124,12 +211,14 @@ def operators() -> list[str]:
     return [*CASES, *dict.fromkeys(case.operator for case in all_cases())]
 
 
-def select(operators: Iterable[str] = (), names: Iterable[str] = ()) -> list[Case]:
-    """The cases of some operators or folders and of some names; all where none are given."""
+def select(
+    operators: Iterable[str] = (), names: Iterable[str] = (), device: str = "cpu"
+) -> list[Case]:
+    """A device's cases of some operators or folders and of some names; all where none are given."""
     wanted, called = set(operators), set(names)
     return [
         case
-        for word, cases in CASES.items()
+        for word, cases in (GPU_CASES if device == "cuda" else CASES).items()
         for case in cases
         if (not wanted or word in wanted or case.operator in wanted)
         and (not called or case.name in called)

@@ -285,7 +285,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 def main(argv: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     arguments = parser().parse_args(argv)
-    cases = select(arguments.op, arguments.case)
+    cases = select(arguments.op, arguments.case, arguments.device)
     if arguments.cuda_graph:  # autograd launches on the stream of the forward, not the captured one
         cases = [case for case in cases if not case.operator.endswith("_backward")]
     if not cases:

@@ -4,9 +4,11 @@
 A test with an argument ``backend`` runs once for each backend, which is then chosen explicitly, so
 that nothing falls back silently; ``device`` beside it adds each device that is there.
 
-``TOKENOPS_TEST_BACKENDS`` names the backends, ``native,reference`` if unset. One that cannot be had
-fails the run. ``default`` stands for no explicit choice.
-``HYPOTHESIS_PROFILE=thorough`` searches longer and elsewhere each time.
+``TOKENOPS_TEST_BACKENDS`` names the backends, ``native,reference`` if unset, and ``triton`` where
+there is a CUDA device. One that cannot be had on the CPU fails the run. ``default`` stands for no
+explicit choice. With ``TRITON_INTERPRET=1``, ``triton`` runs on the CPU too, slowly.
+``TOKENOPS_TEST_DEVICES`` names the devices, all that are there if unset.
+``HYPOTHESIS_PROFILE=thorough`` searches longer and elsewhere each time, ``quick`` hardly at all.
 """
 
 import ctypes
@@ -20,10 +22,15 @@ from hypothesis import HealthCheck, settings
 import tokenops
 from tokenops import _native
 
-BACKENDS = os.environ.get("TOKENOPS_TEST_BACKENDS", "native,reference").split(",")
+HAS_CUDA = torch.cuda.is_available()
+DEVICES = os.environ.get("TOKENOPS_TEST_DEVICES", "cpu,cuda" if HAS_CUDA else "cpu").split(",")
+BACKENDS = os.environ.get(
+    "TOKENOPS_TEST_BACKENDS", "native,triton,reference" if HAS_CUDA else "native,reference"
+).split(",")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+ON_CPU = [b for b in BACKENDS if b != "triton" or INTERPRETING]
 #: Below the best level of this CPU, which all other tests run at.
 ISA_LEVELS = ["portable", "avx2", "avx512"]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 # Small tensors gain nothing from threads, and lose a lot on a busy machine. That threads change no
 # bit has tests of its own.
@@ -39,6 +46,7 @@ quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.
 settings.register_profile(
     "default", max_examples=200, derandomize=True, deadline=None, suppress_health_check=quiet
 )
+settings.register_profile("quick", parent=settings.get_profile("default"), max_examples=15)
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=2000)
 settings.register_profile("thorough", settings.get_profile("thorough"), derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
@@ -52,17 +60,19 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     names = metafunc.fixturenames
     native_only = metafunc.definition.get_closest_marker("native_only") is not None
-    backends = [b for b in BACKENDS if b == "native" or not native_only]
+    backends = [b for b in ON_CPU if b == "native" or not native_only]
     if "backend" in names and "device" in names:
         # On other devices: what is there. On the CPU: what was asked for, or the run fails.
-        pairs = [(b, "cpu") for b in backends]
-        for device in DEVICES[1:]:
-            there = tokenops.available_backends(device)
-            pairs += [(b, device) for b in backends if b in there]
+        pairs = [(b, "cpu") for b in backends if "cpu" in DEVICES]
+        if "cuda" in DEVICES:
+            there = tokenops.available_backends("cuda")
+            pairs += [
+                (b, "cuda") for b in BACKENDS if b in there and (b == "native" or not native_only)
+            ]
         ids = ["-".join(pair) for pair in pairs]
         metafunc.parametrize(("backend", "device"), pairs, ids=ids)
     elif "backend" in names:
-        metafunc.parametrize("backend", backends)
+        metafunc.parametrize("backend", backends if "cpu" in DEVICES else [])
     elif "device" in names:
         metafunc.parametrize("device", DEVICES)
     if "isa_level" in names:

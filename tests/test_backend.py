@@ -126,7 +126,8 @@ def test_why_not():
         reasons = tokenops.why_not(operator, x)
         assert "reference" not in reasons
         assert ("native" in reasons) == (not _native.loaded)
-        assert operator in reasons["triton"]
+        if not _backend._interpreting:
+            assert "TRITON_INTERPRET=1" in reasons["triton"]
         if _native.loaded:
             assert "meta" in tokenops.why_not(operator, x.to("meta"))["native"]
         assert tokenops.why_not(operator) == reasons
@@ -147,7 +148,9 @@ def test_an_explicit_choice_never_falls_back(operator):
         "policy_attention": (x[:, None],) * 3,
         "attention_scores": (x[:, None],) * 2,
     }
-    message = rf"{operator}: backend 'triton' was chosen but cannot serve it: no Triton kernel"
+    if _backend._interpreting:
+        pytest.skip("here Triton serves the CPU")
+    message = rf"{operator}: backend 'triton' was chosen but cannot serve it: Triton has no CPU"
     with tokenops.use_backend("triton"), pytest.raises(NotImplementedError, match=message):
         getattr(tokenops, operator)(*arguments[operator])
 

@@ -231,7 +231,8 @@ def test_cases_have_unique_names_and_folders():
 
 
 def test_select():
-    assert len(select()) == len(list(all_cases()))
+    assert len(select()) + len(select(device="cuda")) == len(list(all_cases()))
+    assert {case.device for case in select(device="cuda")} == {"cuda"}
     assert {case.name for case in select(["unmerge"])} == {"vit-b", "sd"}
     assert {case.operator for case in select(["matching"])} == {"match"}
     assert [case.operator for case in select(["match", "merge"], ["sd"])] == ["match", "merge"]

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from types import TracebackType
@@ -11,14 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from . import _native
+from . import _library, _native
 from ._library import NAMESPACE, operators
 
 #: Every backend by name, the one that is preferred first.
 BACKENDS = ("native", "triton", "reference")
 
 _forced: str | None = None
+
+# Triton runs its kernels as Python on CPU tensors then.
+_interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+_in_triton: dict[str, Callable[..., Any]] = {}  # Triton kernels by operator
+_in_native: dict[str, frozenset[str]] = {}  # and by operator, where they have a compiled one
 
 
 def _check_name(where: str, name: object) -> None:
@@ -93,18 +101,130 @@ def _obstacle(operator: str, backend: str, device: str) -> str | None:
     """The reason why ``backend`` can't serve ``operator`` on ``device``; None when it can."""
     if backend == "reference":
         return None
-    if backend == "triton":
-        return f"no Triton kernel of {operator} in this version"
-    if not _native.loaded:
-        return _native.reason
     if _transformed():
         return "torch.func.grad, vjp and jvp differentiate plain PyTorch alone"
-    # Compiled kernels exist for these devices only; other names need not be dispatch keys.
-    if device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"{NAMESPACE}::{operator}", device.upper()
-    ):
+    if backend == "triton":
+        return _triton_obstacle(operator, device)
+    if not _native.loaded:
+        return _native.reason
+    if device in _compiled_for(operator):
         return None
     return f"the compiled library has no {operator} kernel for {device} tensors"
+
+
+def _compiled_for(operator: str) -> frozenset[str]:
+    """Kinds of devices that the compiled library has kernels of an operator for."""
+    if operator not in _in_native:
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        _in_native[operator] = frozenset(
+            device for device in ("cpu", "cuda") if has(f"{NAMESPACE}::{operator}", device.upper())
+        )
+    return _in_native[operator]
+
+
+def _triton_obstacle(operator: str, device: str) -> str | None:
+    if operator not in _in_triton:
+        return f"there is no Triton kernel of {operator}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device == "cpu" and not _interpreting:
+        return "Triton has no CPU kernels (TRITON_INTERPRET=1 runs them as Python, to debug them)"
+    if device not in ("cpu", "cuda"):
+        return f"the Triton kernels know no {device} tensors"
+    if device == "cuda" and not _new_enough(torch.cuda.current_device()):
+        return "the Triton kernels need compute capability 8.0"
+    return None
+
+
+@functools.cache
+def _new_enough(index: int) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+class UnservedError(NotImplementedError):
+    """A kernel does not know such arguments; the reference does."""
+
+
+def serve_by_triton(package: str, *names: str) -> None:
+    """Let the functions of a package's module ``triton`` serve the operators of the same names.
+
+    On CUDA tensors where the compiled library does not, and on CPU tensors under the interpreter
+    when ``"triton"`` is chosen. The module is imported by the first call.
+
+    Args:
+        package: Package of the operators, which has the module.
+        *names: Operators that are registered already.
+    """
+    for name in names:
+        there = _compiled_for(name)  # before what follows counts as one
+        kernel = _in_triton[name] = _triton_kernel(f"{package}.triton", name)
+        if importlib.util.find_spec("triton") is None:
+            continue
+        if "cuda" not in there:
+            _library.implement(name, _on_cuda(name, kernel), "CUDA")
+        if _interpreting:
+            other = None
+            if "cpu" in there:
+                other = torch.library.get_kernel(f"{NAMESPACE}::{name}", "CPU")
+            kernel = _interpreted(name, kernel, other)
+            _library.implement(name, kernel, "CPU", instead=other is not None)
+
+
+def _triton_kernel(module: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] | None = None
+
+    def kernel(*args: Any) -> Any:
+        nonlocal function
+        if function is None:
+            function = getattr(importlib.import_module(module), name)
+        return function(*args)
+
+    return kernel
+
+
+def _on_cuda(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    reference = _library.references[name]
+
+    def serve(keys: Any, first: Tensor, *rest: Any) -> Any:
+        index = first.device.index
+        try:
+            if not _new_enough(index):
+                raise UnservedError("the Triton kernels need compute capability 8.0")
+            if index == torch.cuda.current_device():
+                return kernel(first, *rest)
+            with torch.cuda.device(index):
+                return kernel(first, *rest)
+        except UnservedError as obstacle:
+            _refuse_if_chosen(name, obstacle)
+            return reference(first, *rest)
+
+    return serve
+
+
+def _refuse_if_chosen(name: str, obstacle: UnservedError) -> None:
+    if _forced == "triton":
+        raise NotImplementedError(
+            f"{name}: backend 'triton' was chosen but cannot serve it: {obstacle}"
+        ) from None
+
+
+def _interpreted(name: str, kernel: Callable[..., Any], other: Any) -> Callable[..., Any]:
+    """The kernel under the interpreter, which knows no bfloat16: it computes in float32 then."""
+    reference, fake = _library.references[name], _library.fakes[name]
+
+    def widen(x: Tensor) -> Tensor:
+        return x.float() if x.dtype == torch.bfloat16 else x
+
+    def serve(keys: Any, *args: Any) -> Any:
+        if _forced != "triton":
+            return reference(*args) if other is None else other.call_boxed(keys, *args)
+        try:
+            results = kernel(*pytree.tree_map_only(Tensor, widen, args))
+        except UnservedError as obstacle:
+            _refuse_if_chosen(name, obstacle)
+        return pytree.tree_map(lambda got, like: got.to(like.dtype), results, fake(*args))
+
+    return serve
 
 
 def _transformed() -> bool:

@@ -17,6 +17,10 @@ NAMESPACE = "tokenops"
 defined: list[str] = []
 operators: list[str] = []
 
+#: Shapes and dtypes of each operator's results, as tracing sees them.
+fakes: dict[str, Callable[..., Any]] = {}
+references: dict[str, Callable[..., Any]] = {}
+
 _shared: dict[str, frozenset[str]] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -63,8 +67,9 @@ def register(
     if public:
         operators.append(name)
     qualified = f"{NAMESPACE}::{name}"
+    fakes[name], references[name] = fake, _contiguous(reference)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _contiguous(reference), "CompositeExplicitAutograd")
+    _library.impl(name, references[name], "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
@@ -73,6 +78,19 @@ def register(
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
     _shared[name] = frozenset(shared)
     torch.library.register_vmap(qualified, _batch_rule(operator, _shared[name]), lib=_library)
+
+
+def implement(name: str, kernel: Callable[..., Any], key: str, *, instead: bool = False) -> None:
+    """Give an operator a kernel in Python for one kind of device.
+
+    Args:
+        name: Name of the operator.
+        kernel: Takes the operator's arguments, behind the set of dispatch keys.
+        key: ``"CPU"`` or ``"CUDA"``.
+        instead: Whether it takes the place of another kernel.
+    """
+    options = {"allow_override": True} if instead else {}  # unknown to older versions of PyTorch
+    _library.impl(name, kernel, key, with_keyset=True, **options)
 
 
 def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:

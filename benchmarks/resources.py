@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Triton kernels take of a GPU, compiled here for ones that need not be there.
+
+``python -m benchmarks.resources`` prints a table, ``--check`` compares it with the budget that is
+kept in ``results/triton.csv``, and ``--write`` makes that file anew. Registers, stack and shared
+memory are ptxas's own figures; spills are counted in the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tokenops._triton.compile import compile_launch, resources, source
+from tokenops._triton.launch import record
+
+from . import launches
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+BUDGET = Path(__file__).parent / "results" / "triton.csv"
+COLUMNS = ("case", "kernel", "arch", "tile", "registers", "stack", "spills", "shared")
+
+#: Shared memory in bytes that a program can have.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A launch of a case, by its number, for a device of a kind."""
+
+    case: str
+    number: int
+    arch: str
+
+
+def jobs(archs: Iterable[str] = ARCHS, only: str = "") -> list[Job]:
+    """What there is to compile; of launches that compile to the same code, the first."""
+    found: dict[str, Job] = {}
+    for arch in archs:
+        for case, call in launches.cases().items():
+            if only not in case:
+                continue
+            with record(arch) as recorded:
+                call()
+            for number, item in enumerate(recorded):
+                variant = f"{arch} {item.launch.kernel.__name__} {source(item)}"
+                found.setdefault(variant, Job(case, number, arch))
+    return list(found.values())
+
+
+def measure(job: Job) -> Row:
+    """Compile a launch and describe the result."""
+    with record(job.arch) as recorded:
+        launches.cases()[job.case]()
+    item = recorded[job.number]
+    compiled = compile_launch(item, job.arch)
+    used = resources(compiled)
+    tile = item.launch.settings
+    return {
+        "case": job.case,
+        "kernel": item.launch.kernel.__name__,
+        "arch": job.arch,
+        "tile": f"{tile.rows}x{tile.columns} {tile.warps}w {tile.stages}s",
+        "registers": str(used.registers),
+        "stack": str(used.stack),
+        "spills": str(used.spills),
+        "shared": str(used.shared),
+    }
+
+
+def measure_all(what: list[Job], workers: int = 2) -> list[Row]:
+    """Compile launches, in several processes."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(tqdm(pool.map(measure, what), total=len(what), disable=None))
+
+
+def excesses(rows: list[Row], budget: list[Row]) -> list[str]:
+    """What rows use beyond the budget or a device, and rows that the budget does not know."""
+    allowed = {_key(row): row for row in budget}
+    wrong = []
+    for row in rows:
+        limits = {"stack": 0, "spills": 0, "shared": SHARED[row["arch"]]}
+        budgeted = allowed.get(_key(row))
+        if budgeted is None:
+            wrong.append(f"{' '.join(_key(row))}: not in the budget")
+        else:
+            limits["registers"] = int(budgeted["registers"])
+            limits["shared"] = min(limits["shared"], int(budgeted["shared"]))
+        wrong += [
+            f"{' '.join(_key(row))}: {row[what]} {what}, at most {limit} allowed"
+            for what, limit in limits.items()
+            if int(row[what]) > limit
+        ]
+    return wrong
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row["case"], row["kernel"], row["arch"]
+
+
+def read_budget() -> list[Row]:
+    """The rows of the committed file."""
+    with BUDGET.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS)
+    parser.add_argument("--only", default="", help="part of the names of cases")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--check", action="store_true", help="compare with the budget")
+    parser.add_argument("--write", action="store_true", help="make the budget anew")
+    options = parser.parse_args(arguments)
+    rows = measure_all(jobs(options.arch, options.only), options.workers)
+    widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in COLUMNS}
+    for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]:
+        print("  ".join(row[c].ljust(widths[c]) for c in COLUMNS).rstrip())
+    if options.write:
+        with BUDGET.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    wrong = excesses(rows, read_budget() if options.check else rows)
+    print("\n".join(wrong))
+    return len(wrong) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launching Triton kernels with little work on the host."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+#: Whether kernels are Python functions on CPU tensors (``TRITON_INTERPRET=1``).
+interpreting: bool = bool(triton.knobs.runtime.interpret)
+
+#: Pointers that are divisible by so many bytes may be read in whole vectors.
+ALIGNMENT = 16
+
+_recording: list[Recorded] | None = None
+_recorded_arch: str | None = None
+
+#: Rules that choose settings, by name, and the settings that take the place of their choice.
+rules: dict[str, Callable[..., Settings]] = {}
+_instead: dict[str, Settings] = {}
+_plans: list[Any] = []
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a kernel is launched: the tile that a program works on, its warps, its pipeline.
+
+    Attributes:
+        rows: Rows of a tile, or of the output that a program writes.
+        columns: Columns of a tile: keys, candidates or channels at a time.
+        warps: Warps of a program.
+        stages: Depth of the software pipeline of its loop.
+    """
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch that was noted and not made: what compiling ahead of time needs to know."""
+
+    launch: Launch
+    tensors: tuple[Tensor | None, ...]
+
+
+def plan(function: Function) -> Function:
+    """Keep what a function makes of one shape, dtype, layout and device: its arguments."""
+    kept = functools.lru_cache(maxsize=1024)(function)
+    _plans.append(kept)
+    return kept  # type: ignore[return-value]
+
+
+def rule(function: Callable[..., Settings]) -> Callable[..., Settings]:
+    """A function that chooses settings, by a name of its own that :func:`use_settings` knows."""
+    name = function.__name__.strip("_")
+
+    @functools.wraps(function)
+    def choose(*arguments: Any) -> Settings:
+        return _instead.get(name) or rules[name](*arguments)
+
+    rules[name] = function
+    return choose
+
+
+def forget_plans() -> None:
+    """Let everything be planned anew, by rules that may have changed."""
+    for kept in _plans:
+        kept.cache_clear()
+
+
+@contextlib.contextmanager
+def use_settings(name: str, settings: Settings) -> Iterator[None]:
+    """Let a rule choose these settings: for trying out what may be better.
+
+    Raises:
+        ValueError: If there is no rule of this name.
+    """
+    if name not in rules:
+        raise ValueError(f"use_settings: name must be one of {sorted(rules)}, got {name!r}")
+    _instead[name] = settings
+    forget_plans()
+    try:
+        yield
+    finally:
+        del _instead[name]
+        forget_plans()
+
+
+class Launch:
+    """A kernel with its grid, numbers and settings: all of a call but the tensors.
+
+    The kernel's parameters are tensors (or None) first, then ``numbers``, then ``constants``, which
+    are its ``tl.constexpr`` parameters in the order of their definition. To be made once for all
+    calls of one shape, dtype, layout and device: the first call compiles, the others go straight to
+    the driver.
+
+    Args:
+        kernel: A function under ``triton.jit``.
+        grid: Programs along up to three axes; where one is 0, nothing is launched.
+        numbers: Its integers and floats.
+        settings: Warps and stages; rows and columns are among the constants where a kernel asks.
+        constants: Its constants by name.
+    """
+
+    __slots__ = ("_ready", "_tail", "constants", "grid", "kernel", "numbers", "settings")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: tuple[int | float, ...],
+        settings: Settings,
+        **constants: Any,
+    ) -> None:
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.numbers = numbers
+        self.settings = settings
+        self.constants = constants
+        self._ready: tuple[Any, ...] | None = None
+        self._tail = (*numbers, *constants.values())
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Run on the current stream; the tensors' device must be the current one."""
+        if 0 in self.grid:
+            return
+        if _recording is not None:
+            _recording.append(Recorded(self, tensors))
+            return
+        ready = self._ready
+        if ready is not None and not _profiled():
+            bits = 0
+            for tensor in tensors:
+                if tensor is not None:
+                    bits |= tensor.data_ptr()
+            if bits % ALIGNMENT == 0:
+                run, function, metadata, stream, device = ready
+                run(*self.grid, stream(device), function, metadata, None, None, None,
+                    *tensors, *self._tail)  # fmt: skip
+                return
+        compiled = self.kernel[self.grid](
+            *tensors,
+            *self.numbers,
+            **self.constants,
+            num_warps=self.settings.warps,
+            num_stages=self.settings.stages,
+        )
+        if not interpreting and all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors):
+            driver = triton.runtime.driver.active
+            device = driver.get_current_device()
+            stream = driver.get_current_stream
+            self._ready = compiled.run, compiled.function, compiled.packed_metadata, stream, device
+
+
+def _profiled() -> bool:
+    """Whether a profiler of Triton's wants to know of launches, which has more to tell them."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+@functools.cache
+def _device_arch(index: int) -> str:
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def arch(tensor: Tensor) -> str:
+    """What a tensor's device is, as compilers name it: ``"sm_90"``, ``"gfx942"``."""
+    if _recorded_arch is not None:
+        return _recorded_arch
+    return _device_arch(tensor.device.index) if tensor.is_cuda else "sm_90"
+
+
+@contextlib.contextmanager
+def record(arch: str) -> Iterator[list[Recorded]]:
+    """Note launches for a device of this kind and make none; tensors may be on ``meta``.
+
+    What was planned for other devices is not used: plans depend on :func:`arch`.
+    """
+    global _recording, _recorded_arch
+    previous = _recording, _recorded_arch
+    _recording, _recorded_arch = [], arch
+    try:
+        yield _recording
+    finally:
+        _recording, _recorded_arch = previous
+
+
+def power_of_two(number: int, least: int = 1) -> int:
+    """The smallest power of two that is not below."""
+    return max(least, 1 << (number - 1).bit_length() if number > 1 else 1)
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
