@@ -79,7 +79,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("isa_level", ISA_LEVELS if "native" in BACKENDS else [])
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "cuda" not in DEVICES:
+        out = [item for item in items if item.get_closest_marker("cuda") is not None]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
     parameters = [getattr(item, "callspec", None) for item in items]
     wanted = any(
         c.params.get("backend") == "native" or c.params.get("isa_level") in ISA_LEVELS

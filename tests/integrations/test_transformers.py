@@ -270,8 +270,9 @@ def counted(monkeypatch, obstacles):
     return calls
 
 
-def test_the_kernel_counts_sizes_once_there_are_any(monkeypatch):
-    calls = counted(monkeypatch, {"triton": "not there"})
+@pytest.mark.parametrize("other", ["triton", "native"])
+def test_the_kernel_counts_sizes_once_there_are_any(monkeypatch, other):
+    calls = counted(monkeypatch, {other: "not there"})
     model, pixels = vit(), images()
     patch = apply_patch(model, [0, 4, 0, 4])
     model(pixels)
@@ -289,7 +290,7 @@ def test_the_kernel_counts_sizes_once_there_are_any(monkeypatch):
 @pytest.mark.parametrize(
     ("obstacles", "config", "training"),
     [
-        ({"native": "not compiled"}, {}, False),
+        ({"native": "not compiled", "triton": "no GPU"}, {}, False),
         ({}, {"attn_implementation": "eager"}, False),
         ({}, {"attention_probs_dropout_prob": 0.5}, True),
     ],

@@ -338,7 +338,7 @@ def _has_kernel(attention: Any, query: Tensor) -> bool:
         return False
     if attention.training and attention.attention_dropout > 0:
         return False
-    return "native" not in why_not("policy_attention", query)
+    return not {"native", "triton"} <= why_not("policy_attention", query).keys()
 
 
 def _attend(
