@@ -22,6 +22,9 @@ from hypothesis import HealthCheck, settings
 import tokenops
 from tokenops import _native
 
+# Without it, products of matrices on CUDA devices warn that their bits may differ.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = os.environ.get("TOKENOPS_TEST_DEVICES", "cpu,cuda" if HAS_CUDA else "cpu").split(",")
 BACKENDS = os.environ.get(

@@ -443,18 +443,19 @@ def test_good_input(operator, backend):
     UNSERVED[operator]()
 
 
-def test_integers_of_other_libraries(backend):
+def test_integers_of_other_libraries(backend, device):
     """Whatever can be an index is an int, as in Python itself."""
-    token_map = tokenops.match(METRIC, np.int64(2), num_prefix=np.int32(1))
+    token_map = tokenops.match(METRIC.to(device), np.int64(2), num_prefix=np.int32(1))
     assert token_map.num_tokens == N - 2
-    assert TokenMap.from_assign(LABELS, np.int16(M)).num_tokens == M
+    assert TokenMap.from_assign(LABELS.to(device), np.int16(M)).num_tokens == M
     assert isinstance(tokenops.strided(np.int64(3)).k, int)
 
 
-def test_clamped_rather_than_refused(backend):
+def test_clamped_rather_than_refused(backend, device):
     """What has an obvious meaning is no error."""
-    assert tokenops.match(METRIC, 1000).num_tokens == N - N // 2
-    assert tokenops.match(METRIC, 0).num_tokens == N
-    assert tokenops.match(METRIC, 3, num_prefix=N).num_tokens == N
-    assert tokenops.match(METRIC, 3, protected=ALL, threshold=0.0).counts.tolist() == [N, N]
-    assert tokenops.match(METRIC, 3, protected=~ALL).num_tokens == N - 3
+    metric, every = METRIC.to(device), ALL.to(device)
+    assert tokenops.match(metric, 1000).num_tokens == N - N // 2
+    assert tokenops.match(metric, 0).num_tokens == N
+    assert tokenops.match(metric, 3, num_prefix=N).num_tokens == N
+    assert tokenops.match(metric, 3, protected=every, threshold=0.0).counts.tolist() == [N, N]
+    assert tokenops.match(metric, 3, protected=~every).num_tokens == N - 3

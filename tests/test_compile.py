@@ -60,7 +60,7 @@ def pairs(metric, x, size):
 def clusters(metric, x, size):
     labels = metric[..., :4].argmax(-1)
     token_map = TokenMap.from_assign(labels, 4)
-    kept = TokenMap.identity(x.shape[0], 4).compose(token_map)
+    kept = TokenMap.identity(x.shape[0], 4, x.device).compose(token_map)
     return kept.merge(x, weight=size), kept.source_matrix()
 
 
@@ -97,11 +97,12 @@ FUNCTIONS = (
 )
 
 
-def make_inputs(batch=2, tokens=24, channels=6, seed=0):
-    metric = random_tokens(batch, tokens, 8, seed=seed)
-    x = random_tokens(batch, tokens, channels, seed=seed + 1).requires_grad_()
-    size = (random_tokens(batch, tokens, 1, seed=seed + 2)[..., 0].abs() + 0.1).requires_grad_()
-    return metric, x, size
+def make_inputs(batch=2, tokens=24, channels=6, device="cpu"):
+    metric, x, size = (
+        random_tokens(batch, tokens, width, device=device, seed=seed)
+        for seed, width in enumerate((8, channels, 1))
+    )
+    return metric, x.requires_grad_(), (size[..., 0].abs() + 0.1).requires_grad_()
 
 
 def outputs_and_gradients(function, inputs):
@@ -109,7 +110,7 @@ def outputs_and_gradients(function, inputs):
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
     outputs = torch.utils._pytree.tree_leaves(function(*leaves))
     total = sum(
-        (o * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum()
+        (o * torch.linspace(-1, 1, o.numel(), device=o.device).view(o.shape)).sum()
         for o in outputs
         if o.requires_grad
     )
@@ -124,9 +125,9 @@ def check(compiled, function, inputs, **tolerance):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-def test_compile(function, backend):
+def test_compile(function, backend, device):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
-    check(compiled, function, make_inputs())
+    check(compiled, function, make_inputs(device=device))
 
 
 @pytest.mark.parametrize(
@@ -180,8 +181,8 @@ def test_choosing_a_backend_compiles_again():
     assert ["tokenops.match.default" in g for g in graphs] == [True, False]
 
 
-def test_compiled_vmap(backend):
-    xs = random_tokens(3 * 2, 8, 4).view(3, 2, 8, 4)
+def test_compiled_vmap(backend, device):
+    xs = random_tokens(3 * 2, 8, 4, device=device).view(3, 2, 8, 4)
     mapped = torch.func.vmap(lambda x: tokenops.match(x, 2).merge(x))
     compiled = torch.compile(mapped, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(xs), mapped(xs))
@@ -194,15 +195,15 @@ def test_compiled_transforms_that_differentiate():
     torch.testing.assert_close(compiled(xs), mapped(xs))
 
 
-def test_compiled_autocast(backend):
+def test_compiled_autocast(backend, device):
     def function(x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             token_map = tokenops.match(x, 3)
             heads = x[:, None], x[:, None], x[:, None]
             attended = tokenops.policy_attention(*heads), tokenops.attention_scores(*heads[:2])
             return token_map.merge(x), tokenops.nearest(x, x.flip(1)), attended
 
-    x = random_tokens(2, 12, 8)
+    x = random_tokens(2, 12, 8, device=device)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), function(x))
 

@@ -19,14 +19,14 @@ from tokenops.layers import KeepPredictor, MergeStep, PolicyAttention, PolicyBlo
 B, N, C, H = 2, 11, 12, 3
 
 
-def tokens(*shape, seed=0) -> Tensor:
+def tokens(*shape, seed=0, device="cpu") -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*(shape or (B, N, C)), dtype=torch.float64, generator=generator)
+    return torch.randn(*(shape or (B, N, C)), dtype=torch.float64, generator=generator).to(device)
 
 
-def weights(seed=1, tokens=N) -> Tensor:
+def weights(seed=1, tokens=N, device="cpu") -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(B, tokens, dtype=torch.float64, generator=generator)
+    return torch.rand(B, tokens, dtype=torch.float64, generator=generator).to(device)
 
 
 def double(module: nn.Module, seed=2) -> nn.Module:
@@ -44,9 +44,9 @@ def plain_attention(layer, x, policy=None, size=None, padding=None) -> Tensor:
     qkv = x @ layer.qkv.weight.T + (0 if layer.qkv.bias is None else layer.qkv.bias)
     q, k, v = (part.unflatten(2, (layer.num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))
     logits = q @ k.mT / math.sqrt(q.shape[3])
-    weight = torch.ones(x.shape[0], 1, 1, x.shape[1], dtype=x.dtype)
+    weight = x.new_ones(x.shape[0], 1, 1, x.shape[1])
     if policy is not None:
-        own = torch.eye(x.shape[1], dtype=x.dtype)
+        own = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         weight = own + (1 - own) * policy.reshape(x.shape[0], 1, 1, -1)
     if size is not None:
         weight = weight * size.reshape(x.shape[0], 1, 1, -1)
@@ -62,18 +62,18 @@ def plain_attention(layer, x, policy=None, size=None, padding=None) -> Tensor:
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize("given", ["nothing", "policy", "size", "padding", "all"])
-def test_attention_is_the_formula(backend, given, qkv_bias):
-    layer = double(PolicyAttention(C, H, qkv_bias))
-    x, policy = tokens().requires_grad_(), weights().requires_grad_()
-    size = (1 + 3 * weights(5)).requires_grad_()
-    padding = torch.zeros(B, N, dtype=torch.bool)
+def test_attention_is_the_formula(backend, device, given, qkv_bias):
+    layer = double(PolicyAttention(C, H, qkv_bias)).to(device)
+    x, policy = tokens(device=device).requires_grad_(), weights(device=device).requires_grad_()
+    size = (1 + 3 * weights(5, device=device)).requires_grad_()
+    padding = torch.zeros(B, N, dtype=torch.bool, device=device)
     padding[0, 7:] = padding[1, 3] = True
     use = {
         "policy": policy if given in ("policy", "all") else None,
         "size": size if given in ("size", "all") else None,
     }
     padding = padding if given in ("padding", "all") else None
-    live = ~padding if padding is not None else torch.ones(B, N, dtype=torch.bool)
+    live = ~padding if padding is not None else torch.ones(B, N, dtype=torch.bool, device=device)
     out, keys = layer(x, use["policy"], size=use["size"], key_padding_mask=padding)
     expected = plain_attention(layer, x, use["policy"], use["size"], padding)
     torch.testing.assert_close(out[live], expected[live])
@@ -84,7 +84,7 @@ def test_attention_is_the_formula(backend, given, qkv_bias):
         .transpose(1, 2),
     )
     inputs = [x, *(t for t in use.values() if t is not None), *layer.parameters()]
-    target = tokens(seed=3) * live[..., None]
+    target = tokens(seed=3, device=device) * live[..., None]
     got = torch.autograd.grad((out * target).sum(), inputs)
     want = torch.autograd.grad((expected * target).sum(), inputs)
     torch.testing.assert_close(got, want)
@@ -111,11 +111,12 @@ def test_attention_is_torch_multihead_attention():
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("eps", [0.0, 1e-2])
-def test_queries_are_rows_of_the_whole(backend, dtype, shared, eps):
-    layer = double(PolicyAttention(C, H, eps=eps))
-    x, policy = tokens().requires_grad_(), (weights() > 0.5).double().requires_grad_()
+def test_queries_are_rows_of_the_whole(backend, device, dtype, shared, eps):
+    layer = double(PolicyAttention(C, H, eps=eps)).to(device)
+    x = tokens(device=device).requires_grad_()
+    policy = (weights(device=device) > 0.5).double().requires_grad_()
     queries = torch.tensor([[8, 0, 3, 3], [10, 2, 1, 5]], dtype=dtype)  # any order, one twice
-    queries = queries[0] if shared else queries
+    queries = (queries[0] if shared else queries).to(device)
     out, keys = layer(x, policy, queries=queries)
     whole, whole_keys = layer(x, policy)
     rows = queries.long().expand(B, -1)[..., None].expand(-1, -1, C)
@@ -123,7 +124,7 @@ def test_queries_are_rows_of_the_whole(backend, dtype, shared, eps):
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(keys, whole_keys)
     inputs = [x, policy, *layer.parameters()]
-    target = tokens(B, 4, C, seed=4)
+    target = tokens(B, 4, C, seed=4, device=device)
     got = torch.autograd.grad((out * target).sum(), inputs)
     want = torch.autograd.grad((expected * target).sum(), inputs)
     torch.testing.assert_close(got, want)

@@ -139,15 +139,15 @@ def test_dropping_nothing_in_order_of_position_is_the_identity():
         assert token_map.assign.tolist() == [list(range(7))] * 2
 
 
-def test_merging_gathers_and_unmerging_scatters(backend):
-    scores, x = torch.randn(3, 19), torch.randn(3, 19, 5)
+def test_merging_gathers_and_unmerging_scatters(backend, device):
+    scores, x = torch.randn(3, 19, device=device), torch.randn(3, 19, 5, device=device)
     for order in ("position", "score"):
         token_map = tokenops.prune(scores, 8, num_prefix=2, order=order)
         kept = [
             [0, 1, *(k if order == "score" else sorted(k))]
             for k in (kept_by_score(image, 8, 2) for image in scores.tolist())
         ]
-        index = torch.tensor(kept)[..., None].expand(-1, -1, 5)
+        index = torch.tensor(kept, device=device)[..., None].expand(-1, -1, 5)
         gathered = x.gather(1, index)
         for reduce in ("sum", "mean", "amax"):
             assert torch.equal(tokenops.merge(x, token_map, reduce=reduce), gathered)
@@ -155,9 +155,9 @@ def test_merging_gathers_and_unmerging_scatters(backend):
         assert torch.equal(tokenops.unmerge(gathered, token_map), back)
 
 
-def test_merging_gathers_where_counts_differ(backend):
-    scores, x = torch.randn(3, 9), torch.randn(3, 9, 4)
-    keep = torch.tensor([0, 3, 8])
+def test_merging_gathers_where_counts_differ(backend, device):
+    scores, x = torch.randn(3, 9, device=device), torch.randn(3, 9, 4, device=device)
+    keep = torch.tensor([0, 3, 8], device=device)
     token_map = tokenops.prune(scores, keep, num_prefix=1)
     out = token_map.merge(x)
     mask = token_map.key_mask()
@@ -168,9 +168,9 @@ def test_merging_gathers_where_counts_differ(backend):
         assert torch.equal(out[b, : len(kept)], x[b, kept])
 
 
-def test_the_fused_token_is_a_weighted_sum(backend):
-    scores = torch.rand(2, 11, dtype=torch.float64).requires_grad_()
-    x = torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True)
+def test_the_fused_token_is_a_weighted_sum(backend, device):
+    scores = torch.rand(2, 11, dtype=torch.float64, device=device).requires_grad_()
+    x = torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True, device=device)
     token_map = tokenops.prune(scores, 4, num_prefix=1, fuse=True)
 
     def fused(x, scores):

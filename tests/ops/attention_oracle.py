@@ -192,7 +192,7 @@ def magnitudes(q, k, v, policy=None, *, grad, grad_lse=None, **options):
     g, groups = grad.double().abs(), k.shape[1]
     if y.numel() == 0:
         shapes = {"out": g, "lse": lse, "q": q, "k": k, "v": v, "policy": policy, "size": size}
-        return {n: torch.zeros(t.shape).double() for n, t in shapes.items() if t is not None}
+        return {n: t.new_zeros(t.shape).double() for n, t in shapes.items() if t is not None}
     values = v.double().masked_fill(~parts["live"][:, None, :, None], 0).abs()
     values = values.repeat_interleave(q.shape[1] // groups, 1)
     w = g @ values.mT  # [B, H, Nq, Nk]
@@ -237,7 +237,7 @@ def score_magnitudes(
     groups, rows = k.shape[1], q
     if query_index is not None:
         rows, options["query_position"] = take_rows(q, query_index)
-    w = torch.ones(rows.shape[:3], dtype=torch.float64)
+    w = torch.ones(rows.shape[:3], dtype=torch.float64, device=q.device)
     if query_weight is not None:
         given = query_weight[:, None] if query_weight.dim() == 2 else query_weight
         w = given.double().abs().expand(w.shape)
@@ -253,7 +253,7 @@ def score_magnitudes(
     sums["k"] = sums["k"].unflatten(1, (groups, -1)).sum(2)
     if query_index is not None:
         index = options["query_position"][:, None, :, None].expand(-1, heads, -1, width)
-        sums["q"] = torch.zeros(q.shape).double().scatter_add(2, index, sums["q"])
+        sums["q"] = q.new_zeros(q.shape).double().scatter_add(2, index, sums["q"])
     if query_weight is not None:
         of_rows = sums["out"][..., 0]  # does not depend on the weights
         of_rows = of_rows if query_weight.dim() == 3 else of_rows.sum(1)

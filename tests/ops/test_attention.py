@@ -96,10 +96,10 @@ def test_values_and_gradients(case, backend, device):
 
 @pytest.mark.isa
 @pytest.mark.parametrize("case", CASES)
-def test_several_tiles(case, backend):
+def test_several_tiles(case, backend, device):
     """More rows and keys than the kernels take at a time."""
     kinds, options = CASES[case]
-    inputs = random_attention(1, 2, 131, 20, dtype=torch.float64, seed=2, **kinds)
+    inputs = random_attention(1, 2, 131, 20, dtype=torch.float64, device=device, seed=2, **kinds)
     check_exactly(inputs, options)
 
 
@@ -109,22 +109,22 @@ EVERYTHING = {"policy": "per-head", "zero_sizes": 0.1, "padding": 0.1, "key_head
 @pytest.mark.isa
 @pytest.mark.parametrize("width", [1, 5, 32, 64, 80])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 17, 64, 197])
-def test_sizes(tokens, width, backend):
-    inputs = random_attention(2, 2, tokens, width, dtype=torch.float64, seed=3, **EVERYTHING)
+def test_sizes(tokens, width, backend, device):
+    kinds = {"dtype": torch.float64, "device": device}
+    inputs = random_attention(2, 2, tokens, width, seed=3, **kinds, **EVERYTHING)
     check_exactly(inputs, {"eps": 1e-3})
-    inputs = random_attention(
-        1, 2, tokens, width, value_width=width + 3, dtype=torch.float64, seed=4, policy="hard"
-    )
+    kinds |= {"value_width": width + 3, "policy": "hard"}
+    inputs = random_attention(1, 2, tokens, width, seed=4, **kinds)
     check_exactly(inputs, {})
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize("options", [{}, {"eps": 1e-3}, {"is_causal": True}], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(700, 700), (1100, 90), (90, 1100)])
-def test_many_tokens(queries, keys, options, backend):
+def test_many_tokens(queries, keys, options, backend, device):
     """More queries than a pass of the kernels takes, or more keys than a block of rows has."""
     inputs = random_attention(
-        1, 1, queries, 12, keys=keys, dtype=torch.float64, seed=5, policy="hard"
+        1, 1, queries, 12, keys=keys, dtype=torch.float64, device=device, seed=5, policy="hard"
     )
     check_exactly(inputs, {"self_keep": queries == keys, **options})
 
@@ -134,9 +134,11 @@ def test_many_tokens(queries, keys, options, backend):
 @pytest.mark.parametrize("eps", [0.0, 1e-2])
 @pytest.mark.parametrize("policy", [None, "hard", "per-head"])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 23), (23, 5), (7, 0), (0, 7), (1, 1), (0, 0)])
-def test_queries_and_keys_that_differ_in_number(queries, keys, policy, eps, causal, backend):
+def test_queries_and_keys_that_differ_in_number(
+    queries, keys, policy, eps, causal, backend, device
+):
     inputs = random_attention(
-        2, 2, queries, 6, keys=keys, dtype=torch.float64, seed=6, policy=policy
+        2, 2, queries, 6, keys=keys, dtype=torch.float64, device=device, seed=6, policy=policy
     )
     options = {"eps": eps, "is_causal": causal, "self_keep": queries == keys}
     check_exactly(inputs, options)
@@ -162,31 +164,33 @@ def positions(kind, batch, queries, keys):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("eps", [0.0, 1e-2])
 @pytest.mark.parametrize("kind", ["last", "unsorted", "each", "repeated", "nowhere"])
-def test_query_position(kind, eps, causal, backend):
-    position = positions(kind, 2, 9, 31)
+def test_query_position(kind, eps, causal, backend, device):
+    position = positions(kind, 2, 9, 31).to(device)
+    common = {"keys": 31, "dtype": torch.float64, "device": device, "seed": 8}
     for kinds in (
         {"policy": "hard"},
         {"policy": "per-head", "zero_sizes": 0.2, "key_heads": 1, "padding": 0.2},
     ):
-        inputs = random_attention(2, 2, 9, 6, keys=31, dtype=torch.float64, seed=8, **kinds)
+        inputs = random_attention(2, 2, 9, 6, **common, **kinds)
         options = {"query_position": position, "eps": eps, "is_causal": causal}
         check_exactly(inputs, options)
 
 
-def test_query_position_counts_from_zero_by_default(backend):
-    inputs = random_attention(2, 2, 13, 4, policy="hard")
+def test_query_position_counts_from_zero_by_default(backend, device):
+    inputs = random_attention(2, 2, 13, 4, policy="hard", device=device)
+    places = torch.arange(13, device=device)
     for options in ({}, {"is_causal": True, "eps": 1e-3}):
         expected = tokenops.policy_attention(**inputs, **options)
-        for position in (torch.arange(13), torch.arange(13).int().expand(2, -1)):
+        for position in (places, places.int().expand(2, -1)):
             got = tokenops.policy_attention(**inputs, **options, query_position=position)
             torch.testing.assert_close(got, expected)
 
 
-def test_kept_queries_among_all_keys(backend):
+def test_kept_queries_among_all_keys(backend, device):
     """The rows of some queries are those rows of the whole, gradients included."""
-    inputs = random_attention(2, 3, 29, 8, policy="hard", dtype=torch.float64)
-    kept = torch.stack([torch.randperm(29)[:11] for _ in range(2)])
-    grad = random_tokens(2, 3, 11, 8, dtype=torch.float64, seed=9)
+    inputs = random_attention(2, 3, 29, 8, policy="hard", dtype=torch.float64, device=device)
+    kept = torch.stack([torch.randperm(29)[:11] for _ in range(2)]).to(device)
+    grad = random_tokens(2, 3, 11, 8, dtype=torch.float64, seed=9, device=device)
     index = kept[:, None, :, None].expand(2, 3, 11, 8)
 
     def some(q, **rest):
@@ -306,11 +310,12 @@ def test_precision(dtype, case, backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("tokens", "width"), [(197, 64), (64, 80), (17, 1), (33, 5), (2, 32)])
-def test_precision_of_sizes(tokens, width, dtype, backend):
+def test_precision_of_sizes(tokens, width, dtype, backend, device):
+    common = {"dtype": dtype, "device": device}
     kinds = {"policy": "per-head", "zero_sizes": 0.1, "key_heads": 1}
-    check_budget(random_attention(1, 2, tokens, width, dtype=dtype, seed=11, **kinds), {})
+    check_budget(random_attention(1, 2, tokens, width, seed=11, **common, **kinds), {})
     kinds = {"policy": "hard", "value_width": width + 3}
-    inputs = random_attention(1, 2, tokens, width, dtype=dtype, seed=12, **kinds)
+    inputs = random_attention(1, 2, tokens, width, seed=12, **common, **kinds)
     check_budget(inputs, {"eps": 1e-6})
 
 
@@ -331,8 +336,8 @@ def test_dtypes_and_layout_of_results(dtype, backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_policies_and_sizes_of_other_dtypes(dtype, backend):
-    inputs = random_attention(2, 2, 9, 4, policy="hard", zero_sizes=0.0)
+def test_policies_and_sizes_of_other_dtypes(dtype, backend, device):
+    inputs = random_attention(2, 2, 9, 4, policy="hard", zero_sizes=0.0, device=device)
     inputs["size"] = inputs["size"].round()
     other = {n: inputs[n].to(dtype).requires_grad_() for n in ("policy", "size")}
     out = tokenops.policy_attention(**{**inputs, **other})
@@ -404,8 +409,10 @@ def test_layouts_of_gradients(dtype, backend, device):
             assert_same(got[key], value, backend, f"{key} of a gradient {name}")
 
 
-def test_weights_of_any_layout(backend):
-    inputs = random_attention(3, 2, 14, 4, policy="per-head", zero_sizes=0.2, padding=0.3)
+def test_weights_of_any_layout(backend, device):
+    inputs = random_attention(
+        3, 2, 14, 4, policy="per-head", zero_sizes=0.2, padding=0.3, device=device
+    )
     expected = tokenops.policy_attention(**inputs)
     for name in ("policy", "size", "key_padding_mask"):
         wide = inputs[name][..., None].repeat_interleave(3, -1)[..., 1]

@@ -50,14 +50,14 @@ def check_exactly(inputs, options, grad=None, grad_lse=None):
     seed=st.integers(0, 1000),
 )
 def test_anything(
-    backend, batch, groups, queries, keys, widths, policy, zero_sizes, padding, logits, eps,
-    self_keep, causal, policy_grad, positions, seed,
+    backend, device, batch, groups, queries, keys, widths, policy, zero_sizes, padding, logits,
+    eps, self_keep, causal, policy_grad, positions, seed,
 ):  # fmt: skip
     heads, key_heads = groups
     inputs = random_attention(
         batch, heads, queries, widths[0], keys=keys, key_heads=key_heads, value_width=widths[1],
         policy=policy, zero_sizes=zero_sizes, padding=padding, logits=logits,
-        dtype=torch.float64, seed=seed,
+        dtype=torch.float64, device=device, seed=seed,
     )  # fmt: skip
     options = {"eps": eps, "is_causal": causal, "policy_grad": policy_grad}
     keys = queries if keys is None else keys
@@ -65,7 +65,8 @@ def test_anything(
     if positions is not None:
         shape = (queries,) if positions == "shared" else (batch, queries)
         generator = torch.Generator().manual_seed(seed)
-        options["query_position"] = torch.randint(-2, keys + 2, shape, generator=generator)
+        position = torch.randint(-2, keys + 2, shape, generator=generator)
+        options["query_position"] = position.to(device)
     check_exactly(inputs, options)
 
 
@@ -82,9 +83,9 @@ def test_anything(
     ],
     ids=str,
 )
-def test_gradient_at_dropped_keys_by_differences(kind, options, backend):
+def test_gradient_at_dropped_keys_by_differences(kind, options, backend, device):
     """What would change if a dropped key came back a little."""
-    inputs = random_attention(2, 2, 9, 5, policy=kind, dtype=torch.float64, seed=2)
+    inputs = random_attention(2, 2, 9, 5, policy=kind, dtype=torch.float64, seed=2, device=device)
     grad, grad_lse = oracle.cotangents(inputs)
 
     def loss(policy):
@@ -109,10 +110,10 @@ def test_gradient_at_dropped_keys_by_differences(kind, options, backend):
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "policy", "size"])
-def test_gradient_through_the_maximum_by_differences(name, backend):
+def test_gradient_through_the_maximum_by_differences(name, backend, device):
     """With a large eps the maximum of each row matters a lot."""
     inputs = random_attention(
-        1, 2, 7, 4, policy="soft", zero_sizes=0.0, dtype=torch.float64, seed=3
+        1, 2, 7, 4, policy="soft", zero_sizes=0.0, dtype=torch.float64, seed=3, device=device
     )
     grad, grad_lse = oracle.cotangents(inputs)
 
@@ -133,9 +134,9 @@ def test_gradient_through_the_maximum_by_differences(name, backend):
         assert gradient.flatten()[i].item() == pytest.approx(difference, rel=1e-6, abs=1e-6)
 
 
-def test_modes_of_the_policy_gradient(backend):
+def test_modes_of_the_policy_gradient(backend, device):
     """All but the policy's own gradient stays as it is; what is kept counts the same."""
-    inputs = random_attention(2, 2, 21, 6, policy="hard", dtype=torch.float64)
+    inputs = random_attention(2, 2, 21, 6, policy="hard", dtype=torch.float64, device=device)
     grads = oracle.cotangents(inputs)
     modes = {
         mode: oracle.results(attention, inputs, *grads, policy_grad=mode)
@@ -151,11 +152,13 @@ def test_modes_of_the_policy_gradient(backend):
     assert modes["none"]["policy"] is None
 
 
-def test_removing_tokens_is_kept(backend):
+def test_removing_tokens_is_kept(backend, device):
     """Attention among kept tokens alone has the values and gradients of ``policy_grad="kept"``."""
-    inputs = random_attention(1, 2, 24, 6, policy="hard", zero_sizes=0.0, dtype=torch.float64)
+    inputs = random_attention(
+        1, 2, 24, 6, policy="hard", zero_sizes=0.0, dtype=torch.float64, device=device
+    )
     kept = inputs["policy"][0].nonzero()[:, 0]
-    grad = random_tokens(1, 2, 24, 6, dtype=torch.float64, seed=4)
+    grad = random_tokens(1, 2, 24, 6, dtype=torch.float64, seed=4, device=device)
     grad[:, :, inputs["policy"][0] == 0] = 0
     masked = oracle.results(attention, inputs, grad, policy_grad="kept")
 
@@ -179,9 +182,9 @@ def test_removing_tokens_is_kept(backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-3])
 @pytest.mark.parametrize("which", ["dropped", "some heads", "one", "none", "lse alone"])
-def test_rows_without_a_gradient(which, eps, dtype, backend):
+def test_rows_without_a_gradient(which, eps, dtype, backend, device):
     inputs = random_attention(
-        2, 3, 45, 8, policy="hard", zero_sizes=0.1, padding=0.1, dtype=dtype, seed=5
+        2, 3, 45, 8, policy="hard", zero_sizes=0.1, padding=0.1, dtype=dtype, seed=5, device=device
     )
     grad, grad_lse = oracle.cotangents(inputs)
     if which == "dropped":
@@ -214,9 +217,9 @@ def test_rows_without_a_gradient(which, eps, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_no_gradient_of_the_output_at_all(dtype, backend):
+def test_no_gradient_of_the_output_at_all(dtype, backend, device):
     """L alone is differentiated, or nothing is."""
-    inputs = random_attention(1, 2, 11, 4, policy="hard", dtype=dtype)
+    inputs = random_attention(1, 2, 11, 4, policy="hard", dtype=dtype, device=device)
     q = inputs["q"].requires_grad_()
     out, lse = attention(**inputs)
     (gradient,) = torch.autograd.grad(lse.sum(), q, retain_graph=True)
@@ -331,16 +334,16 @@ def test_padding_may_hold_anything(how, garbage, eps, dtype, backend, device):
         assert_same_bits(a, b)
 
 
-def test_padding_counts_for_nothing(backend):
+def test_padding_counts_for_nothing(backend, device):
     """Neither in the maximum, nor in the mean of the values, nor in their number."""
-    inputs = random_attention(2, 2, 12, 5, policy="soft", dtype=torch.float64)
+    inputs = random_attention(2, 2, 12, 5, policy="soft", dtype=torch.float64, device=device)
     longer = {}
     for name, t in inputs.items():
         tail = torch.full_like(t[..., :7, :] if t.dim() == 4 else t[..., :7], 50.0)
         longer[name] = torch.cat([t, tail], 2 if t.dim() == 4 else 1)
-    padded = torch.arange(19).expand(2, -1) >= 12
+    padded = torch.arange(19, device=device).expand(2, -1) >= 12
     longer["q"] = inputs["q"]
-    position = torch.arange(12)
+    position = torch.arange(12, device=device)
     for options in ({}, {"eps": 0.1}, {"is_causal": True, "eps": 0.1}, {"self_keep": False}):
         got = tokenops.policy_attention(
             **longer, key_padding_mask=padded, query_position=position, **options
@@ -409,9 +412,9 @@ def test_ten_thousand_awkward_images_without_a_nan(options, backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_images_are_independent(dtype, backend):
+def test_images_are_independent(dtype, backend, device):
     inputs = random_attention(
-        3, 2, 33, 8, policy="per-head", zero_sizes=0.1, padding=0.2, dtype=dtype
+        3, 2, 33, 8, policy="per-head", zero_sizes=0.1, padding=0.2, dtype=dtype, device=device
     )
     grads = oracle.cotangents(inputs)
     together = oracle.results(attention, inputs, *grads, eps=1e-3)
@@ -424,9 +427,11 @@ def test_images_are_independent(dtype, backend):
             torch.testing.assert_close(together[name][i : i + 1], t, msg=name)
 
 
-def test_order_of_keys_does_not_matter(backend):
-    inputs = random_attention(2, 2, 25, 8, policy="hard", zero_sizes=0.2, dtype=torch.float64)
-    order = torch.randperm(25, generator=torch.Generator().manual_seed(6))
+def test_order_of_keys_does_not_matter(backend, device):
+    inputs = random_attention(
+        2, 2, 25, 8, policy="hard", zero_sizes=0.2, dtype=torch.float64, device=device
+    )
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(6)).to(device)
     grads = oracle.cotangents(inputs)
     moved = {
         n: t if n == "q" else t.index_select(2 if t.dim() == 4 else 1, order)
@@ -443,9 +448,9 @@ def test_order_of_keys_does_not_matter(backend):
 
 @pytest.mark.isa
 @pytest.mark.parametrize("factor", [1e-6, 1e-18, 1e-30])
-def test_policies_count_relative_to_one_another(factor, backend):
+def test_policies_count_relative_to_one_another(factor, backend, device):
     """Without eps and own keys a factor changes nothing but L, however small it is."""
-    inputs = random_attention(2, 2, 21, 6, policy="soft", zero_sizes=0.0)
+    inputs = random_attention(2, 2, 21, 6, policy="soft", zero_sizes=0.0, device=device)
     smaller = {**inputs, "policy": inputs["policy"] * factor}
     grad, _ = oracle.cotangents(inputs)
     expected, got = (oracle.results(attention, x, grad, self_keep=False) for x in (inputs, smaller))
@@ -455,10 +460,10 @@ def test_policies_count_relative_to_one_another(factor, backend):
         torch.testing.assert_close(scaled, t, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_size_is_so_many_equal_tokens(backend):
+def test_a_size_is_so_many_equal_tokens(backend, device):
     """A key of size 3 is three times the same key: ToMe's proportional attention."""
-    inputs = random_attention(1, 2, 6, 4, keys=5, dtype=torch.float64)
-    size = torch.tensor([[1.0, 3.0, 2.0, 1.0, 4.0]], dtype=torch.float64)
+    inputs = random_attention(1, 2, 6, 4, keys=5, dtype=torch.float64, device=device)
+    size = torch.tensor([[1.0, 3.0, 2.0, 1.0, 4.0]], dtype=torch.float64, device=device)
     repeats = size[0].long()
     many = {n: t if n == "q" else t.repeat_interleave(repeats, 2) for n, t in inputs.items()}
     got = tokenops.policy_attention(**inputs, size=size, return_lse=True)
@@ -491,8 +496,8 @@ def test_without_weights_it_is_scaled_dot_product_attention(backend, device):
     ],
     ids=str,
 )
-def test_gradcheck(kinds, options, backend):
-    kinds = {**kinds, "seed": 9, "dtype": torch.float64}
+def test_gradcheck(kinds, options, backend, device):
+    kinds = {**kinds, "seed": 9, "dtype": torch.float64, "device": device}
     inputs = random_attention(1, 2, 4, 3, **kinds)
     if "policy" in inputs:  # off the edge of what is allowed
         inputs["policy"] = inputs["policy"] + 0.1
@@ -508,8 +513,10 @@ def test_gradcheck(kinds, options, backend):
 
 
 @pytest.mark.parametrize("mode", ["exact", "kept", "none"])
-def test_second_derivatives_know_the_mode(mode, backend):
-    inputs = random_attention(1, 2, 5, 3, policy="hard", dtype=torch.float64, seed=10)
+def test_second_derivatives_know_the_mode(mode, backend, device):
+    inputs = random_attention(
+        1, 2, 5, 3, policy="hard", dtype=torch.float64, seed=10, device=device
+    )
     leaves = {n: t.requires_grad_() for n, t in inputs.items()}
     grads = []
     for function in (attention, oracle.attention):
@@ -528,11 +535,11 @@ def test_second_derivatives_know_the_mode(mode, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype, backend):
+def test_autocast(dtype, backend, device):
     """Queries, keys and values take the lower precision, as for PyTorch's own attention."""
-    inputs = random_attention(2, 2, 19, 8, policy="hard", zero_sizes=0.0)
+    inputs = random_attention(2, 2, 19, 8, policy="hard", zero_sizes=0.0, device=device)
     leaves = {n: t.requires_grad_() for n, t in inputs.items()}
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         out, lse = attention(**leaves, eps=1e-6)
         q, k, v = (leaves[n] for n in "qkv")
         assert out.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype
@@ -549,9 +556,9 @@ def test_autocast(dtype, backend):
         assert_same_bits(a, b, name=name)
 
 
-def test_autocast_spares_double(backend):
-    inputs = random_attention(1, 1, 5, 4, dtype=torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_spares_double(backend, device):
+    inputs = random_attention(1, 1, 5, 4, dtype=torch.float64, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert tokenops.policy_attention(**inputs).dtype == torch.float64
         sdpa = torch.nn.functional.scaled_dot_product_attention(*inputs.values())
     assert sdpa.dtype == torch.float64

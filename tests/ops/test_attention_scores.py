@@ -55,13 +55,13 @@ def scores_inputs(*sizes, **kinds):
     return {n: t for n, t in random_attention(*sizes, **kinds).items() if n != "v"}
 
 
-def weights(kind, heads, *rows, dtype=torch.float64):
+def weights(kind, heads, *rows, dtype=torch.float64, device="cpu"):
     """Weights of queries, some of them 0, some negative."""
     shape = {None: None, "shared": rows[1:], "each": rows, "per head": (rows[0], heads, rows[1])}
     if kind is None:
         return None
     w = torch.randn(shape[kind], generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    return w.masked_fill(torch.arange(w.shape[-1]) % 4 == 1, 0).to(dtype)
+    return w.masked_fill(torch.arange(w.shape[-1]) % 4 == 1, 0).to(device, dtype)
 
 
 def gradients(function, inputs, grad, **options):
@@ -80,7 +80,8 @@ def gradients(function, inputs, grad, **options):
 
 def cotangent(inputs, head_reduce, seed=5):
     batch, heads, keys = inputs["q"].shape[0], inputs["q"].shape[1], inputs["k"].shape[2]
-    g = random_tokens(batch, heads, keys, dtype=torch.float64, seed=seed)
+    device = inputs["q"].device
+    g = random_tokens(batch, heads, keys, dtype=torch.float64, device=device, seed=seed)
     return g if head_reduce == "none" else g[:, 0]
 
 
@@ -97,22 +98,23 @@ def check(inputs, **options):
 
 @pytest.mark.isa
 @pytest.mark.parametrize("case", CASES)
-def test_scores_and_gradients(case, backend):
+def test_scores_and_gradients(case, backend, device):
     kinds, options = CASES[case]
-    inputs = scores_inputs(2, 4, 19, 8, dtype=torch.float64, seed=1, **kinds)
+    inputs = scores_inputs(2, 4, 19, 8, dtype=torch.float64, device=device, seed=1, **kinds)
     kinds_of_weights = (None, "shared", "each", "per head")
     for i, weight in enumerate(kinds_of_weights):
-        w = weights(weight, 4, 2, 19)
+        w = weights(weight, 4, 2, 19, device=device)
         check({**inputs, "query_weight": w}, head_reduce=REDUCTIONS[i % 3], **options)
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize("head_reduce", REDUCTIONS)
 @pytest.mark.parametrize("weight", [None, "shared", "each", "per head"])
-def test_reductions_and_weights(weight, head_reduce, backend):
+def test_reductions_and_weights(weight, head_reduce, backend, device):
     kinds = {"policy": "hard", "key_heads": 2, "dtype": torch.float64, "seed": 2}
-    inputs = scores_inputs(2, 4, 67, 12, **kinds)
-    check({**inputs, "query_weight": weights(weight, 4, 2, 67)}, head_reduce=head_reduce)
+    inputs = scores_inputs(2, 4, 67, 12, device=device, **kinds)
+    w = weights(weight, 4, 2, 67, device=device)
+    check({**inputs, "query_weight": w}, head_reduce=head_reduce)
 
 
 INDICES = {
@@ -131,45 +133,47 @@ INDICES = {
 @pytest.mark.isa
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"exclude_self": True}], ids=str)
 @pytest.mark.parametrize("index", INDICES)
-def test_query_index(index, options, backend):
+def test_query_index(index, options, backend, device):
     """Only these queries count, with their own places and weights."""
     index = INDICES[index]
+    index = index.to(device) if isinstance(index, torch.Tensor) else index
     rows = index.shape[-1] if isinstance(index, torch.Tensor) else len(index)
     for kinds in ({}, {"policy": "hard", "key_heads": 1}, {"policy": "per-head", "padding": 0.2}):
-        inputs = scores_inputs(2, 2, 17, 6, dtype=torch.float64, seed=3, **kinds)
+        inputs = scores_inputs(2, 2, 17, 6, dtype=torch.float64, device=device, seed=3, **kinds)
         for weight in (None, "shared", "per head"):
-            w = weights(weight, 2, 2, rows)
+            w = weights(weight, 2, 2, rows, device=device)
             check({**inputs, "query_weight": w}, query_index=index, **options)
 
 
-def test_query_index_is_a_choice_of_weights(backend):
+def test_query_index_is_a_choice_of_weights(backend, device):
     """One row of an index is a weight of one there and zero elsewhere."""
-    inputs = scores_inputs(2, 3, 23, 8, policy="hard")
+    inputs = scores_inputs(2, 3, 23, 8, policy="hard", device=device)
     for row in (0, 7, -1):
-        w = torch.zeros(23)
+        w = torch.zeros(23, device=device)
         w[row] = 1
         got = tokenops.attention_scores(**inputs, query_index=[row])
         expected = tokenops.attention_scores(**inputs, query_weight=w)
         torch.testing.assert_close(got, expected)
-        tensor = tokenops.attention_scores(**inputs, query_index=torch.tensor([row]))
+        tensor = tokenops.attention_scores(**inputs, query_index=torch.tensor([row], device=device))
         torch.testing.assert_close(tensor, got)
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize("width", [1, 5, 32, 64, 80])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 17, 64, 197])
-def test_sizes(tokens, width, backend):
+def test_sizes(tokens, width, backend, device):
     kinds = {"policy": "per-head", "zero_sizes": 0.1, "key_heads": 1, "dtype": torch.float64}
-    check(scores_inputs(2, 2, tokens, width, seed=4, **kinds), eps=1e-3)
+    check(scores_inputs(2, 2, tokens, width, device=device, seed=4, **kinds), eps=1e-3)
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize(
     ("queries", "keys"), [(5, 23), (23, 5), (7, 0), (0, 7), (1100, 60), (60, 1100)]
 )
-def test_queries_and_keys_that_differ_in_number(queries, keys, backend):
+def test_queries_and_keys_that_differ_in_number(queries, keys, backend, device):
+    common = {"keys": keys, "dtype": torch.float64, "device": device, "seed": 5}
     for kinds in ({}, {"policy": "hard"}):
-        inputs = scores_inputs(1, 2, queries, 6, keys=keys, dtype=torch.float64, seed=5, **kinds)
+        inputs = scores_inputs(1, 2, queries, 6, **common, **kinds)
         for options in ({}, {"is_causal": True, "eps": 1e-2}):
             check(inputs, self_keep=False, **options)
 
@@ -191,30 +195,35 @@ def test_queries_and_keys_that_differ_in_number(queries, keys, backend):
     seed=st.integers(0, 1000),
 )
 def test_anything(
-    backend, groups, queries, keys, width, policy, zero_sizes, padding, eps, flags, weight, rows,
-    head_reduce, seed,
+    backend, device, groups, queries, keys, width, policy, zero_sizes, padding, eps, flags, weight,
+    rows, head_reduce, seed,
 ):  # fmt: skip
     heads, key_heads = groups
     inputs = scores_inputs(
         2, heads, queries, width, keys=keys, key_heads=key_heads, policy=policy,
-        zero_sizes=zero_sizes, padding=padding, dtype=torch.float64, seed=seed,
+        zero_sizes=zero_sizes, padding=padding, dtype=torch.float64, device=device,
+        seed=seed,
     )  # fmt: skip
     self_keep, exclude_self, causal = flags
     options = {"eps": eps, "exclude_self": exclude_self, "is_causal": causal}
     options |= {"self_keep": self_keep and keys in (None, queries), "head_reduce": head_reduce}
     if rows is not None and queries > 0:
         generator = torch.Generator().manual_seed(seed)
-        options["query_index"] = torch.randint(-queries, queries, (2, rows), generator=generator)
+        index = torch.randint(-queries, queries, (2, rows), generator=generator)
+        options["query_index"] = index.to(device)
     count = rows if "query_index" in options else queries
-    check({**inputs, "query_weight": weights(weight, heads, 2, count)}, **options)
+    w = weights(weight, heads, 2, count, device=device)
+    check({**inputs, "query_weight": w}, **options)
 
 
 # ---- what scores add up to ----
 
 
-def test_rows_give_away_all_of_their_weight(backend):
-    inputs = scores_inputs(2, 4, 31, 8, key_heads=2, policy="hard", dtype=torch.float64)
-    w = weights("each", 4, 2, 31)
+def test_rows_give_away_all_of_their_weight(backend, device):
+    inputs = scores_inputs(
+        2, 4, 31, 8, key_heads=2, policy="hard", dtype=torch.float64, device=device
+    )
+    w = weights("each", 4, 2, 31, device=device)
     for options in ({}, {"eps": 0.1}, {"is_causal": True}):
         score = tokenops.attention_scores(**inputs, query_weight=w, **options)
         torch.testing.assert_close(score.sum(1), w.sum(1), rtol=1e-12, atol=1e-12)
@@ -226,22 +235,24 @@ def test_rows_give_away_all_of_their_weight(backend):
     assert (less < 31).all()
 
 
-def test_scores_of_what_takes_no_part(backend):
-    inputs = scores_inputs(2, 2, 15, 4, policy="hard", zero_sizes=0.3, padding=0.3)
+def test_scores_of_what_takes_no_part(backend, device):
+    inputs = scores_inputs(2, 2, 15, 4, policy="hard", zero_sizes=0.3, padding=0.3, device=device)
     score = tokenops.attention_scores(**inputs)
     gone = inputs["key_padding_mask"] | (inputs["size"] == 0)
     assert (score[gone] == 0).all()
-    empty = {**inputs, "key_padding_mask": torch.ones(2, 15, dtype=torch.bool)}
+    empty = {**inputs, "key_padding_mask": torch.ones(2, 15, dtype=torch.bool, device=device)}
     for eps in (0.0, 1e-3):
         assert (tokenops.attention_scores(**empty, eps=eps) == 0).all()
     inputs["policy"].zero_()
     assert (tokenops.attention_scores(**inputs, self_keep=False) == 0).all()
 
 
-def test_scores_are_sums_of_the_applied_attention(backend):
+def test_scores_are_sums_of_the_applied_attention(backend, device):
     """One-hot values read the attention map off the output."""
-    inputs = random_attention(2, 3, 14, 5, policy="per-head", zero_sizes=0.0, dtype=torch.float64)
-    inputs["v"] = torch.eye(14, dtype=torch.float64).expand(2, 3, 14, 14)
+    inputs = random_attention(
+        2, 3, 14, 5, policy="per-head", zero_sizes=0.0, dtype=torch.float64, device=device
+    )
+    inputs["v"] = torch.eye(14, dtype=torch.float64, device=device).expand(2, 3, 14, 14)
     for options in ({}, {"eps": 0.1}, {"is_causal": True, "eps": 0.1}):
         attention = tokenops.policy_attention(**inputs, **options)  # [B, H, Nq, Nk]
         rest = {n: t for n, t in inputs.items() if n != "v"}
@@ -255,14 +266,14 @@ def test_scores_are_sums_of_the_applied_attention(backend):
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_reuse_of_lse(case, dtype, backend):
+def test_reuse_of_lse(case, dtype, backend, device):
     """The same but for rounding, gradients included; none goes to L."""
     kinds, options = CASES[case]
-    inputs = random_attention(2, 4, 19, 8, dtype=dtype, seed=6, **kinds)
+    inputs = random_attention(2, 4, 19, 8, dtype=dtype, device=device, seed=6, **kinds)
     plain = {n: v for n, v in options.items() if n != "exclude_self"}
     _, lse = tokenops.policy_attention(**inputs, **plain, return_lse=True)
     rest = {n: t for n, t in inputs.items() if n != "v"}
-    for index in (None, [2, -1], torch.tensor([[0], [7]])):
+    for index in (None, [2, -1], torch.tensor([[0], [7]], device=device)):
         grad = cotangent(rest, "mean")
         expected, got = (
             gradients(tokenops.attention_scores, rest, grad, query_index=index, **options, **more)
@@ -354,8 +365,8 @@ def test_layouts(dtype, layout, backend, device):
                 torch.testing.assert_close(got, expected, **tolerance)
 
 
-def test_stride_zero_gradients(backend):
-    inputs = scores_inputs(2, 2, 11, 4, policy="soft", dtype=torch.float64)
+def test_stride_zero_gradients(backend, device):
+    inputs = scores_inputs(2, 2, 11, 4, policy="soft", dtype=torch.float64, device=device)
     leaves = {n: t.requires_grad_() for n, t in inputs.items()}
     for head_reduce in REDUCTIONS:
         for index in (None, [1, 5]):
@@ -385,12 +396,13 @@ def test_stride_zero_gradients(backend):
     ids=str,
 )
 @pytest.mark.parametrize("weight", [None, "each", "per head"])
-def test_gradcheck(weight, kinds, options, backend):
-    inputs = scores_inputs(1, 2, 4, 3, dtype=torch.float64, seed=10, **kinds)
+def test_gradcheck(weight, kinds, options, backend, device):
+    inputs = scores_inputs(1, 2, 4, 3, dtype=torch.float64, device=device, seed=10, **kinds)
     if "policy" in inputs:
         inputs["policy"] = inputs["policy"] + 0.1
     if weight is not None:
-        inputs["query_weight"] = weights(weight, 2, 1, 2 if "query_index" in options else 4)
+        rows = 2 if "query_index" in options else 4
+        inputs["query_weight"] = weights(weight, 2, 1, rows, device=device)
     names = list(inputs)
 
     def call(*values):
@@ -402,9 +414,9 @@ def test_gradcheck(weight, kinds, options, backend):
         assert torch.autograd.gradgradcheck(call, values)
 
 
-def test_only_what_is_wanted_gets_a_gradient(backend):
-    inputs = scores_inputs(1, 2, 7, 4, policy="soft", zero_sizes=0.0)
-    inputs["query_weight"] = torch.rand(7)
+def test_only_what_is_wanted_gets_a_gradient(backend, device):
+    inputs = scores_inputs(1, 2, 7, 4, policy="soft", zero_sizes=0.0, device=device)
+    inputs["query_weight"] = torch.rand(7, device=device)
     expected = gradients(tokenops.attention_scores, inputs, cotangent(inputs, "mean"))
     for name, t in inputs.items():
         leaf = t.clone().requires_grad_()
@@ -415,12 +427,12 @@ def test_only_what_is_wanted_gets_a_gradient(backend):
     assert not score.requires_grad
 
 
-def test_score_at_a_dropped_key_has_a_gradient(backend):
+def test_score_at_a_dropped_key_has_a_gradient(backend, device):
     """So a predictor learns what a token that it dropped would have been worth."""
-    inputs = scores_inputs(1, 2, 9, 4, policy="hard")
+    inputs = scores_inputs(1, 2, 9, 4, policy="hard", device=device)
     policy = inputs["policy"].requires_grad_()
     score = tokenops.attention_scores(**inputs, self_keep=False)
     assert (score[policy == 0] == 0).all()
-    (gradient,) = torch.autograd.grad((score * torch.rand(9)).sum(), policy)
+    (gradient,) = torch.autograd.grad((score * torch.rand(9, device=device)).sum(), policy)
     assert (gradient[policy == 0] != 0).all()
     assert math.isfinite(gradient.sum().item())

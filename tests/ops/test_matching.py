@@ -116,15 +116,15 @@ def test_nearest(dtype, layout, heads, similarity, backend, device):
     seed=st.integers(0, 1000),
 )
 def test_nearest_exactly(
-    backend, similarity, batch, rows, columns, width, heads, zero_rows, nan_rows, masks, dtype,
-    layout, seed,
+    backend, device, similarity, batch, rows, columns, width, heads, zero_rows, nan_rows, masks,
+    dtype, layout, seed,
 ):  # fmt: skip
     """Ties, NaN, tokens of length zero, masks: the very indices of the loops."""
     lead = (batch,) if heads is None else (batch, heads)
     a, b = (
         as_layout(
             exact_metric(
-                *lead, count, width, similarity=similarity, dtype=dtype,
+                *lead, count, width, similarity=similarity, dtype=dtype, device=device,
                 zero_rows=zero_rows, nan_rows=nan_rows, seed=seed + i,
             ),
             layout,
@@ -133,7 +133,9 @@ def test_nearest_exactly(
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     a_mask, b_mask = (
-        None if share is None else torch.rand(batch, count, generator=generator) < share
+        None
+        if share is None
+        else (torch.rand(batch, count, generator=generator) < share).to(device)
         for share, count in zip(masks, (rows, columns), strict=True)
     )
     score, index = tokenops.nearest(a, b, similarity=similarity, a_mask=a_mask, b_mask=b_mask)
@@ -152,11 +154,11 @@ def test_nearest_exactly(
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("heads", [None, 2])
-def test_nearest_gradcheck(heads, similarity, backend):
+def test_nearest_gradcheck(heads, similarity, backend, device):
     lead = (2,) if heads is None else (2, heads)
-    a = random_tokens(*lead, 4, 3, dtype=torch.float64, seed=5).requires_grad_()
-    b = random_tokens(*lead, 5, 3, dtype=torch.float64, seed=6).requires_grad_()
-    mask = torch.tensor([[True, False, True, True], [True] * 4])
+    a = random_tokens(*lead, 4, 3, dtype=torch.float64, device=device, seed=5).requires_grad_()
+    b = random_tokens(*lead, 5, 3, dtype=torch.float64, device=device, seed=6).requires_grad_()
+    mask = torch.tensor([[True, False, True, True], [True] * 4], device=device)
 
     def call(a, b):
         score, _ = tokenops.nearest(a, b, similarity=similarity, a_mask=mask)
@@ -183,9 +185,9 @@ def test_nearest_gradient_where_nothing_is_chosen(backend, device):
     assert (gradients[1][1] == 0).all()
 
 
-def test_nearest_of_nothing_but_nan(backend):
-    a, b = torch.full((1, 2, 4), math.nan), random_tokens(1, 3, 4)
-    b_mask = torch.tensor([[False, True, True]])
+def test_nearest_of_nothing_but_nan(backend, device):
+    a, b = torch.full((1, 2, 4), math.nan, device=device), random_tokens(1, 3, 4, device=device)
+    b_mask = torch.tensor([[False, True, True]], device=device)
     score, index = tokenops.nearest(a, b, b_mask=b_mask)
     assert score.tolist() == [[-math.inf, -math.inf]]
     assert index.tolist() == [[1, 1]]
@@ -229,12 +231,12 @@ def test_nan_rows_spoil_no_other_gradient(similarity, backend, device):
     seed=st.integers(0, 1000),
 )
 def test_match_exactly(
-    backend, similarity, order, batch, tokens, width, heads, k, prefix, share, threshold,
+    backend, device, similarity, order, batch, tokens, width, heads, k, prefix, share, threshold,
     zero_rows, nan_rows, dtype, layout, seed,
 ):  # fmt: skip
     lead = (batch,) if heads is None else (batch, heads)
     metric = exact_metric(
-        *lead, tokens, width, similarity=similarity, dtype=dtype,
+        *lead, tokens, width, similarity=similarity, dtype=dtype, device=device,
         zero_rows=zero_rows, nan_rows=nan_rows, seed=seed,
     )  # fmt: skip
     metric = as_layout(metric, layout)
@@ -291,15 +293,16 @@ def splits_by_hand(draw):
     seed=st.integers(0, 1000),
 )
 def test_match_with_protected_tokens_and_given_indices(
-    backend, split, similarity, order, protect, share, threshold, index_dtype, seed
+    backend, device, split, similarity, order, protect, share, threshold, index_dtype, seed
 ):
     batch, tokens, prefix, shared, sides = split
-    metric = exact_metric(batch, tokens, 4, similarity=similarity, nan_rows=0.1, seed=seed)
+    kinds = {"similarity": similarity, "nan_rows": 0.1, "seed": seed}
+    metric = exact_metric(batch, tokens, 4, device=device, **kinds)
     mask = None
     if protect is not None:
         shape = (tokens,) if protect == "shared" else (batch, tokens)
-        mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.3
-    pair = tuple(torch.tensor(side, dtype=index_dtype) for side in sides)
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(device) < 0.3
+    pair = tuple(torch.tensor(side, dtype=index_dtype, device=device) for side in sides)
     if shared:
         pair = pair[0][0], pair[1][0]
         sides = [side * batch for side in sides]
@@ -376,8 +379,8 @@ def test_match_gives_nothing_away(dtype, layout, heads, similarity, backend, dev
 
 @pytest.mark.isa
 @pytest.mark.parametrize("shape", [(1, 4099, 64), (1, 2, 1500, 70), (5, 611, 16)], ids=str)
-def test_match_of_many_tokens(shape, backend):
-    metric = random_tokens(*shape)
+def test_match_of_many_tokens(shape, backend, device):
+    metric = random_tokens(*shape, device=device)
     tokens = shape[-2]
     for r in (1, tokens // 3, tokens):
         token_map = tokenops.match(metric, r)
@@ -390,11 +393,11 @@ def test_match_of_many_tokens(shape, backend):
     assert (nearest_regret(a, b, index) <= similarity_rounding(metric)).all()
 
 
-def test_autocast_keeps_precision(backend):
-    metric = random_tokens(2, 64, 32)
+def test_autocast_keeps_precision(backend, device):
+    metric = random_tokens(2, 64, 32, device=device)
     expected = tokenops.match(metric, 16)
     score, index = tokenops.nearest(metric, metric.flip(1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         token_map = tokenops.match(metric, 16)
         cast_score, cast_index = tokenops.nearest(metric, metric.flip(1))
     assert_same_bits(token_map.assign, expected.assign)
@@ -426,9 +429,9 @@ def test_number_and_order_of_outputs(prefix, r, order, backend, device):
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @given(seed=st.integers(0, 1000), r=st.integers(1, 10), tokens=st.integers(12, 30))
-def test_images_are_independent(backend, similarity, seed, r, tokens):
-    metric = exact_metric(3, tokens, 4, similarity=similarity, seed=seed)
-    order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
+def test_images_are_independent(backend, device, similarity, seed, r, tokens):
+    metric = exact_metric(3, tokens, 4, similarity=similarity, device=device, seed=seed)
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(seed)).to(device)
     options = {"similarity": similarity, "num_prefix": 1}
     together = tokenops.match(metric, r, **options).assign
     assert_same_bits(tokenops.match(metric[order], r, **options).assign, together[order])
@@ -436,12 +439,12 @@ def test_images_are_independent(backend, similarity, seed, r, tokens):
     assert_same_bits(torch.cat(alone), together)
 
 
-def test_renaming_tokens_renames_the_map(backend):
+def test_renaming_tokens_renames_the_map(backend, device):
     """With no ties, the groups depend on the tokens and the split, not on where they stand."""
     generator = torch.Generator().manual_seed(0)
-    metric = random_tokens(1, 20, 8)
-    pair = torch.arange(0, 20, 2), torch.arange(1, 20, 2)
-    to = torch.randperm(20, generator=generator)
+    metric = random_tokens(1, 20, 8, device=device)
+    pair = torch.arange(0, 20, 2, device=device), torch.arange(1, 20, 2, device=device)
+    to = torch.randperm(20, generator=generator).to(device)
     moved = torch.empty_like(metric)
     moved[:, to] = metric
     before = tokenops.match(metric, 6, split=pair).assign[0]
@@ -449,8 +452,8 @@ def test_renaming_tokens_renames_the_map(backend):
     assert torch.equal(before[:, None] == before, after[:, None] == after)
 
 
-def test_width_and_heads_that_add_nothing_change_nothing(backend):
-    metric = exact_metric(2, 30, 4, seed=5)
+def test_width_and_heads_that_add_nothing_change_nothing(backend, device):
+    metric = exact_metric(2, 30, 4, device=device, seed=5)
     expected = tokenops.match(metric, 9).assign
     padded = torch.nn.functional.pad(metric, (0, 60))
     assert_same_bits(tokenops.match(padded, 9).assign, expected)
@@ -459,9 +462,9 @@ def test_width_and_heads_that_add_nothing_change_nothing(backend):
 
 
 @pytest.mark.parametrize("width", [0, 1])
-def test_narrow_metrics(width, backend):
+def test_narrow_metrics(width, backend, device):
     """All tokens alike: the lowest sources merge into the lowest destination."""
-    metric = torch.ones(2, 7, width)
+    metric = torch.ones(2, 7, width, device=device)
     token_map = tokenops.match(metric, 2)
     assert token_map.assign.tolist() == [[0, 0, 0, 1, 2, 3, 4]] * 2
 
@@ -476,8 +479,8 @@ def test_nan_is_chosen_last(backend, device):
     assert_valid_token_map(tokenops.match(metric, 5), num_tokens=4, partition=True)
 
 
-def test_metric_carries_no_gradient(backend):
-    metric = random_tokens(1, 8, 4).requires_grad_()
+def test_metric_carries_no_gradient(backend, device):
+    metric = random_tokens(1, 8, 4, device=device).requires_grad_()
     token_map = tokenops.match(metric, 2)
     assert not token_map.assign.requires_grad
 
@@ -485,9 +488,9 @@ def test_metric_carries_no_gradient(backend):
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("width", [63, 64, 65, 80, 130])
-def test_mean_over_heads_of_wide_rows(width, dtype, backend):
+def test_mean_over_heads_of_wide_rows(width, dtype, backend, device):
     """Heads are averaged a few vectors at a time, the rest of the row one by one."""
-    keys = random_tokens(2, 5, 23, width, dtype=dtype, layout="packed")
+    keys = random_tokens(2, 5, 23, width, dtype=dtype, layout="packed", device=device)
     score, _ = tokenops.nearest(keys[:, :, ::2], keys[:, :, 1::2])
     mean = torch.nn.functional.normalize(keys.double().mean(1), dim=-1)
     expected = (mean[:, ::2] @ mean[:, 1::2].mT).amax(-1)

@@ -211,10 +211,12 @@ def test_widths(name, channels, backend, device):
     layout=st.sampled_from([x for x in LAYOUTS if x != "expanded"]),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(backend, name, batch, tokens, outputs, channels, dropped, dtype, layout, seed):
+def test_any_shape(
+    backend, device, name, batch, tokens, outputs, channels, dropped, dtype, layout, seed
+):
     operation = OPERATIONS[name]
-    token_map = random_token_map(batch, tokens, outputs, dropped=dropped, seed=seed)
-    inputs = make_inputs(operation, token_map, channels, dtype, "cpu", layout, seed)
+    token_map = random_token_map(batch, tokens, outputs, dropped=dropped, device=device, seed=seed)
+    inputs = make_inputs(operation, token_map, channels, dtype, device, layout, seed)
     check(operation, token_map, inputs, layout)
 
 
@@ -252,10 +254,10 @@ def test_reference_is_the_formula(name, device):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_gradcheck(name, backend):
+def test_gradcheck(name, backend, device):
     operation = OPERATIONS[name]
-    token_map = random_token_map(2, 6, 3, dropped=0.2, seed=4)
-    inputs = make_inputs(operation, token_map, 2, torch.float64, "cpu")
+    token_map = random_token_map(2, 6, 3, dropped=0.2, device=device, seed=4)
+    inputs = make_inputs(operation, token_map, 2, torch.float64, device)
     leaves = tuple(value.requires_grad_() for value in inputs.values())
 
     def call(*values):
@@ -265,9 +267,9 @@ def test_gradcheck(name, backend):
     assert torch.autograd.gradgradcheck(call, leaves)
 
 
-def test_prod_has_derivatives_at_zeros(backend):
-    token_map = TokenMap.from_assign(torch.tensor([[0, 0, 1, 1, 1, 2, -1]]), 3)
-    x = random_tokens(1, 7, 2, dtype=torch.float64)
+def test_prod_has_derivatives_at_zeros(backend, device):
+    token_map = TokenMap.from_assign(torch.tensor([[0, 0, 1, 1, 1, 2, -1]], device=device), 3)
+    x = random_tokens(1, 7, 2, dtype=torch.float64, device=device)
     x[0, 0, 0] = x[0, 2, 0] = x[0, 3, 0] = x[0, 5, :] = 0
     call = functools.partial(tokenops.merge, token_map=token_map, reduce="prod")
     x.requires_grad_()
@@ -299,11 +301,11 @@ def test_stride_zero_gradients(name, backend, device):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_only_wanted_gradients(name, backend):
+def test_only_wanted_gradients(name, backend, device):
     """Each input alone may ask for a gradient, and gets the one it has among all."""
     operation = OPERATIONS[name]
-    token_map = random_token_map(2, 9, 4, seed=6)
-    inputs = make_inputs(operation, token_map, 5, torch.float32, "cpu")
+    token_map = random_token_map(2, 9, 4, device=device, seed=6)
+    inputs = make_inputs(operation, token_map, 5, torch.float32, device)
     _, together, _ = values_and_gradients(functools.partial(operation.call, token_map), inputs)
     for i, wanted in enumerate(inputs):
         rest = {name: value for name, value in inputs.items() if name != wanted}
@@ -375,10 +377,10 @@ def test_sizes_count_exactly(backend, device):
     assert_same_bits(again, out)
 
 
-def test_types_of_sizes(backend):
+def test_types_of_sizes(backend, device):
     """float32, and float64 where both the tokens and the sizes are."""
-    token_map = random_token_map(1, 4, 2)
-    x, size = torch.ones(1, 4, 2), torch.ones(1, 4, 1)
+    token_map = random_token_map(1, 4, 2, device=device)
+    x, size = torch.ones(1, 4, 2, device=device), torch.ones(1, 4, 1, device=device)
     for wide, given_size, expected in (
         (x, None, torch.float32),
         (x.double(), None, torch.float32),
@@ -391,10 +393,11 @@ def test_types_of_sizes(backend):
         assert (out.dtype, total.dtype) == (wide.dtype, expected)
 
 
-def test_residual_of_another_dtype(backend):
+def test_residual_of_another_dtype(backend, device):
     """The result has the wider dtype, as a sum would have."""
-    token_map = random_token_map(2, 9, 4)
-    y, residual = random_tokens(2, 4, 5), random_tokens(2, 9, 5, seed=1)
+    token_map = random_token_map(2, 9, 4, device=device)
+    y = random_tokens(2, 4, 5, device=device)
+    residual = random_tokens(2, 9, 5, device=device, seed=1)
     for dtypes in ((torch.float32, torch.bfloat16), (torch.float16, torch.float64)):
         a, b = y.to(dtypes[0]), residual.to(dtypes[1])
         out = tokenops.unmerge(a, token_map, residual=b)
@@ -419,9 +422,10 @@ def test_weightless_groups_are_zero(backend, device):
 # ---- arguments ----
 
 
-def test_weight_and_size_come_with_or_without_a_last_dimension(backend):
-    token_map = random_token_map(2, 9, 4, seed=7)
-    x, weight = random_tokens(2, 9, 5), random_tokens(2, 9, 1, seed=1).abs()
+def test_weight_and_size_come_with_or_without_a_last_dimension(backend, device):
+    token_map = random_token_map(2, 9, 4, device=device, seed=7)
+    x = random_tokens(2, 9, 5, device=device)
+    weight = random_tokens(2, 9, 1, device=device, seed=1).abs()
     for call in (
         lambda w: tokenops.merge(x, token_map, weight=w),
         lambda w: tokenops.merge_wavg(x, token_map, w)[0],
@@ -431,9 +435,10 @@ def test_weight_and_size_come_with_or_without_a_last_dimension(backend):
         assert call(weight.bfloat16()).dtype == x.dtype
 
 
-def test_methods_are_the_functions(backend):
-    token_map = random_token_map(2, 9, 4, seed=8)
-    x, size, y = random_tokens(2, 9, 5), torch.rand(2, 9), random_tokens(2, 4, 5)
+def test_methods_are_the_functions(backend, device):
+    token_map = random_token_map(2, 9, 4, device=device, seed=8)
+    x, y = random_tokens(2, 9, 5, device=device), random_tokens(2, 4, 5, device=device)
+    size = torch.rand(2, 9, device=device)
     assert_same_bits(
         token_map.merge(x, reduce="amax", weight=size),
         tokenops.merge(x, token_map, reduce="amax", weight=size),
@@ -448,17 +453,17 @@ def test_methods_are_the_functions(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_autocast_keeps_the_dtype(dtype, backend):
-    token_map = random_token_map(2, 9, 4, seed=9)
-    x = random_tokens(2, 9, 5, dtype=dtype)
-    weight = torch.rand(2, 9)
+def test_autocast_keeps_the_dtype(dtype, backend, device):
+    token_map = random_token_map(2, 9, 4, device=device, seed=9)
+    x = random_tokens(2, 9, 5, dtype=dtype, device=device)
+    weight = torch.rand(2, 9, device=device)
     plainly = [
         tokenops.merge(x, token_map, weight=weight),
         tokenops.merge(x, token_map, reduce="prod"),
         *tokenops.merge_wavg(x, token_map, weight),
         tokenops.unmerge(x[:, :4], token_map, residual=x),
     ]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         cast = [
             tokenops.merge(x, token_map, weight=weight),
             tokenops.merge(x, token_map, reduce="prod"),
@@ -471,13 +476,13 @@ def test_autocast_keeps_the_dtype(dtype, backend):
 
 @pytest.mark.isa
 @pytest.mark.parametrize("channels", [768, 760, 761])  # whole cache lines, half ones, none
-def test_passes_larger_than_the_cache(channels, backend):
+def test_passes_larger_than_the_cache(channels, backend, device):
     """Beyond 32 MB results may be stored past the caches; the bits must not differ."""
     batch, tokens = 30, 197
-    token_map = random_token_map(batch, tokens, 181, seed=2)
-    x = random_tokens(batch, tokens, channels, seed=3)
-    y = random_tokens(batch, 181, channels, seed=4)
-    size = random_tokens(batch, tokens, 1, seed=5).abs() + 0.5
+    token_map = random_token_map(batch, tokens, 181, device=device, seed=2)
+    x = random_tokens(batch, tokens, channels, device=device, seed=3)
+    y = random_tokens(batch, 181, channels, device=device, seed=4)
+    size = random_tokens(batch, tokens, 1, device=device, seed=5).abs() + 0.5
 
     def results(part):
         one = TokenMap(*(t[part] for t in (token_map.assign, token_map.offsets, token_map.members)))

@@ -212,8 +212,8 @@ def test_public_operators_are_functions():
 IMAGES = 3
 
 
-def stack_of_maps():
-    maps = [random_token_map(B, N, M, dropped=0.2, seed=i) for i in range(IMAGES)]
+def stack_of_maps(device):
+    maps = [random_token_map(B, N, M, dropped=0.2, device=device, seed=i) for i in range(IMAGES)]
     fields = zip(*((m.assign, m.offsets, m.members) for m in maps), strict=True)
     return TokenMap(*map(torch.stack, fields))
 
@@ -247,9 +247,9 @@ X_DIMS = {0: (IMAGES, B, N, C), 2: (B, N, IMAGES, C), None: (B, N, C)}
     ("x_dim", "map_dim"),
     [pair for pair in itertools.product(X_DIMS, (0, None)) if any(d is not None for d in pair)],
 )
-def test_vmap_of_merging(x_dim, map_dim, backend):
-    x = torch.randn(X_DIMS[x_dim], generator=torch.Generator().manual_seed(0))
-    token_map = MAP if map_dim is None else stack_of_maps()
+def test_vmap_of_merging(x_dim, map_dim, backend, device):
+    x = torch.randn(X_DIMS[x_dim], generator=torch.Generator().manual_seed(0)).to(device)
+    token_map = MAP.to(device) if map_dim is None else stack_of_maps(device)
     in_dims = x_dim, map_dim
     for reduce in ("sum", "mean", "amax", "amin", "prod"):
         check_vmap(lambda x, m, r=reduce: m.merge(x, reduce=r), in_dims, x, token_map)
@@ -260,9 +260,10 @@ def test_vmap_of_merging(x_dim, map_dim, backend):
 
 
 @pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0), (1, None)], ids=str)
-def test_vmap_of_matching(dims, backend):
-    metric = torch.randn((IMAGES, B, 12, 4), generator=torch.Generator().manual_seed(1))
+def test_vmap_of_matching(dims, backend, device):
+    metric = torch.randn((IMAGES, B, 12, 4), generator=torch.Generator().manual_seed(1)).to(device)
     protected = torch.rand((IMAGES, B, 12), generator=torch.Generator().manual_seed(2)) < 0.2
+    protected = protected.to(device)
     metric = metric[0] if dims[0] is None else metric.movedim(0, dims[0])
 
     def fields(token_map):
@@ -279,29 +280,30 @@ def test_vmap_of_matching(dims, backend):
     check_vmap(tokenops.nearest, dims, metric, other)
 
 
-def test_vmap_of_splits(backend):
-    metric = random_tokens(B, 12, 4)
-    sources = torch.stack([torch.arange(i, i + 5) for i in range(IMAGES)])
-    destinations = torch.tensor([9, 10, 11])
+def test_vmap_of_splits(backend, device):
+    metric = random_tokens(B, 12, 4, device=device)
+    sources = torch.stack([torch.arange(i, i + 5, device=device) for i in range(IMAGES)])
+    destinations = torch.tensor([9, 10, 11], device=device)
     check_vmap(
         lambda s, d: tokenops.match(metric, 2, split=(s, d)).assign,
         (0, None),
         sources,
         destinations,
     )
-    labels = torch.stack([torch.arange(12).expand(B, -1) % i for i in (2, 3, 4)])
+    labels = torch.stack([torch.arange(12, device=device).expand(B, -1) % i for i in (2, 3, 4)])
     check_vmap(lambda a: TokenMap.from_assign(a, 4).members, (0,), labels)
 
 
 @pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0), (1, 0)], ids=str)
-def test_vmap_of_attention(dims, backend):
+def test_vmap_of_attention(dims, backend, device):
     """Mapped over tokens, weights or both; positions for all images or for each one."""
     q, k, v = (
-        torch.randn((IMAGES, B, 2, N, C), generator=torch.Generator().manual_seed(i))
+        torch.randn((IMAGES, B, 2, N, C), generator=torch.Generator().manual_seed(i)).to(device)
         for i in range(3)
     )
     policy = torch.rand((IMAGES, B, N), generator=torch.Generator().manual_seed(4)).round()
-    position = torch.arange(IMAGES * N).view(IMAGES, N) % N
+    policy, places = policy.to(device), torch.arange(N, device=device)
+    position = torch.arange(IMAGES * N, device=device).view(IMAGES, N) % N
     if dims[0] != 0:
         q, k, v = (t[0] if dims[0] is None else t.movedim(0, 1) for t in (q, k, v))
     if dims[1] is None:
@@ -311,7 +313,7 @@ def test_vmap_of_attention(dims, backend):
         out, lse = tokenops.policy_attention(
             q, k, v, policy, query_position=position, eps=1e-3, size=policy + 1, return_lse=True
         )
-        shared = tokenops.policy_attention(q, k, v, query_position=torch.arange(N), is_causal=True)
+        shared = tokenops.policy_attention(q, k, v, query_position=places, is_causal=True)
         score = tokenops.attention_scores(q, k, policy=policy, query_weight=policy + 1, lse=lse)
         return out, lse, shared, score, tokenops.attention_scores(q, k, query_index=[0, -1])
 
@@ -321,8 +323,8 @@ def test_vmap_of_attention(dims, backend):
     torch.testing.assert_close(got, loop(attend, in_dims, *arguments))
 
 
-def test_vmap_returns_token_maps(backend):
-    metrics = random_tokens(IMAGES * B, 12, 4).view(IMAGES, B, 12, 4)
+def test_vmap_returns_token_maps(backend, device):
+    metrics = random_tokens(IMAGES * B, 12, 4, device=device).view(IMAGES, B, 12, 4)
     token_maps = vmap(lambda m: tokenops.match(m, 3))(metrics)
     assert isinstance(token_maps, TokenMap)
     assert token_maps.assign.shape == (IMAGES, B, 12)
@@ -395,12 +397,12 @@ def test_transforms_that_differentiate():
     assert jacobian.shape == (B, M, C, B, N, C)
 
 
-def test_transforms_refuse_a_backend_that_cannot_serve_them(backend):
-    x = random_tokens(B, N, C)
-    if backend == "native":
-        message = r"merge: backend 'native' was chosen but cannot serve it: .*torch\.func\.grad"
+def test_transforms_refuse_a_backend_that_cannot_serve_them(backend, device):
+    x, token_map = random_tokens(B, N, C, device=device), MAP.to(device)
+    if backend in ("native", "triton"):
+        message = rf"merge: backend '{backend}' was chosen but cannot serve it: .*torch\.func\.grad"
         with pytest.raises(NotImplementedError, match=message):
-            grad(lambda x: MAP.merge(x).sum())(x)
-        assert vmap(MAP.merge)(x[None]).shape == (1, B, M, C)
+            grad(lambda x: token_map.merge(x).sum())(x)
+        assert vmap(token_map.merge)(x[None]).shape == (1, B, M, C)
     else:
-        assert grad(lambda x: MAP.merge(x).sum())(x).shape == x.shape
+        assert grad(lambda x: token_map.merge(x).sum())(x).shape == x.shape

@@ -128,8 +128,8 @@ def test_source_matrix_is_membership(token_map):
     assert token_map.source_matrix(torch.float16).dtype == torch.float16
 
 
-def test_compose_keeps_counts(backend):
-    metric = random_tokens(2, 12, 4)
+def test_compose_keeps_counts(backend, device):
+    metric = random_tokens(2, 12, 4, device=device)
     first = tokenops.match(metric, 4)
     second = tokenops.match(metric[:, :8], 4, threshold=0.2)
     composed = second.compose(first)
@@ -139,9 +139,10 @@ def test_compose_keeps_counts(backend):
 
 @pytest.mark.isa
 @given(token_map=maps(), channels=st.integers(1, 20))
-def test_unmerge_after_merge_is_constant_on_groups(backend, token_map, channels):
+def test_unmerge_after_merge_is_constant_on_groups(backend, device, token_map, channels):
+    token_map = token_map.to(device)
     batch, tokens = token_map.assign.shape
-    x = random_tokens(batch, tokens, channels)
+    x = random_tokens(batch, tokens, channels, device=device)
     merged = token_map.merge(x, reduce="amax")
     spread = token_map.unmerge(merged)
     expected = torch.zeros_like(x)
@@ -155,16 +156,17 @@ def test_unmerge_after_merge_is_constant_on_groups(backend, token_map, channels)
 
 
 @given(token_map=maps())
-def test_sizes_count_all_tokens(backend, token_map):
+def test_sizes_count_all_tokens(backend, device, token_map):
+    token_map = token_map.to(device)
     batch, tokens = token_map.assign.shape
-    _, size = token_map.merge_wavg(random_tokens(batch, tokens, 2))
+    _, size = token_map.merge_wavg(random_tokens(batch, tokens, 2, device=device))
     assert torch.equal(size[..., 0], token_map.offsets.diff(dim=1).float())
     kept = (token_map.assign >= 0).sum(1)
     assert torch.equal(size.sum((1, 2)), kept.float())
 
 
-def test_merging_twice_is_merging_by_the_composed_map(backend):
-    metric = random_tokens(2, 24, 8, dtype=torch.float64)
+def test_merging_twice_is_merging_by_the_composed_map(backend, device):
+    metric = random_tokens(2, 24, 8, dtype=torch.float64, device=device)
     first = tokenops.match(metric, 8, num_prefix=1)
     x, size = first.merge_wavg(metric)
     second = tokenops.match(x, 6, num_prefix=1)
@@ -175,23 +177,24 @@ def test_merging_twice_is_merging_by_the_composed_map(backend):
 
 
 @given(token_map=maps(batch=2), seed=st.integers(0, 100))
-def test_order_of_channels_and_outputs_does_not_matter(backend, token_map, seed):
+def test_order_of_channels_and_outputs_does_not_matter(backend, device, token_map, seed):
+    token_map = token_map.to(device)
     generator = torch.Generator().manual_seed(seed)
-    x = random_tokens(2, token_map.num_inputs, 19, seed=seed)
+    x = random_tokens(2, token_map.num_inputs, 19, seed=seed, device=device)
     merged = token_map.merge(x)
-    channels = torch.randperm(19, generator=generator)
+    channels = torch.randperm(19, generator=generator).to(device)
     assert_same_bits(token_map.merge(x[..., channels]), merged[..., channels])
     if token_map.num_tokens > 0:
-        to = torch.randperm(token_map.num_tokens, generator=generator)
+        to = torch.randperm(token_map.num_tokens, generator=generator).to(device)
         renamed = torch.where(token_map.assign >= 0, to[token_map.assign.clamp(min=0)], -1)
         other = TokenMap.from_assign(renamed, token_map.num_tokens)
         assert_same_bits(other.merge(x)[:, to], merged)
 
 
-def test_permuted_inputs_give_the_same_sums_up_to_rounding(backend):
-    token_map = random_token_map(2, 50, 7)
-    x = random_tokens(2, 50, 9)
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+def test_permuted_inputs_give_the_same_sums_up_to_rounding(backend, device):
+    token_map = random_token_map(2, 50, 7, device=device)
+    x = random_tokens(2, 50, 9, device=device)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0)).to(device)
     other = TokenMap.from_assign(token_map.assign[:, order], 7)
     truth = brute_force.merge(x.double(), token_map.assign, 7, "sum")
     magnitude = brute_force.merge(x.double().abs(), token_map.assign, 7, "sum")
@@ -342,8 +345,8 @@ def test_splits_serve_match(backend, device):
             assert_valid_token_map(token_map, num_tokens=27, partition=True)
 
 
-def test_r_is_clamped_to_the_sources(backend):
-    metric = random_tokens(1, 10, 4)
+def test_r_is_clamped_to_the_sources(backend, device):
+    metric = random_tokens(1, 10, 4, device=device)
     assert tokenops.match(metric, 99).num_tokens == 5
     assert tokenops.match(metric, 99, num_prefix=1).num_tokens == 6
     assert tokenops.match(metric, 99, split=tokenops.strided(5)).num_tokens == 2
