@@ -131,6 +131,10 @@ def _triton_obstacle(operator: str, device: str) -> str | None:
         return "Triton has no CPU kernels (TRITON_INTERPRET=1 runs them as Python, to debug them)"
     if device not in ("cpu", "cuda"):
         return f"the Triton kernels know no {device} tensors"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    if device == "cuda" and "cuda" in _compiled_for(operator):
+        return f"the compiled library serves {operator} on CUDA devices"
     if device == "cuda" and not _new_enough(torch.cuda.current_device()):
         return "the Triton kernels need compute capability 8.0"
     return None

@@ -101,7 +101,9 @@ def resources(compiled: Any) -> Resources:
     """Registers, stack, spills and shared memory of a kernel that was compiled for CUDA."""
     usage = _cuobjdump(compiled, "-res-usage")
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
-    spills = sum(1 for line in sass(compiled) if re.match(r"(@!?U?P\d+ )?(LDL|STL)\b", line))
+    spills = 0
+    if stack > 0:  # where else would they go; disassembling takes longer than compiling
+        spills = sum(1 for line in sass(compiled) if re.match(r"(@!?U?P\d+ )?(LDL|STL)\b", line))
     return Resources(registers, stack, spills, int(compiled.metadata.shared))
 
 

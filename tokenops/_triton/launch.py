@@ -129,7 +129,8 @@ class Launch:
         self.numbers = numbers
         self.settings = settings
         self.constants = constants
-        self._ready: tuple[Any, ...] | None = None
+        # By what each tensor is: code is compiled for its dtype, or for there being none.
+        self._ready: dict[tuple[torch.dtype | None, ...], tuple[Any, ...]] = {}
         self._tail = (*numbers, *constants.values())
 
     def __call__(self, *tensors: Tensor | None) -> None:
@@ -139,7 +140,8 @@ class Launch:
         if _recording is not None:
             _recording.append(Recorded(self, tensors))
             return
-        ready = self._ready
+        kinds = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+        ready = self._ready.get(kinds)
         if ready is not None and not _profiled():
             bits = 0
             for tensor in tensors:
@@ -161,7 +163,8 @@ class Launch:
             driver = triton.runtime.driver.active
             device = driver.get_current_device()
             stream = driver.get_current_stream
-            self._ready = compiled.run, compiled.function, compiled.packed_metadata, stream, device
+            metadata = compiled.packed_metadata
+            self._ready[kinds] = compiled.run, compiled.function, metadata, stream, device
 
 
 def _profiled() -> bool:
