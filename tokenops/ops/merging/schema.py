@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _backend
 from ..._library import acc_dtype, register
 from . import reference
 
@@ -258,4 +259,8 @@ register(
     backward=_merge_wavg_backward,
     setup_context=_merge_wavg_setup,
     public=True,
+)
+
+_backend.serve_by_triton(
+    __package__, "invert", "merge", "merge_select_backward", "unmerge", "pair_dot", "merge_wavg"
 )
