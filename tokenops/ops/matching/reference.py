@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..._library import acc_dtype, no_autocast
 from ..merging.reference import invert
+from . import common
 
 #: Similarities that are held at a time: rows of the score matrix come in blocks of so many entries,
 #: which keeps memory linear in N.
@@ -102,64 +103,13 @@ def match(
     """Bipartite matching; see the schema for the arguments and results."""
     x = _comparable(metric, similarity)
     batch, tokens, _ = x.shape
-    token = torch.arange(tokens, device=x.device)
-    if source_index is None or destination_index is None:
-        is_destination = token % stride == stride - 1
-        # Stable sorts in place of masks: shapes must not depend on values.
-        split = is_destination.byte().argsort(stable=True)
-        num_destinations = tokens // stride
-        source_index = split[: tokens - num_destinations]
-        destination_index = split[tokens - num_destinations :]
-    # In the order of the split; clamped, for nobody may have looked at a user's indices.
-    last = max(tokens - 1, 0)
-    listed = destination_index.long().clamp(0, last).expand(batch, -1)  # [B, Nd]
-    sources = source_index.long().clamp(0, last).expand(batch, -1).sort(dim=1).values  # [B, Ns]
-    destinations = listed.sort(dim=1).values
-
-    taboo = (token < num_prefix).expand(batch, tokens)
-    if protected is not None:
-        taboo = taboo | protected
-    # Eligible sources come first, protected ones as a last resort, prefix tokens never.
-    grade = taboo.gather(1, sources).int() + (sources < num_prefix)  # [B, Ns]: 0, 1, 2
-    open_to_sources = ~taboo.gather(1, destinations)
-    score, choice = _search(_rows(x, sources), _rows(x, destinations), open_to_sources)
-    score = torch.where(grade > 0, -math.inf, score)
-    if destinations.shape[1] == 0:
-        merged = torch.zeros_like(sources, dtype=torch.bool)
-        target = sources
-    else:
-        target = destinations.gather(1, choice.clamp(min=0).long())  # [B, Ns]
-        ranking = score.argsort(dim=1, descending=True, stable=True)
-        ranking = ranking.gather(1, grade.gather(1, ranking).argsort(dim=1, stable=True))
-        rank = ranking.argsort(dim=1)
-        merged = (rank < r) & (grade < 2)
-        if threshold is not None:
-            merged = merged & (grade == 0) & (choice >= 0) & (score >= threshold)
-
-    # The token that stands for each token's group: its destination if it merges, else itself.
-    group = token.repeat(batch, 1).scatter(1, sources, torch.where(merged, target, sources))
-    if order == "position" or r == 0:  # where nothing merges, the identity in either order
-        first = torch.full_like(group, tokens).scatter_reduce(
-            1, group, token.expand(batch, -1), "amin"
-        )
-        leader = first.gather(1, group)  # first member of each token's group
-        number = (leader == token).cumsum(1) - 1
-        assign = number.gather(1, leader)
-    else:
-        key = torch.ones(batch, tokens, dtype=torch.int64, device=x.device)
-        key = key.scatter(1, sources, 2).scatter(1, listed, 3)
-        key[:, :num_prefix] = 0
-        within = token.repeat(batch, 1)
-        if num_prefix == 0:
-            by_score = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            within = within.scatter(1, sources, by_score)
-        place = torch.arange(listed.shape[1], device=x.device).expand_as(listed)
-        within = torch.where(key == 3, torch.zeros_like(within).scatter(1, listed, place), within)
-        key = torch.where(group == token, key, 4) * tokens + within
-        assign = key.argsort(dim=1).argsort(dim=1).gather(1, group)
-    num_tokens = tokens if threshold is not None else tokens - r
-    assign = torch.where(assign < num_tokens, assign, -1).int()
-    counts = (tokens - merged.sum(dim=1)).int()
+    split = common.sides(batch, tokens, source_index, destination_index, stride, x.device)
+    closed = common.taboo(batch, tokens, num_prefix, protected, x.device)
+    open_to_sources = ~closed.gather(1, split.destinations)
+    score, choice = _search(_rows(x, split.sources), _rows(x, split.destinations), open_to_sources)
+    assign, counts, num_tokens = common.select(
+        score, choice, split, closed, r, num_prefix, threshold, order
+    )
     offsets, members = invert(assign, num_tokens)
     return assign, offsets, members, counts
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _backend
 from ..._library import acc_dtype, register
 from ..merging import schema as _merging  # noqa: F401 - registers what the backward calls
 from . import reference
@@ -124,3 +125,5 @@ register(
     shared=("protected", "source_index", "destination_index"),
     public=True,
 )
+
+_backend.serve_by_triton(__package__, "nearest", "match")

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matching by Triton kernels: paths that only large or unusual inputs take, and the machine code.
+
+Results need the interpreter (``TRITON_INTERPRET=1``); machine code is compiled for devices that
+need not be there, which the interpreter cannot do.
+"""
+
+import os
+import re
+
+import pytest
+import torch
+
+import tokenops
+from tokenops.testing import assert_same_bits, exact_metric, nearest_regret, random_tokens
+from tokenops.testing import similarity_rounding as rounding
+
+pytest.importorskip("triton")
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs under the interpreter")
+compiled = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
+
+
+@interpreted
+@pytest.mark.parametrize("inputs", ["f16 D130", "f16 D400", "f32 D130", "f16 heads D130", "f64"])
+def test_widths_that_do_not_stay_on_the_chip(inputs):
+    kind, *rest = inputs.split()
+    width = int(rest[-1][1:]) if rest else 70
+    dtype = {"f16": torch.float16, "f32": torch.float32, "f64": torch.float64}[kind]
+    lead = (1, 3) if "heads" in rest else (1,)
+    a = random_tokens(*lead, 33, width, dtype=dtype)
+    b = random_tokens(*lead, 70, width, dtype=dtype, seed=1)
+    mask = torch.arange(70)[None] % 3 > 0
+    with tokenops.use_backend("triton"):
+        _, index = tokenops.nearest(a, b, b_mask=mask)
+    assert mask[0, index[0].long()].all()
+    both = torch.cat([a, b], dim=-2)
+    assert (nearest_regret(a, b, index, b_mask=mask) <= rounding(both)).all()
+
+
+@interpreted
+def test_lengths_that_are_taken_before(monkeypatch):
+    """What large inputs do: another kernel prepares candidates."""
+    from tokenops.ops.matching.triton import search
+
+    a, keys = exact_metric(2, 90, 16, dtype=torch.float16), exact_metric(2, 2, 90, 16)
+    expected = [tokenops.match(x, 20, num_prefix=1).assign for x in (a, keys)]
+    monkeypatch.setattr(search, "AGAIN", 0)
+    search.plan.cache_clear()
+    with tokenops.use_backend("triton"):
+        for x, assign in zip((a, keys), expected, strict=True):
+            assert_same_bits(tokenops.match(x, 20, num_prefix=1).assign, assign)
+    search.plan.cache_clear()
+
+
+@interpreted
+@pytest.mark.parametrize("order", ["position", "tome"])
+@pytest.mark.parametrize("k", [2, 7])
+def test_more_tokens_than_one_program_sorts(order, k, monkeypatch):
+    from tokenops.ops.matching.triton import select
+
+    metric = exact_metric(2, 61, 4, nan_rows=0.1)
+    options = {"split": tokenops.strided(k), "order": order, "protected": torch.arange(61) % 5 == 2}
+    expected = tokenops.match(metric, 7, **options)
+    monkeypatch.setattr(select, "LARGEST", 60)
+    with tokenops.use_backend("triton"):
+        got = tokenops.match(metric, 7, **options)
+    assert_same_bits(got.assign, expected.assign)
+    assert_same_bits(got.members, expected.members)
+
+
+def loop_instructions_per_score(code, settings):
+    """Machine instructions of a thread for each score, in the loop that multiplies matrices."""
+    lengths = []
+    for at, text in enumerate(code):
+        branch = re.match(r"(?:@!?U?P\d+ )?BRA\b.*?0x([0-9a-f]+)", text)
+        start = int(branch[1], 16) // 16 if branch else at
+        if start < at and any("MMA" in line for line in code[start:at]):
+            lengths.append(at + 1 - start)
+    assert lengths, "no loop with a matrix product"
+    return min(lengths) * 32 * settings.warps / (settings.rows * settings.columns)
+
+
+@compiled
+def test_a_score_costs_few_instructions():
+    """Where the width is 64, finding the largest score costs more than the scores."""
+    from tokenops._triton.compile import compile_launch, sass
+    from tokenops._triton.launch import record
+    from tokenops.ops.matching.triton import nearest
+
+    x = torch.empty(2, 65536, 64, dtype=torch.bfloat16, device="meta")
+    with record("sm_90") as recorded:
+        nearest(x, x, None, None, "cosine")
+    search = recorded[-1]
+    code = sass(compile_launch(search, "sm_90"))
+    assert loop_instructions_per_score(code, search.launch.settings) <= 6.5

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sources merge, and the map that they make: one program per image, one launch.
+
+Everything is decided by sorting keys that no two tokens share, so that ties need no care: first
+those of the sources, whose r-th is the last to merge; then those of the tokens by group. In order
+of position a group stands where its first member, the leader, does: a first sort by group finds the
+leaders, a second one by leader is the map. In ToMe's order one sort is enough.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...._triton.launch import Launch, Settings, power_of_two
+from ...._triton.launch import plan as planned
+from .. import common
+from .search import Side, search
+
+_invert = torch.ops.tokenops.invert.default
+
+#: Most tokens of an image that one program sorts.
+LARGEST = 4096
+
+LAST_32 = tl.constexpr(2**31 - 1)
+LAST_64 = tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _bit(j: tl.constexpr, BITS: tl.constexpr):
+    """Bit j of the positions of a vector that has a dimension for each bit."""
+    return tl.reshape(tl.arange(0, 2), [1] * (BITS - j - 1) + [2] + [1] * j)
+
+
+@triton.jit
+def _exchange(x, stage: tl.constexpr, j: tl.constexpr, BITS: tl.constexpr):
+    """Put pairs that differ in bit j of their positions in order.
+
+    The partner of an integer is what is missing to the sum of both, modulo the word.
+    """
+    partner = tl.sum(x, BITS - 1 - j, keep_dims=True) - x
+    upper = _bit(j, BITS)
+    if stage < BITS:  # neighbouring runs are sorted in opposite directions
+        upper = upper ^ _bit(stage, BITS)
+    return tl.where((x > partner) != (upper == 1), partner, x)
+
+
+@triton.jit
+def _sort(keys, BITS: tl.constexpr):
+    """Bitonic sort of 2**BITS integers, ascending."""
+    x = tl.reshape(keys, [2] * BITS)
+    for stage in tl.static_range(1, BITS + 1):
+        for step in tl.static_range(stage):
+            x = _exchange(x, stage, stage - 1 - step, BITS)
+    return tl.reshape(x, keys.shape)
+
+
+@triton.jit
+def list_sides(
+    sources, destinations, slot, ascending,
+    Ns, Nd, tokens, sources_b, sources_n, destinations_b, destinations_n,
+    BITS: tl.constexpr, BITS_D: tl.constexpr,
+):  # fmt: skip
+    """Sort listed destinations, and note in ``slot`` what each listed token is.
+
+    Its place among the sources, or -2 - its place among the destinations as listed.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, 1 << BITS)
+    at = sources + image * sources_b + place.to(tl.int64) * sources_n
+    token = tl.load(at, mask=place < Ns, other=0).to(tl.int64)
+    token = tl.minimum(tl.maximum(token, 0), tokens - 1)
+    tl.store(slot + image * tokens + token, place, mask=place < Ns)
+
+    place = tl.arange(0, 1 << BITS_D)
+    at = destinations + image * destinations_b + place.to(tl.int64) * destinations_n
+    token = tl.load(at, mask=place < Nd, other=0).to(tl.int64)
+    token = tl.minimum(tl.maximum(token, 0), tokens - 1).to(tl.int32)
+    tl.store(slot + image * tokens + token, -2 - place, mask=place < Nd)
+    key = _sort(tl.where(place < Nd, token, LAST_32), BITS_D)
+    tl.store(ascending + image * Nd + place, key, mask=place < Nd)
+
+
+@triton.jit
+def _key(score, choice, protected, image, place, token, prefix, here, Ns, protected_b, protected_n):
+    """What sources merge by, the smallest first: grade, falling score, token.
+
+    Eligible sources have grade 0, protected ones 1, those of the prefix 2; the rest 3.
+    """
+    at = image * Ns + place
+    s = tl.load(score + at, mask=here, other=0)
+    c = tl.load(choice + at, mask=here, other=-1)
+    grade = (token < prefix).to(tl.int32) * 2
+    if protected is not None:
+        set_ = tl.load(
+            protected + image * protected_b + token.to(tl.int64) * protected_n, mask=here, other=0
+        )
+        grade = tl.maximum(grade, (set_ != 0).to(tl.int32))
+    s = tl.where(grade > 0, float("-inf"), tl.where(s == 0, 0.0, s))  # -0.0 equals 0.0
+    bits = s.to(tl.int32, bitcast=True)
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    falling = LAST_32 - rising.to(tl.int64)  # 32 bits
+    grade = tl.where(here, grade, 3)
+    key = (grade.to(tl.int64) << 45) | (falling << 13) | token.to(tl.int64)
+    return key, grade, s, c, falling
+
+
+@triton.jit
+def choose(
+    score, choice, sources, slot, ascending, protected, assign, offsets, members, counts,
+    tokens, outputs, Ns, Nd, r, prefix, stride, group, sources_b, sources_n, slot_b, ascending_b,
+    protected_b, protected_n, threshold,
+    LIMITED: tl.constexpr, TOME: tl.constexpr, BITS: tl.constexpr, BITS_S: tl.constexpr,
+):  # fmt: skip
+    """The whole map of an image, from the best destination of each of its sources."""
+    BLOCK: tl.constexpr = 1 << BITS
+    image = tl.program_id(0).to(tl.int64)
+    # The key of the last source to merge.
+    place = tl.arange(0, 1 << BITS_S)
+    if sources is None:
+        token = place + place // group
+    else:
+        at = sources + image * sources_b + place.to(tl.int64) * sources_n
+        token = tl.load(at, mask=place < Ns, other=0).to(tl.int64)
+        token = tl.minimum(tl.maximum(token, 0), tokens - 1).to(tl.int32)
+    key, _, _, _, _ = _key(
+        score, choice, protected, image, place, token, prefix, place < Ns, Ns,
+        protected_b, protected_n,
+    )  # fmt: skip
+    last = tl.sum(tl.where(place == r - 1, _sort(key, BITS_S), 0), 0)  # 0 where r is
+
+    # The token that stands for each token's group: its destination if it merges, else itself.
+    token = tl.arange(0, BLOCK)
+    here = token < tokens
+    if slot is None:
+        rank = token // stride
+        is_destination = token - rank * stride == stride - 1
+        is_source = here & (is_destination == 0)
+        place = token - rank
+    else:
+        noted = tl.load(slot + image * slot_b + token, mask=here, other=-1)
+        is_source = noted >= 0
+        is_destination = noted < -1
+        place = noted
+        rank = -2 - noted
+    key, grade, s, c, falling = _key(
+        score, choice, protected, image, place, token, prefix, is_source, Ns,
+        protected_b, protected_n,
+    )  # fmt: skip
+    merged = is_source & (key <= last) & (grade < 2)
+    if LIMITED:
+        merged = merged & (grade == 0) & (c >= 0) & (s >= threshold)
+    c = tl.maximum(c, 0)
+    if slot is None:
+        target = c * stride + stride - 1
+    else:
+        target = tl.load(ascending + image * ascending_b + c, mask=merged & (c < Nd), other=0)
+    stands = tl.where(merged, target, token)
+
+    # Tokens by group, groups in the order of the outputs.
+    position = tl.arange(0, BLOCK)
+    if TOME:
+        # Prefix 0, neither source nor destination 1, source 2, destination 3.
+        kind = tl.where(is_destination, 3, tl.where(is_source, 2, 1))
+        target_rank = c
+        if slot is not None:
+            target_rank = -2 - tl.load(slot + image * slot_b + target, mask=merged, other=-2)
+        within = tl.where(is_destination, rank, token).to(tl.int64)
+        within = tl.where(is_source & (prefix == 0), falling, within)
+        in_front = token < prefix
+        kind = tl.where(merged, 3, kind)
+        within = tl.where(merged, target_rank.to(tl.int64), within)
+        in_front = tl.where(merged, target < prefix, in_front)
+        kind = tl.where(in_front, 0, kind)
+        within = tl.where(in_front, stands.to(tl.int64), within)
+        key = (kind.to(tl.int64) << 56) | (within << 24) | (stands << 12).to(tl.int64) | token
+        key = _sort(tl.where(here, key, LAST_64), BITS)
+        owner = ((key >> 12) & 0xFFF).to(tl.int32)
+        token = (key & 0xFFF).to(tl.int32)
+        before = tl.gather(owner, tl.maximum(position - 1, 0), 0)
+        starts = (position == 0) | (owner != before)
+    else:
+        key = _sort(tl.where(here, stands * BLOCK + token, LAST_32), BITS)
+        owner, token = key // BLOCK, key % BLOCK
+        before = tl.gather(owner, tl.maximum(position - 1, 0), 0)
+        starts = (position == 0) | (owner != before)
+        start = tl.associative_scan(tl.where(starts, position, 0), 0, _larger)
+        leader = tl.gather(token, start, 0)
+        key = _sort(tl.where(position < tokens, leader * BLOCK + token, LAST_32), BITS)
+        owner, token = key // BLOCK, key % BLOCK
+        starts = owner == token
+    here = position < tokens
+    starts = starts & here
+    number = tl.cumsum(starts.to(tl.int32), 0) - 1
+    # More outputs than there should be, for want of sources, are dropped.
+    kept = here & (number < outputs)
+    to = image * tokens + position
+    tl.store(members + to, tl.where(kept, token, -1), mask=here)
+    tl.store(assign + image * tokens + token, tl.where(kept, number, -1), mask=here)
+    to = offsets + image * (outputs + 1)
+    tl.store(to + number, position, mask=starts & kept)
+    live = tl.sum((starts & kept).to(tl.int32), 0)
+    after = live + position
+    total = tl.sum(kept.to(tl.int32), 0)
+    tl.store(to + after, tl.zeros_like(after) + total, mask=after <= outputs)
+    tl.store(counts + image, tokens - tl.sum(merged.to(tl.int32), 0))
+
+
+class Plan(NamedTuple):
+    """Launches of a choice, and the sides to search.
+
+    Attributes:
+        sources: Rows of the metric that are sources.
+        destinations: Rows that are destinations.
+        choose: The choice.
+        sides: Sorts sides that are listed; None where they go by rule.
+        images: How many images have sides of their own.
+        outputs: Number of output tokens.
+    """
+
+    sources: Side
+    destinations: Side
+    choose: Launch
+    sides: Launch | None
+    images: int
+    outputs: int
+
+
+@planned
+def plan(
+    index: int | None,
+    batch: int,
+    tokens: int,
+    r: int,
+    num_prefix: int,
+    protected: tuple[int, int],
+    listed: tuple[tuple[int, ...], tuple[int, int], tuple[int, ...], tuple[int, int]] | None,
+    stride: int,
+    threshold: float | None,
+    tome: bool,
+) -> Plan:
+    """Launches for splits of one kind; ``listed`` is shapes and strides of sources, of others."""
+    outputs = tokens if threshold is not None else tokens - r
+    images, launch_sides = 1, None
+    if listed is None:
+        sources = Side(tokens - tokens // stride, None, max(stride - 1, 1))
+        destinations = Side(tokens // stride, None, step=stride, first=stride - 1)
+        by = 0, 0, 0, 0
+    else:
+        shape_s, by_s, shape_d, by_d = listed
+        images = max(shape[0] if len(shape) == 2 else 1 for shape in (shape_s, shape_d))
+        own = int(images > 1)
+        count_s, count_d = shape_s[-1], shape_d[-1]
+        sources = Side(count_s, by_s)
+        destinations = Side(count_d, (own * count_d, 1))
+        by = *by_s, own * tokens, own * count_d
+        blocks = power_of_two(count_s, 32), power_of_two(count_d, 32)
+        bits = blocks[0].bit_length() - 1, blocks[1].bit_length() - 1
+        launch_sides = Launch(
+            list_sides, (images,), (count_s, count_d, tokens, *by_s, *by_d),
+            Settings(*blocks, _warps(blocks[1])), BITS=bits[0], BITS_D=bits[1],
+        )  # fmt: skip
+    limit = min(r, sources.rows) if destinations.rows > 0 else 0
+    block, block_s = power_of_two(tokens, 32), power_of_two(sources.rows, 32)
+    numbers = (
+        tokens, outputs, sources.rows, destinations.rows, limit, num_prefix, stride,
+        sources.group if listed is None else 1, *by, *protected,
+        0.0 if threshold is None else threshold,
+    )  # fmt: skip
+    launch = Launch(
+        choose, (batch,), numbers, Settings(block, block_s, _warps(block)),
+        LIMITED=threshold is not None, TOME=tome and r > 0,
+        BITS=block.bit_length() - 1, BITS_S=block_s.bit_length() - 1,
+    )  # fmt: skip
+    return Plan(sources, destinations, launch, launch_sides, images, outputs)
+
+
+def _warps(block: int) -> int:
+    warps = 4 if block <= 512 else 8 if block <= 1024 else 32
+    return warps if torch.version.hip is None else min(warps, 16)  # waves of 64 threads
+
+
+def match(
+    metric: Tensor,
+    r: int,
+    num_prefix: int,
+    protected: Tensor | None,
+    source_index: Tensor | None,
+    destination_index: Tensor | None,
+    stride: int,
+    threshold: float | None,
+    order: str,
+    similarity: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bipartite matching; see the operator's schema."""
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    if r < 0 or r > tokens or stride < 1:
+        raise ValueError(f"match: r = {r} of {tokens} tokens, stride = {stride}")
+    cosine = similarity == "cosine"
+    by_protected = (0, 0) if protected is None else _by_image(protected)
+    if tokens == 0 or tokens > LARGEST or metric.dtype == torch.float64:
+        return _match_many(
+            metric, r, num_prefix, protected, source_index, destination_index, stride, threshold,
+            order, cosine,
+        )  # fmt: skip
+    listed = None
+    if source_index is not None and destination_index is not None:
+        listed = (
+            source_index.shape, _by_image(source_index),
+            destination_index.shape, _by_image(destination_index),
+        )  # fmt: skip
+    todo = plan(
+        metric.device.index, batch, tokens, r, num_prefix, by_protected, listed, stride, threshold,
+        order == "tome",
+    )  # fmt: skip
+    new = functools.partial(metric.new_empty, dtype=torch.int32)
+    slot = ascending = None
+    if todo.sides is not None:
+        slot = metric.new_full((todo.images, tokens), -1, dtype=torch.int32)
+        ascending = new((todo.images, todo.destinations.rows))
+        todo.sides(source_index, destination_index, slot, ascending)
+    score, choice = search(
+        metric, metric, todo.sources, todo.destinations, source_index, ascending, None, protected,
+        num_prefix, True, cosine,
+    )  # fmt: skip
+    assign, members = new((batch, tokens)), new((batch, tokens))
+    offsets, counts = new((batch, todo.outputs + 1)), new((batch,))
+    todo.choose(
+        score, choice, source_index, slot, ascending, protected, assign, offsets, members, counts
+    )
+    return assign, offsets, members, counts
+
+
+def _by_image(index: Tensor) -> tuple[int, int]:
+    by = index.stride()
+    if len(by) == 1:
+        return 0, by[0]
+    return (0 if index.shape[0] == 1 else by[0]), by[1]
+
+
+def _match_many(
+    metric: Tensor,
+    r: int,
+    num_prefix: int,
+    protected: Tensor | None,
+    source_index: Tensor | None,
+    destination_index: Tensor | None,
+    stride: int,
+    threshold: float | None,
+    order: str,
+    cosine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images too large to sort in one program, and double scores, which no key holds exactly.
+
+    The search is most of the work there; PyTorch's sorts do for the rest.
+    """
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    split = common.sides(batch, tokens, source_index, destination_index, stride, metric.device)
+    sources, destinations, _ = split
+    closed = common.taboo(batch, tokens, num_prefix, protected, metric.device)
+    score, choice = search(
+        metric, metric, Side(sources.shape[1], _by_image(sources)),
+        Side(destinations.shape[1], _by_image(destinations)), sources, destinations, None,
+        protected, num_prefix, True, cosine,
+    )  # fmt: skip
+    assign, counts, outputs = common.select(
+        score, choice, split, closed, r, num_prefix, threshold, order
+    )
+    offsets, members = _invert(assign, outputs)
+    return assign, offsets, members, counts
