@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _backend
 from ..._library import acc_dtype, register
 from . import reference
 
@@ -225,4 +226,8 @@ register(
     setup_context=_scores_setup,
     shared=("position",),
     public=True,
+)
+
+_backend.serve_by_triton(
+    __package__, "policy_attention", "policy_attention_backward", "attention_scores"
 )

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over several tiles: whole ones, diagonals and tails; heads wider than a tile."""
+
+import attention_oracle as oracle
+import pytest
+import torch
+
+import tokenops
+from tokenops.testing import random_attention
+
+KINDS = {
+    "plain": ({}, {}),
+    "hard": ({"policy": "hard"}, {}),
+    "per head, eps": ({"policy": "per-head", "key_heads": 1}, {"eps": 1e-2}),
+    "padding": ({"padding": 0.3, "zero_sizes": 0.2, "policy": "soft"}, {"eps": 1e-2}),
+    "causal": ({"policy": "hard"}, {"is_causal": True}),
+    "causal, padding": ({"padding": 0.3}, {"is_causal": True, "eps": 1e-3}),
+}
+
+
+def attention(**arguments):
+    return tokenops.policy_attention(**arguments, return_lse=True)
+
+
+@pytest.mark.parametrize(("width", "value_width"), [(8, 5), (80, 150)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_over_tiles(kind, width, value_width, backend, device):
+    kinds, options = KINDS[kind]
+    inputs = random_attention(
+        1, 2, 75, width, value_width=value_width, dtype=torch.float64, device=device, **kinds
+    )
+    grads = oracle.cotangents(inputs)
+    got = oracle.results(attention, inputs, *grads, **options)
+    truth = oracle.results(oracle.attention, inputs, *grads, **options)
+    oracle.assert_exact(
+        got, truth, oracle.magnitudes(**inputs, grad=grads[0], grad_lse=grads[1], **options)
+    )
