@@ -41,6 +41,8 @@ class Job:
     case: str
     number: int
     arch: str
+    kernel: str
+    tile: str
 
 
 def jobs(archs: Iterable[str] = ARCHS, only: str = "") -> list[Job]:
@@ -48,13 +50,22 @@ def jobs(archs: Iterable[str] = ARCHS, only: str = "") -> list[Job]:
     found: dict[str, Job] = {}
     for arch in archs:
         for case, call in launches.cases().items():
-            if only not in case:
-                continue
             with record(arch) as recorded:
                 call()
             for number, item in enumerate(recorded):
-                variant = f"{arch} {item.launch.kernel.__name__} {source(item)}"
-                found.setdefault(variant, Job(case, number, arch))
+                kernel, tile = item.launch.kernel.__name__, item.launch.settings
+                words = f"{tile.rows}x{tile.columns} {tile.warps}w {tile.stages}s"
+                variant = f"{arch} {kernel} {source(item)}"
+                found.setdefault(variant, Job(case, number, arch, kernel, words))
+    return [job for job in found.values() if only in job.case]
+
+
+def choice(what: list[Job], budget: list[Row]) -> list[Job]:
+    """Of all launches of a kernel with one tile, the one that takes the most registers."""
+    registers = {key(row): int(row["registers"]) for row in budget}
+    found: dict[tuple[str, str, str], Job] = {}
+    for job in sorted(what, key=lambda j: registers.get((j.case, j.kernel, j.arch), 256)):
+        found[job.arch, job.kernel, job.tile] = job
     return list(found.values())
 
 
@@ -63,14 +74,12 @@ def measure(job: Job) -> Row:
     with record(job.arch) as recorded:
         launches.cases()[job.case]()
     item = recorded[job.number]
-    compiled = compile_launch(item, job.arch)
-    used = resources(compiled)
-    tile = item.launch.settings
+    used = resources(compile_launch(item, job.arch))
     return {
         "case": job.case,
-        "kernel": item.launch.kernel.__name__,
+        "kernel": job.kernel,
         "arch": job.arch,
-        "tile": f"{tile.rows}x{tile.columns} {tile.warps}w {tile.stages}s",
+        "tile": job.tile,
         "registers": str(used.registers),
         "stack": str(used.stack),
         "spills": str(used.spills),
@@ -81,30 +90,33 @@ def measure(job: Job) -> Row:
 def measure_all(what: list[Job], workers: int = 2) -> list[Row]:
     """Compile launches, in several processes."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(tqdm(pool.map(measure, what), total=len(what), disable=None))
+        return list(tqdm(pool.map(measure, what), total=len(what), mininterval=30, file=sys.stderr))
 
 
 def excesses(rows: list[Row], budget: list[Row]) -> list[str]:
     """What rows use beyond the budget or a device, and rows that the budget does not know."""
-    allowed = {_key(row): row for row in budget}
+    allowed: dict[tuple[str, ...], list[Row]] = {}
+    for row in budget:  # a case may launch a kernel more than once
+        allowed.setdefault(key(row), []).append(row)
     wrong = []
     for row in rows:
         limits = {"stack": 0, "spills": 0, "shared": SHARED[row["arch"]]}
-        budgeted = allowed.get(_key(row))
+        budgeted = allowed.get(key(row))
         if budgeted is None:
-            wrong.append(f"{' '.join(_key(row))}: not in the budget")
+            wrong.append(f"{' '.join(key(row))}: not in the budget")
         else:
-            limits["registers"] = int(budgeted["registers"])
-            limits["shared"] = min(limits["shared"], int(budgeted["shared"]))
+            limits["registers"] = max(int(b["registers"]) for b in budgeted)
+            limits["shared"] = min(limits["shared"], max(int(b["shared"]) for b in budgeted))
         wrong += [
-            f"{' '.join(_key(row))}: {row[what]} {what}, at most {limit} allowed"
+            f"{' '.join(key(row))}: {row[what]} {what}, at most {limit} allowed"
             for what, limit in limits.items()
             if int(row[what]) > limit
         ]
     return wrong
 
 
-def _key(row: Row) -> tuple[str, ...]:
+def key(row: Row) -> tuple[str, ...]:
+    """What names a row."""
     return row["case"], row["kernel"], row["arch"]
 
 
@@ -114,23 +126,37 @@ def read_budget() -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def write_budget(rows: list[Row], archs: Iterable[str], only: str) -> None:
+    """Put rows in the place of those of the same architectures and cases."""
+    known = launches.cases()
+    kept = [
+        row
+        for row in (read_budget() if BUDGET.is_file() else [])
+        if row["case"] in known and (row["arch"] not in archs or only not in row["case"])
+    ]
+    order = {case: place for place, case in enumerate(known)}
+    rows = sorted([*kept, *rows], key=lambda r: (ARCHS.index(r["arch"]), order[r["case"]]))
+    with BUDGET.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--only", default="", help="part of the names of cases")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="compare with the budget")
-    parser.add_argument("--write", action="store_true", help="make the budget anew")
+    text = "make the budget anew, or the part of it that --arch and --only choose"
+    parser.add_argument("--write", action="store_true", help=text)
     options = parser.parse_args(arguments)
     rows = measure_all(jobs(options.arch, options.only), options.workers)
     widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in COLUMNS}
     for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]:
         print("  ".join(row[c].ljust(widths[c]) for c in COLUMNS).rstrip())
     if options.write:
-        with BUDGET.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_budget(rows, options.arch, options.only)
     wrong = excesses(rows, read_budget() if options.check else rows)
     print("\n".join(wrong))
     return len(wrong) > 0

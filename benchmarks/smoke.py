@@ -109,9 +109,10 @@ ATTENTION: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
 
 
 def _attention(dtype: torch.dtype, device: torch.device) -> None:
-    for tokens, width in ((70, 64), (197, 32), (300, 80)):
+    for tokens, width, value_width in ((70, 64, 112), (197, 32, 32), (300, 80, 80)):
         for kinds, options in ATTENTION:
-            inputs = random_attention(2, 2, tokens, width, dtype=dtype, device=device, **kinds)
+            kinds = {"value_width": value_width, "dtype": dtype, "device": device, **kinds}
+            inputs = random_attention(2, 2, tokens, width, **kinds)
             compare(lambda o=options, **x: tokenops.policy_attention(**x, **o), inputs)
 
 

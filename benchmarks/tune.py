@@ -24,7 +24,7 @@ from .registry import operators, select
 from .timing import CudaTimer
 
 #: Bounds of each number, and whether it doubles or counts.
-LIMITS = {"rows": (1, 256), "columns": (16, 512), "warps": (1, 16), "stages": (1, 6)}
+LIMITS = {"rows": (1, 256), "columns": (16, 256), "warps": (1, 16), "stages": (1, 6)}
 
 #: A setting has to be so much faster to take another's place.
 GAIN = 0.99

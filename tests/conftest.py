@@ -8,12 +8,15 @@ that nothing falls back silently; ``device`` beside it adds each device that is 
 there is a CUDA device. One that cannot be had on the CPU fails the run. ``default`` stands for no
 explicit choice. With ``TRITON_INTERPRET=1``, ``triton`` runs on the CPU too, slowly.
 ``TOKENOPS_TEST_DEVICES`` names the devices, all that are there if unset.
+``TOKENOPS_TEST_SHARE=1/8`` runs one test in eight, always the same ones: Triton's interpreter takes
+minutes for what a kernel does in microseconds.
 ``HYPOTHESIS_PROFILE=thorough`` searches longer and elsewhere each time, ``quick`` hardly at all.
 """
 
 import ctypes
 import os
 import platform
+import zlib
 
 import pytest
 import torch
@@ -83,10 +86,15 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    if "cuda" not in DEVICES:
-        out = [item for item in items if item.get_closest_marker("cuda") is not None]
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in out]
+    number, of = map(int, os.environ.get("TOKENOPS_TEST_SHARE", "1/1").split("/"))
+
+    def wanted_here(item):
+        if "cuda" not in DEVICES and item.get_closest_marker("cuda") is not None:
+            return False
+        return zlib.crc32(item.nodeid.encode()) % of == number - 1
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted_here(item)])
+    items[:] = filter(wanted_here, items)
     parameters = [getattr(item, "callspec", None) for item in items]
     wanted = any(
         c.params.get("backend") == "native" or c.params.get("isa_level") in ISA_LEVELS
