@@ -8,6 +8,7 @@ under Triton's interpreter (``make interpret``) and on CUDA devices.
 import contextlib
 import importlib
 import os
+import re
 
 import pytest
 import torch
@@ -227,6 +228,30 @@ def test_what_a_launch_is_compiled_from():
     used = ahead.resources(ahead.compile_launch(recorded[2], "sm_90"))
     assert 0 < used.registers <= 255
     assert (used.stack, used.spills, used.shared) == (0, 0, 0)
+
+
+def loop_instructions_per_score(code, settings):
+    """Machine instructions of a thread for each score, in the loop that multiplies matrices."""
+    lengths = []
+    for at, text in enumerate(code):
+        branch = re.match(r"(?:@!?U?P\d+ )?BRA\b.*?0x([0-9a-f]+)", text)
+        start = int(branch[1], 16) // 16 if branch else at
+        if start < at and any("MMA" in line for line in code[start:at]):
+            lengths.append(at + 1 - start)
+    assert lengths, "no loop with a matrix product"
+    return min(lengths) * 32 * settings.warps / (settings.rows * settings.columns)
+
+
+@compiled_here
+def test_a_score_costs_few_instructions():
+    """Where the width is 64, finding the largest score costs more than the scores."""
+    nearest = importlib.import_module("tokenops.ops.matching.triton").nearest
+    x = torch.empty(2, 65536, 64, dtype=torch.bfloat16, device="meta")
+    with record("sm_90") as recorded:
+        nearest(x, x, None, None, "cosine")
+    search = recorded[-1]
+    code = ahead.sass(ahead.compile_launch(search, "sm_90"))
+    assert loop_instructions_per_score(code, search.launch.settings) <= 6.5
 
 
 @pytest.mark.parametrize("arch", resources.ARCHS)
