@@ -23,7 +23,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import tokenops
-from tokenops import _native
+from tokenops import _backend, _native
 
 # Without it, products of matrices on CUDA devices warn that their bits may differ.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -33,8 +33,7 @@ DEVICES = os.environ.get("TOKENOPS_TEST_DEVICES", "cpu,cuda" if HAS_CUDA else "c
 BACKENDS = os.environ.get(
     "TOKENOPS_TEST_BACKENDS", "native,triton,reference" if HAS_CUDA else "native,reference"
 ).split(",")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-ON_CPU = [b for b in BACKENDS if b != "triton" or INTERPRETING]
+ON_CPU = [b for b in BACKENDS if b != "triton" or _backend._interpreting]
 #: Below the best level of this CPU, which all other tests run at.
 ISA_LEVELS = ["portable", "avx2", "avx512"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backward pass of attention: three to four launches, planned once per kind of call."""
+"""The backward pass of attention: two to four launches, planned once per kind of call."""
 
 from __future__ import annotations
 
