@@ -55,7 +55,7 @@ class Recorded:
     tensors: tuple[Tensor | None, ...]
 
 
-def plan(function: Function) -> Function:
+def planned(function: Function) -> Function:
     """Keep what a function makes of one shape, dtype, layout and device: its arguments."""
     kept = functools.lru_cache(maxsize=1024)(function)
     _plans.append(kept)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .... import _backend
-from ...._triton.launch import Launch, Settings, arch, ceil_div, plan, power_of_two, rule
+from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
 from .backward_keys import attend_backward_keys, sum_heads
 from .backward_rows import attend_backward_rows
 from .rows import MOST_ROWS, halves, precision, weigh_keys
@@ -92,7 +92,7 @@ class _Plan(NamedTuple):
 _Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
 
 
-@plan
+@planned
 def _plan(
     device: str,
     index: int | None,

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .... import _backend
-from ...._triton.launch import Launch, Settings, arch, ceil_div, power_of_two, rule
-from ...._triton.launch import plan as planned
+from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
 from .forward_long import attend_long, list_tiles
 from .forward_short import attend_short
 from .rows import MOST_ROWS, halves, precision, weigh_keys

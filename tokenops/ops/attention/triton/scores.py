@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import Launch, Settings, arch, ceil_div, power_of_two, rule
-from ...._triton.launch import plan as planned
+from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
 from .forward import Layout, Plan, plan, weigh
 from .forward_tile import load_weights
 from .rows import LOG2E, crossing, halves, load_queries, load_tile, precision

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ...._library import acc_dtype
-from ...._triton.launch import Launch, Settings, arch, ceil_div, power_of_two, rule
-from ...._triton.launch import plan as planned
+from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
 from . import kernels
 
 #: Widest rows that are kept whole.

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import Launch, Settings, power_of_two
-from ...._triton.launch import plan as planned
+from ...._triton.launch import Launch, Settings, planned, power_of_two
 from .. import common
 from .search import Side, search
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...._library import acc_dtype
-from ...._triton.launch import Launch, Settings, arch, ceil_div, plan, power_of_two, rule
+from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
 from . import kernels
 
 #: Bytes of a vector load, and threads of a program.
@@ -90,7 +90,7 @@ def _dense(name: str, tensor: Tensor, shape: _Shape, dtype: torch.dtype) -> Tens
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-@plan
+@planned
 def _merge_plan(
     device: str,
     index: int | None,
@@ -162,7 +162,7 @@ def merge_wavg(
     return _merge("merge_wavg", x, offsets, members, size, None, total, "wavg"), total
 
 
-@plan
+@planned
 def _unmerge_plan(
     device: str,
     index: int | None,
@@ -218,7 +218,7 @@ def unmerge(
     return out
 
 
-@plan
+@planned
 def _pair_dot_plan(
     device: str,
     index: int | None,
@@ -252,7 +252,7 @@ def pair_dot(x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Ten
     return out
 
 
-@plan
+@planned
 def _select_backward_plan(
     device: str,
     index: int | None,
@@ -317,7 +317,7 @@ def merge_select_backward(
     return result
 
 
-@plan
+@planned
 def _invert_plan(device: str, index: int | None, images: int, tokens: int, outputs: int) -> Launch:
     size = power_of_two(tokens + outputs + 1, 16)
     settings = Settings(size, 1, max(1, min(size // 128, 16)), 1)
