@@ -310,14 +310,15 @@ def _key_weights(
         _checks.check_shape(name, "policy", policy, shapes)
         _checks.check_same_device(name, "policy", policy, q)
         _check_not_negative(name, "policy", policy)
-        policy = policy.to(dtype)
+        policy = policy if policy.dtype == dtype else policy.to(dtype)
         policy = policy.flatten(1) if is_column else policy
     if size is not None:
         _check_weight_dtype(name, "size", size, "a floating-point tensor")
         _checks.check_shape(name, "size", size, [rows, column])
         _checks.check_same_device(name, "size", size, q)
         _check_not_negative(name, "size", size)
-        size = size.to(dtype).flatten(1)
+        size = size if size.dtype == dtype else size.to(dtype)
+        size = size.flatten(1) if size.dim() == 3 else size
     if key_padding_mask is not None:
         _checks.check_bool(name, "key_padding_mask", key_padding_mask)
         _checks.check_shape(name, "key_padding_mask", key_padding_mask, [rows])

@@ -21,7 +21,7 @@ CHUNK = 64
 AGAIN = 1 << 26
 
 #: Programs that fill a device; fewer than that, and tiles become smaller.
-FULL_DEVICE = 264
+FULL_DEVICE = 132
 
 #: Architectures with shared memory for all 320 channels of a tile of sources.
 _LARGE = ("sm_80", "sm_90")
@@ -64,9 +64,7 @@ class Plan(NamedTuple):
 
 
 @rule
-def nearest_tile(
-    device: str, dtype: torch.dtype, exact: bool, width: int, few: bool, plain: bool
-) -> Settings:
+def nearest_tile(device: str, dtype: torch.dtype, exact: bool, width: int, few: bool) -> Settings:
     """Tile of a search.
 
     Args:
@@ -75,7 +73,6 @@ def nearest_tile(
         exact: Whether rows are in half precision.
         width: Of the rows.
         few: Whether large tiles would leave the device idle.
-        plain: Whether the kernel is given the lengths of the candidates.
     """
     if dtype == torch.float64:
         return Settings(16, 16, 4, 1)
@@ -87,8 +84,7 @@ def nearest_tile(
         if few:
             return Settings(64, 64, 4, 2)
         # Half the warps do more for each of the instructions that a tile costs once.
-        warps = 4 if plain and device == "sm_90" and width <= CHUNK else 8
-        return Settings(128, 64, warps, 2)
+        return Settings(128, 64, 4 if device == "sm_90" and width <= CHUNK else 8, 2)
     if few:
         return Settings(64, 64, 4, 3)
     return Settings(128, 128 if device == "sm_90" else 64, 8, 3)
@@ -126,7 +122,7 @@ def plan(
         width <= WHOLE
         and batch * ceil_div(a.rows, 64 if few else 128) * b.rows * width * heads <= AGAIN
     )
-    tile = nearest_tile(device, acc, exact, width, few, not again)
+    tile = nearest_tile(device, acc, exact, width, few)
     whole = resident(device, width) if exact else width <= CHUNK and acc == torch.float32
     padded = ceil_div(max(b.rows, 1), tile.columns) * tile.columns
     precision = "ieee" if device.startswith("gfx") else "tf32x3"

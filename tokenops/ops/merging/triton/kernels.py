@@ -36,7 +36,7 @@ def _groups(offsets, m, keep, tokens):
 @triton.jit
 def _member(members, start, count, k, tokens):
     """The k-th member of each output token, and whether there is one."""
-    n = tl.load(members + start + k, mask=(k >= 0) & (k < count), other=-1)
+    n = tl.load(members + start + k, mask=k < count, other=-1)
     return n, (n >= 0) & (n < tokens)  # [rows]
 
 
@@ -145,7 +145,8 @@ def merge_rows(
             total = count.to(acc.dtype)
         empty = (total == 0)[:, None]
         acc = tl.where(empty, 0, acc / tl.where(empty, 1, total[:, None]))
-        tl.store(total_out + image * outputs + m, total, mask=keep & (block == 0))
+        if block == 0:
+            tl.store(total_out + image * outputs + m, total, mask=keep)
     if REDUCE == "amax" or REDUCE == "amin" or REDUCE == "prod":
         acc = tl.where((count > 0)[:, None], acc, 0)
     if scale is not None:
