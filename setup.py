@@ -3,7 +3,9 @@
 
 Environment variables (CONTRIBUTING.md has more on them):
     TOKENOPS_BUILD     auto (default): compile if torch and a compiler are there, else make a
-                       pure-Python package; none: pure; cpu, cuda: compile or fail.
+                       pure-Python package; none: pure; cpu, cuda: compile or fail; emulate: the
+                       CUDA kernels as C++ for the CPU, to test them.
+    TOKENOPS_CUDA_ARCHS  compute capabilities to compile for, "8.0 9.0a 10.0 12.0" by default.
     TOKENOPS_INSPECT   1: always build the pybind11 module, 0: never; by default in place only.
     TOKENOPS_SANITIZE  sanitizers to compile with, for example "address,undefined".
 """
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from setuptools.command.build_ext import build_ext as plain_build_ext
 MODE = os.environ.get("TOKENOPS_BUILD") or "auto"
 INSPECT = os.environ.get("TOKENOPS_INSPECT") or "in-place"
 SANITIZE = os.environ.get("TOKENOPS_SANITIZE") or ""
+CUDA_ARCHS = (os.environ.get("TOKENOPS_CUDA_ARCHS") or "8.0 9.0a 10.0 12.0").split()
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install"} & set(sys.argv)
 # torch 2.10, the oldest one that the library runs with
 TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
@@ -57,39 +61,82 @@ def native() -> tuple[list[Extension], dict[str, Any], type]:
     if not shutil.which(compiler[0]):
         raise CannotCompileError(f"no C++ compiler at build time ({compiler[0]} not found)")
 
-    cuda_sources = sorted(map(str, Path("csrc").glob("*/*.cu")))
-    no_cuda = None
-    if MODE == "cpu":
-        no_cuda = "TOKENOPS_BUILD=cpu at build time"
-    elif not cuda_sources:
-        no_cuda = "this version has no CUDA kernels"
-    elif torch.version.cuda is None:
+    nvcc, no_cuda = None, None
+    if MODE in ("cpu", "emulate"):
+        no_cuda = f"TOKENOPS_BUILD={MODE} at build time"
+    elif MODE == "auto" and torch.version.cuda is None:
         no_cuda = f"torch {torch.__version__} at build time, which has no CUDA"
-    elif not shutil.which("nvcc", path=f"{torch_build.CUDA_HOME}/bin"):
-        no_cuda = "no nvcc at build time (CUDA_HOME names its toolkit)"
+    else:
+        nvcc = find_nvcc()
+        no_cuda = None if nvcc else "no nvcc at build time (CUDA_HOME names its toolkit)"
     if MODE == "cuda" and no_cuda:
         raise CannotCompileError(no_cuda)
 
-    kind = torch_build.CppExtension if no_cuda else torch_build.CUDAExtension
-    library = kind(
+    sources = sorted(map(str, Path("csrc").glob("*/*.cpp")))
+    if MODE == "emulate":
+        sources = ["csrc/emulated.cpp"]
+    library = torch_build.CppExtension(
         "tokenops._C",
-        sorted(map(str, Path("csrc").glob("*/*.cpp"))) + ([] if no_cuda else cuda_sources),
+        sources,
         depends=sorted(map(str, Path("csrc").glob("**/*.*h"))),
-        define_macros=[TARGET] if no_cuda else [TARGET, ("USE_CUDA", None)],
-        extra_compile_args={"cxx": FLAGS, "nvcc": ["-std=c++17", "-O3"]},
-        extra_link_args=LINK_FLAGS,
+        define_macros=[TARGET],
+        extra_compile_args=FLAGS,
+        extra_link_args=LINK_FLAGS + ([] if no_cuda else cuda_link_flags(nvcc)),
         py_limited_api=True,
     )
+    library.nvcc = nvcc
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     record = {
-        "built": "cpu" if no_cuda else "cuda",
+        "built": "emulated" if MODE == "emulate" else "cpu" if no_cuda else "cuda",
         "compiler": version.partition("\n")[0],
         "flags": " ".join(FLAGS),
         "torch": torch.__version__,
         "torch_target": TARGET[1],
         "no_cuda": no_cuda,
+        "cuda_archs": [] if no_cuda else CUDA_ARCHS,
     }
     return [library, *inspect_module(torch_build)], record, torch_build.BuildExtension
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: of CUDA_HOME, else the first in the path or where it is installed to."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda_link_flags(nvcc: str) -> list[str]:
+    """The CUDA runtime as a part of the library, which then needs none of one certain version."""
+    listing = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+    line = next(text for text in listing.stderr.splitlines() if "LIBRARIES=" in text)
+    folders = shlex.split(line.partition("LIBRARIES=")[2])
+    return [*folders, "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
+
+
+def compile_cuda(nvcc: str, include_dirs: list[str], folder: str) -> list[str]:
+    """Compile all CUDA sources; what ptxas says of registers and spills is kept in ptxas.log."""
+    os.makedirs(folder, exist_ok=True)
+    number = [arch.replace(".", "") for arch in CUDA_ARCHS]
+    codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in number]
+    codes.append(f"-gencode=arch=compute_{number[-1]},code=compute_{number[-1]}")
+    flags = ["-std=c++17", "-O3", "-D" + "=".join(TARGET), "-Xptxas=-v", "-Xcompiler=-fPIC"]
+    flags += ["-Xcompiler=-fvisibility=hidden", "--compress-mode=size", "-lineinfo"]
+    includes = [f"-isystem={path}" for path in include_dirs]
+
+    def compile_one(source: Path) -> tuple[str, str]:
+        target = os.path.join(folder, source.with_suffix(".o").name)
+        command = [nvcc, *flags, *codes, *includes, "-c", str(source), "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.stderr.write(done.stderr)
+            raise RuntimeError(f"nvcc could not compile {source}")
+        return target, done.stderr
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(compile_one, sorted(Path("csrc").glob("**/*.cu"))))
+    Path(folder, "ptxas.log").write_text("".join(log for _, log in done), encoding="utf-8")
+    return [target for target, _ in done]
 
 
 def inspect_module(torch_build: Any) -> list[Extension]:
@@ -124,6 +171,11 @@ def build_ext_command(base: type, record: dict[str, Any]) -> type:
                 self.build_temp = os.path.join("build", name)
 
         def build_extension(self, extension: Extension) -> None:
+            if getattr(extension, "nvcc", None):
+                folder = os.path.join(self.build_temp, "cuda")
+                extension.extra_objects = compile_cuda(
+                    extension.nvcc, extension.include_dirs, folder
+                )
             try:
                 super().build_extension(extension)
             except Exception as error:
@@ -172,8 +224,9 @@ class clean_build(build):  # noqa: N801 - as above
         super().run()
 
 
-if MODE not in ("auto", "none", "cpu", "cuda"):
-    sys.exit(f"setup.py: TOKENOPS_BUILD must be auto, none, cpu or cuda, got {MODE!r}")
+MODES = ("auto", "none", "cpu", "cuda", "emulate")
+if MODE not in MODES:
+    sys.exit(f"setup.py: TOKENOPS_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
 extensions: list[Extension] = []
 record: dict[str, Any] = {}
 base: type = plain_build_ext
@@ -181,7 +234,7 @@ try:
     if COMPILING:
         extensions, record, base = native()
 except CannotCompileError as error:
-    if MODE in ("cpu", "cuda"):
+    if MODE in ("cpu", "cuda", "emulate"):
         sys.exit(f"setup.py: TOKENOPS_BUILD={MODE} cannot be had: {error}")
     record = {"built": None, "reason": str(error)}
 abi3 = extensions and INSPECT != "1" and not sysconfig.get_config_var("Py_GIL_DISABLED")

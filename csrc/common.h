@@ -1,28 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU operators share: instruction set and dtype dispatch, views of tensors, scratch
-// memory, parallel loops. Letters: B batch, N tokens in, M tokens out, C channels.
+// What the CPU operators share: instruction set dispatch, scratch memory, parallel loops.
 #pragma once
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <new>
 #include <optional>
 
 #include "simd.h"
+#include "tensors.h"
 
 namespace tokenops {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // ---- instruction set ----
 
@@ -66,79 +55,12 @@ inline Isa isa() {
 #define TOKENOPS_KERNEL(...) (&portable::__VA_ARGS__)
 #endif
 
-// ---- dtypes ----
-
-// Type of sums, weights and scores.
-template <class T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename AccOf<T>::type;
-
-inline ScalarType acc_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-template <class T>
-struct Type {
-  using type = T;
-};
-
-// Call f(Type<T>()) with the C++ type of a floating dtype.
-template <class F>
-auto dispatch(const char* op, ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(Type<float>());
-    case ScalarType::Double: return f(Type<double>());
-    case ScalarType::BFloat16: return f(Type<c10::BFloat16>());
-    case ScalarType::Half: return f(Type<c10::Half>());
-    default: STD_TORCH_CHECK(false, op, ": expected a floating dtype, got ", dtype);
-  }
-}
-
-// ---- tensors ----
-
-// Rows of a [B, rows, C] tensor whose last dimension is contiguous.
-template <class T>
-struct Rows {
-  T* data;
-  int64_t batch_stride;
-  int64_t row_stride;
-
-  TOKENOPS_INLINE T* operator()(int64_t b, int64_t n) const {
-    return data + b * batch_stride + n * row_stride;
-  }
-};
+// ---- memory and loops ----
 
 // A new contiguous CPU tensor, uninitialised.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  constexpr size_t kMaxDims = 4;
-  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "tokenops::empty: too many dimensions");
-  int64_t strides[kMaxDims];
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty(sizes, dtype, aoti_torch_device_type_cpu(), 0);
 }
-
-// The tensor itself where it is contiguous, else a copy.
-inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-// ---- memory and loops ----
 
 // Bytes of cache that a pass can hope for: what the cores of one die share on current servers.
 // (What sysconf says is not that on all of them.)

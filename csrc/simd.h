@@ -7,11 +7,10 @@
 // with those of other levels and might keep the copy that this CPU cannot run.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstdint>
 #include <cstring>
+
+#include "tensors.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define TOKENOPS_X86 1
@@ -32,8 +31,6 @@
 #else
 #define TOKENOPS_X86 0
 #endif
-
-#define TOKENOPS_INLINE inline __attribute__((always_inline))
 
 // What each level offers, with V = Vec<float> or Vec<double> and T the type in memory (for float:
 // float, BFloat16, Half; for double: double), rounding to nearest even:

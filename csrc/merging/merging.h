@@ -2,7 +2,7 @@
 // What the merging operators hand to their kernels: plain pointers and shapes.
 #pragma once
 
-#include "../common.h"
+#include "../tensors.h"
 
 namespace tokenops {
 
@@ -22,18 +22,18 @@ struct Map {
   int64_t outputs;         // M
 
   // Output token of input token n, or -1 where it has none.
-  TOKENOPS_INLINE int64_t output_of(int64_t b, int64_t n) const {
+  TOKENOPS_HOST_DEVICE int64_t output_of(int64_t b, int64_t n) const {
     const int64_t m = assign[b * inputs + n];
     return 0 <= m && m < outputs ? m : -1;
   }
   // Entries of `members` for output token m; each may still be out of range.
-  TOKENOPS_INLINE Members members_of(int64_t b, int64_t m) const {
+  TOKENOPS_HOST_DEVICE Members members_of(int64_t b, int64_t m) const {
     const int32_t* ends = offsets + b * (outputs + 1) + m;
     const int64_t begin = ends[0] < 0 ? 0 : ends[0] > inputs ? inputs : ends[0];
     const int64_t end = ends[1] < begin ? begin : ends[1] > inputs ? inputs : ends[1];
     return {members + b * inputs + begin, end - begin};
   }
-  TOKENOPS_INLINE bool is_input(int64_t n) const { return 0 <= n && n < inputs; }
+  TOKENOPS_HOST_DEVICE bool is_input(int64_t n) const { return 0 <= n && n < inputs; }
 };
 
 // How members become one row, before it is scaled or divided.

@@ -145,8 +145,8 @@ def merge_rows(
             total = count.to(acc.dtype)
         empty = (total == 0)[:, None]
         acc = tl.where(empty, 0, acc / tl.where(empty, 1, total[:, None]))
-        if block == 0:
-            tl.store(total_out + image * outputs + m, total, mask=keep)
+        once = m < tl.where(block == 0, outputs, 0)
+        tl.store(total_out + image * outputs + m, total, mask=once)
     if REDUCE == "amax" or REDUCE == "amin" or REDUCE == "prod":
         acc = tl.where((count > 0)[:, None], acc, 0)
     if scale is not None:

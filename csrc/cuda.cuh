@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CUDA operators share: where they run, launches, shared memory, scans within a block.
+//
+// Kernels use the x axis alone, dynamic shared memory alone, and of the device's functions those
+// that emulate.h has too: under TOKENOPS_EMULATE they are plain C++ that runs on CPU tensors.
+#pragma once
+
+#include <climits>
+#include <optional>
+#include <string>
+
+#include "tensors.h"
+
+#if defined(TOKENOPS_EMULATE)
+#include "emulate.h"
+#define TOKENOPS_DEVICE CPU
+#define TOKENOPS_UNROLL
+#else
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#define TOKENOPS_DEVICE CUDA
+#define TOKENOPS_UNROLL _Pragma("unroll")
+// Declared here for builds against a PyTorch without CUDA; weak, so that they can be loaded there.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
+namespace tokenops::cuda {
+
+// ---- on the host ----
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes = 0;
+};
+
+// Where the kernels of one call run: the device of its first tensor and its current stream.
+class Target {
+ public:
+  Target(const char* op, const Tensor& first) : op_(op), first_(first) {
+#if !defined(TOKENOPS_EMULATE)
+    device_ = first.get_device_index();
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != device_) guard_.emplace(device_);
+    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, op,
+                    ": this PyTorch has no CUDA");
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+#endif
+  }
+
+  // A new contiguous tensor on this device, uninitialised.
+  Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
+#if defined(TOKENOPS_EMULATE)
+    return tokenops::empty(sizes, dtype, aoti_torch_device_type_cpu(), 0);
+#else
+    return tokenops::empty(sizes, dtype, aoti_torch_device_type_cuda(), device_);
+#endif
+  }
+
+  // Bytes of shared memory that a block can have.
+  int64_t max_shared_bytes() const {
+#if defined(TOKENOPS_EMULATE)
+    return int64_t{227} << 10;
+#else
+    static int known[64];  // by device; zero until asked for, the same from any thread
+    int& bytes = known[device_ % 64];
+    if (bytes == 0) {
+      check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+    }
+    return bytes;
+#endif
+  }
+
+#if !defined(TOKENOPS_EMULATE)
+  cudaStream_t stream() const { return stream_; }
+
+  void check(cudaError_t error) const {
+    STD_TORCH_CHECK(error == cudaSuccess, op_, ": ", shape(), ": ", cudaGetErrorString(error));
+  }
+#endif
+
+  // Launch a kernel; nothing where the grid is empty. Errors name the operator and its first
+  // tensor.
+  template <class... P, class... A>
+  void launch(void (*kernel)(P...), Grid grid, A... args) const {
+    if (grid.blocks <= 0) return;
+    STD_TORCH_CHECK(grid.blocks <= INT_MAX, op_, ": ", shape(), " needs ", grid.blocks,
+                    " blocks, at most ", INT_MAX, " can be launched");
+#if defined(TOKENOPS_EMULATE)
+    emulate::launch<P...>(kernel, grid.blocks, grid.threads, grid.shared_bytes, P(args)...);
+#else
+    if (grid.shared_bytes > 48 << 10) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(grid.shared_bytes)),
+            grid);
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+    config.stream = stream_;
+    check(cudaLaunchKernelEx(&config, kernel, P(args)...), grid);
+#endif
+  }
+
+ private:
+  std::string shape() const {
+    std::string text = "input [";
+    for (int64_t d = 0; d < first_.dim(); ++d) {
+      text += (d > 0 ? ", " : "") + std::to_string(first_.size(d));
+    }
+    return text + "]";
+  }
+
+  const char* op_;
+  const Tensor& first_;
+#if !defined(TOKENOPS_EMULATE)
+  void check(cudaError_t error, const Grid& grid) const {
+    STD_TORCH_CHECK(error == cudaSuccess, op_, ": ", shape(), ": launching ", grid.blocks,
+                    " blocks of ", grid.threads, " threads with ", grid.shared_bytes,
+                    " bytes of shared memory: ", cudaGetErrorString(error));
+  }
+
+  int32_t device_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  cudaStream_t stream_;
+#endif
+};
+
+// ---- in kernels ----
+
+// The block's dynamic shared memory.
+__device__ __forceinline__ char* shared_memory() {
+#if defined(TOKENOPS_EMULATE)
+  return emulate::running().block->shared;
+#else
+  extern __shared__ __align__(128) char tokenops_shared[];
+  return tokenops_shared;
+#endif
+}
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
+// V elements that are loaded and stored at once; 16 bytes where the layout allows.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T item[V];
+};
+
+// Sum of the values of all threads before this one, and of all of them in `total`. Every thread of
+// the block calls it, and the block is whole warps; `scratch` holds one int per warp, and one more.
+__device__ __forceinline__ int exclusive_sum(int value, int* scratch, int* total) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  int sum = value;
+  for (int by = 1; by < kWarpSize; by *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, sum, by);
+    if (lane >= by) sum += other;
+  }
+  __syncthreads();  // whoever read the scratch before
+  if (lane == kWarpSize - 1) scratch[warp] = sum;
+  __syncthreads();
+  const int warps = blockDim.x / kWarpSize;
+  if (warp == 0) {
+    const int own = lane < warps ? scratch[lane] : 0;
+    int before = own;
+    for (int by = 1; by < kWarpSize; by *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, before, by);
+      if (lane >= by) before += other;
+    }
+    if (lane < warps) scratch[lane] = before - own;
+    if (lane == warps - 1) scratch[warps] = before;
+  }
+  __syncthreads();
+  *total = scratch[warps];
+  return scratch[warp] + sum - value;
+}
+
+}  // namespace tokenops::cuda

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// What all operators share, on any device: dtypes, views of tensors, new tensors. Letters: B batch,
+// N tokens in, M tokens out, C channels.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#define TOKENOPS_INLINE inline __attribute__((always_inline))
+
+// A function of index arithmetic, the same for a CPU and a GPU.
+#if defined(__CUDACC__)
+#define TOKENOPS_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define TOKENOPS_HOST_DEVICE TOKENOPS_INLINE
+#endif
+
+namespace tokenops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- dtypes ----
+
+// Type of sums, weights and scores.
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename AccOf<T>::type;
+
+inline ScalarType acc_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Call f(Type<T>()) with the C++ type of a floating dtype.
+template <class F>
+auto dispatch(const char* op, ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(Type<float>());
+    case ScalarType::Double: return f(Type<double>());
+    case ScalarType::BFloat16: return f(Type<c10::BFloat16>());
+    case ScalarType::Half: return f(Type<c10::Half>());
+    default: STD_TORCH_CHECK(false, op, ": expected a floating dtype, got ", dtype);
+  }
+}
+
+// ---- tensors ----
+
+// Rows of a [B, rows, C] tensor whose last dimension is contiguous.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t batch_stride;
+  int64_t row_stride;
+
+  TOKENOPS_HOST_DEVICE T* operator()(int64_t b, int64_t n) const {
+    return data + b * batch_stride + n * row_stride;
+  }
+};
+
+// A new contiguous tensor, uninitialised.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device_type,
+                    int32_t device_index) {
+  constexpr size_t kMaxDims = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "tokenops::empty: too many dimensions");
+  int64_t strides[kMaxDims];
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+
+// The tensor itself where it is contiguous, else a copy.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+}  // namespace tokenops
