@@ -22,14 +22,15 @@ CPP_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '
 # Every build, also one without a compiler, ends by writing this file.
 NATIVE := tokenops/_build_info.json
 SANITIZED := build/sanitize/tokenops/_C.abi3.so
+EMULATED := build/emulate/tokenops/_C.abi3.so
 
-.PHONY: help demo train test bench docs lint format sanitize interpret gpu-check native clean FORCE
+.PHONY: help demo train test bench docs lint format sanitize emulate cuda interpret gpu-check native clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | train | test | bench | docs | lint | format | sanitize | interpret | gpu-check |"
-	@echo "     native | clean"
+	@echo "make demo | train | test | bench | docs | lint | format | sanitize | emulate | cuda |"
+	@echo "     interpret | gpu-check | native | clean"
 
 demo: $(READY)/demo $(NATIVE)
 	$(PY) examples/demo.py $(ARGS)
@@ -58,17 +59,32 @@ format: $(READY)/lint
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 # The interpreter is not instrumented, so the sanitizers' runtime must be there before everything
-# else, and the C++ library with it, whose throw it has to find.
+# else, and the C++ library with it, whose throw it has to find. Coroutines have stacks of their own.
+preload = export LD_PRELOAD="$$(ldd $(1) | awk '/libasan/ {a = $$3} /libstdc/ {s = $$3} \
+		END {print a " " s}')" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 \
+		TOKENOPS_LIBRARY=$(1); \
+	$(PY) -c "from tokenops import _native as n; exit(0 if n.loaded else n.reason)"
+
 sanitize: $(READY)/test
 	TOKENOPS_BUILD=cpu TOKENOPS_SANITIZE=$(SANITIZE) CXX=g++ $(PY) setup.py --quiet build_ext \
 		--build-lib build/sanitize --build-temp build/sanitize/temp
-	export LD_PRELOAD="$$(ldd $(SANITIZED) | awk '/libasan/ {a = $$3} /libstdc/ {s = $$3} \
-		END {print a " " s}')" \
-		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-		UBSAN_OPTIONS=print_stacktrace=1 \
-		TOKENOPS_LIBRARY=$(SANITIZED); \
-	$(PY) -c "from tokenops import _native as n; exit(0 if n.loaded else n.reason)" && \
-	$(PY) -m pytest --capture=sys tests/ops $(ARGS)
+	$(call preload,$(SANITIZED)) && $(PY) -m pytest --capture=sys tests/ops $(ARGS)
+
+# CUDA kernels as C++ on the CPU, thread by thread, under the same sanitizers.
+emulate: $(READY)/test
+	TOKENOPS_BUILD=emulate TOKENOPS_SANITIZE=$(SANITIZE) CXX=g++ $(PY) setup.py --quiet build_ext \
+		--build-lib build/emulate --build-temp build/emulate/temp
+	$(call preload,$(EMULATED)) && TOKENOPS_TEST_BACKENDS=native HYPOTHESIS_PROFILE=quick \
+		$(PY) -m pytest --capture=sys tests/ops $(ARGS)
+
+# CUDA kernels for GPUs, with any PyTorch: needs nvcc, and no GPU.
+cuda: $(READY)/test
+	TOKENOPS_BUILD=cuda $(PY) setup.py --quiet build_ext \
+		--build-lib build/cuda --build-temp build/cuda/temp
+	$(PY) -m benchmarks.cuda_resources build/cuda/temp/cuda/ptxas.log \
+		build/cuda/tokenops/_C.abi3.so $(ARGS)
 
 # Triton's kernels as Python on the CPU: right or wrong does not need a GPU, but time. SHARE=1/1 runs
 # all tests, SHARE=2/8 another eighth of them.

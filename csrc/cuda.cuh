@@ -15,11 +15,13 @@
 #include "emulate.h"
 #define TOKENOPS_DEVICE CPU
 #define TOKENOPS_UNROLL
+#define TOKENOPS_UNROLL_4
 #else
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #define TOKENOPS_DEVICE CUDA
 #define TOKENOPS_UNROLL _Pragma("unroll")
+#define TOKENOPS_UNROLL_4 _Pragma("unroll 4")
 // Declared here for builds against a PyTorch without CUDA; weak, so that they can be loaded there.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);

@@ -77,6 +77,7 @@ struct Block {
   Axis index, threads, grid;
   char* shared = nullptr;
   Barrier barrier;
+  bool vote = false;
   std::vector<Warp> warps;
   ucontext_t scheduler;
   const std::function<void()>* body;
@@ -196,6 +197,15 @@ inline int lane() { return static_cast<int>(running().thread.x % kWarp); }
 
 inline void __syncthreads() {
   ::tokenops::emulate::wait(::tokenops::emulate::running().block->barrier);
+}
+inline bool __syncthreads_or(bool mine) {
+  bool& vote = ::tokenops::emulate::running().block->vote;
+  __syncthreads();  // whoever has not read the one before
+  vote = false;
+  __syncthreads();
+  vote |= mine;
+  __syncthreads();
+  return vote;
 }
 inline void __syncwarp(unsigned = ~0u) {
   auto& self = ::tokenops::emulate::running();

@@ -28,9 +28,10 @@ from tokenops._triton.launch import Launch, Settings, record, use_settings
 
 #: Operators that have a Triton kernel, by the word of their folder.
 FAMILIES = {
-    "matching": ("nearest", "match"),
+    "matching": ("nearest", "match", "search", "select"),
     "merging": (
-        "invert", "merge", "merge_select_backward", "unmerge", "pair_dot", "merge_wavg",
+        "invert", "compose", "merge", "merge_many", "merge_select_backward", "merge_wavg",
+        "unmerge", "unmerge_many", "pair_dot",
     ),
     "attention": ("policy_attention", "policy_attention_backward", "attention_scores"),
 }  # fmt: skip

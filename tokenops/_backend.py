@@ -65,6 +65,8 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
         self._name = name
         self._previous = _forced
         _forced = name
+        if name == "triton" and not _let_in:
+            _let_triton_in()
 
     def __enter__(self) -> None:
         global _forced
@@ -133,8 +135,6 @@ def _triton_obstacle(operator: str, device: str) -> str | None:
         return f"the Triton kernels know no {device} tensors"
     if device == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
-    if device == "cuda" and "cuda" in _compiled_for(operator):
-        return f"the compiled library serves {operator} on CUDA devices"
     if device == "cuda" and not _new_enough(torch.cuda.current_device()):
         return "the Triton kernels need compute capability 8.0"
     return None
@@ -143,6 +143,32 @@ def _triton_obstacle(operator: str, device: str) -> str | None:
 @functools.cache
 def _new_enough(index: int) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+#: Operators whose compiled CUDA kernel steps aside when "triton" is chosen.
+_let_in: list[str] = []
+
+
+def _let_triton_in() -> None:
+    """Put Triton's kernels before compiled ones on CUDA devices, to serve while they are chosen.
+
+    Not before anybody chooses them, for each call then passes through Python.
+    """
+    for name, kernel in _in_triton.items():
+        if "cuda" in _compiled_for(name):
+            compiled = torch.library.get_kernel(f"{NAMESPACE}::{name}", "CUDA")
+            serve = _if_chosen(_on_cuda(name, kernel), compiled)
+            _library.implement(name, serve, "CUDA", instead=True)
+            _let_in.append(name)
+
+
+def _if_chosen(in_triton: Callable[..., Any], compiled: Any) -> Callable[..., Any]:
+    def serve(keys: Any, *args: Any) -> Any:
+        if _forced == "triton":
+            return in_triton(keys, *args)
+        return compiled.call_boxed(keys, *args)
+
+    return serve
 
 
 class UnservedError(NotImplementedError):
@@ -166,6 +192,8 @@ def serve_by_triton(package: str, *names: str) -> None:
             continue
         if "cuda" not in there:
             _library.implement(name, _on_cuda(name, kernel), "CUDA")
+        elif _forced == "triton":  # by TOKENOPS_BACKEND
+            _let_triton_in()
         if _interpreting:
             other = None
             if "cpu" in there:
@@ -189,8 +217,8 @@ def _triton_kernel(module: str, name: str) -> Callable[..., Any]:
 def _on_cuda(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     reference = _library.references[name]
 
-    def serve(keys: Any, first: Tensor, *rest: Any) -> Any:
-        index = first.device.index
+    def serve(keys: Any, first: Any, *rest: Any) -> Any:
+        index = (first[0] if isinstance(first, list) else first).device.index
         try:
             if not _new_enough(index):
                 raise UnservedError("the Triton kernels need compute capability 8.0")

@@ -111,20 +111,29 @@ def shared_arguments(name: str) -> frozenset[str]:
     return _shared[name]
 
 
+def _pairs(argument: Any, dim: Any) -> Iterable[tuple[Any, Any]]:
+    """An argument, or each of a list, with the dimension that is mapped."""
+    return zip(argument, dim, strict=True) if isinstance(argument, list) else [(argument, dim)]
+
+
 def _batch_rule(operator: Any, shared: frozenset[str]) -> Callable[..., Any]:
     """Vectorize by folding the mapped dimension into the batch: every image is independent."""
     names = [argument.name for argument in operator._schema.arguments]
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         lead = next(
             (a.movedim(d, 0) if d is not None else a.unsqueeze(0))
-            for a, d, n in zip(args, in_dims, names, strict=False)
-            if isinstance(a, Tensor) and n not in shared
+            for argument, dim, n in zip(args, in_dims, names, strict=False)
+            if n not in shared
+            for a, d in _pairs(argument, dim)
+            if isinstance(a, Tensor)
         )
         batch = lead.shape[1]
 
-        def fold(argument: Any, dim: int | None, name: str) -> Any:
+        def fold(argument: Any, dim: Any, name: str) -> Any:
+            if isinstance(argument, list):
+                return [fold(a, d, name) for a, d in zip(argument, dim, strict=True)]
             if not isinstance(argument, Tensor):
                 return argument
             if dim is None:

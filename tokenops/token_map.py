@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -127,13 +128,8 @@ class TokenMap:
                 f"a map of {earlier.assign.shape[0]} images to {earlier.num_tokens} tokens",
             )
         _checks.check_same_device(name, "earlier", earlier.assign, self.assign)
-        if tokens == 0:
-            assign = torch.full_like(earlier.assign, -1)
-        else:
-            through = self.assign.gather(1, earlier.assign.clamp(0, tokens - 1).long())
-            live = (earlier.assign >= 0) & (earlier.assign < tokens)
-            assign = torch.where(live, through, -1)
-        offsets, members = torch.ops.tokenops.invert(assign, self.num_tokens)
+        compose = torch.ops.tokenops.compose
+        assign, offsets, members = compose(self.assign, earlier.assign, self.num_tokens)
         return TokenMap(assign, offsets, members, self.counts)
 
     def source_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -152,7 +148,19 @@ class TokenMap:
             return torch.ones_like(index, dtype=torch.bool).expand(self.assign.shape[0], -1)
         return index < self.counts[:, None]
 
-    def merge(self, x: Tensor, *, reduce: str = "mean", weight: Tensor | None = None) -> Tensor:
+    @overload
+    def merge(self, x: Tensor, *, reduce: str = "mean", weight: Tensor | None = None) -> Tensor: ...
+    @overload
+    def merge(
+        self, x: Sequence[Tensor], *, reduce: str = "mean", weight: Tensor | None = None
+    ) -> list[Tensor]: ...
+    def merge(
+        self,
+        x: Tensor | Sequence[Tensor],
+        *,
+        reduce: str = "mean",
+        weight: Tensor | None = None,
+    ) -> Tensor | list[Tensor]:
         """Reduce ``x`` ``[B, N, C]`` to ``[B, M, C]``; see :func:`tokenops.merge`."""
         from .ops.merging.api import merge
 
@@ -166,7 +174,13 @@ class TokenMap:
 
         return merge_wavg(x, self, size, weight=weight)
 
-    def unmerge(self, y: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    @overload
+    def unmerge(self, y: Tensor, *, residual: Tensor | None = None) -> Tensor: ...
+    @overload
+    def unmerge(self, y: Sequence[Tensor], *, residual: Tensor | None = None) -> list[Tensor]: ...
+    def unmerge(
+        self, y: Tensor | Sequence[Tensor], *, residual: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
         """Give each input token its output token's row; see :func:`tokenops.unmerge`."""
         from .ops.merging.api import unmerge
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA operators tokenops::invert and tokenops::compose: token maps in CSR form.
 #include "../sort.cuh"
-#include "arguments.h"
+#include "route.cuh"
 
 namespace tokenops {
 namespace {
@@ -11,24 +11,6 @@ using cuda::Target;
 // Most tokens of an image that one block sorts.
 constexpr int64_t kBlockTokens = 4096;
 constexpr int kTokenBits = 12;
-
-// What goes to each token: assign [B, N] of one map, or of one that follows another.
-struct Route {
-  const int32_t* assign;   // [B, N], or [B, middle] where there is an earlier map
-  const int32_t* earlier;  // [B, N] into `middle` tokens, or null
-  int64_t inputs, middle, outputs;
-
-  // Output token of input n of image b, -1 for none.
-  TOKENOPS_HOST_DEVICE int32_t operator()(int64_t b, int64_t n) const {
-    int64_t through = n;
-    if (earlier != nullptr) {
-      through = earlier[b * inputs + n];
-      if (through < 0 || through >= middle) return -1;
-    }
-    const int32_t m = assign[b * (earlier != nullptr ? middle : inputs) + through];
-    return m >= 0 && m < outputs ? m : -1;
-  }
-};
 
 // One block for an image: tokens sorted by output token, and where each of those begins.
 template <int Threads, int Items>
@@ -122,7 +104,8 @@ void launch_invert(const Target& target, int64_t batch, const Route& route, int3
                 composed, offsets, members, cuda::bits_below(route.outputs + 1));
 }
 
-// The offsets and members of a route; also its outputs, where `composed` is not null.
+}  // namespace
+
 void invert_route(const Target& target, int64_t batch, const Route& route, int32_t* composed,
                   int32_t* offsets, int32_t* members) {
   const int64_t count = batch * route.inputs;
@@ -148,43 +131,28 @@ void invert_route(const Target& target, int64_t batch, const Route& route, int32
   }
 }
 
-void check_count(const char* op, int64_t inputs, int64_t outputs) {
-  STD_TORCH_CHECK(0 <= outputs && outputs < INT32_MAX && inputs < INT32_MAX, op,
-                  ": expected fewer than 2^31 - 1 tokens, got ", inputs, " to ", outputs);
-}
+namespace {
 
 std::tuple<Tensor, Tensor> invert(const Tensor& assign, int64_t num_tokens) {
-  const char* op = "tokenops::invert";
-  const auto sizes = assign.sizes();
-  STD_TORCH_CHECK(sizes.size() == 2, op, ": expected assign [B, N]");
-  const int64_t batch = sizes[0], inputs = sizes[1];
-  check_count(op, inputs, num_tokens);
-  const Matrix from(op, "assign", assign, batch, inputs, ScalarType::Int);
-  const Target target(op, assign);
-  const Tensor offsets = target.empty({batch, num_tokens + 1}, ScalarType::Int);
-  const Tensor members = target.empty({batch, inputs}, ScalarType::Int);
-  const Route route = {MapTensors::pointer(from), nullptr, inputs, inputs, num_tokens};
-  invert_route(target, batch, route, nullptr, output<int32_t>(offsets), output<int32_t>(members));
+  const Inversion given("tokenops::invert", assign, num_tokens);
+  const Target target("tokenops::invert", assign);
+  const Tensor offsets = target.empty({given.batch, num_tokens + 1}, ScalarType::Int);
+  const Tensor members = target.empty({given.batch, given.route.inputs}, ScalarType::Int);
+  invert_route(target, given.batch, given.route, nullptr, output<int32_t>(offsets),
+               output<int32_t>(members));
   return {offsets, members};
 }
 
 std::tuple<Tensor, Tensor, Tensor> compose(const Tensor& assign, const Tensor& earlier,
                                            int64_t num_tokens) {
-  const char* op = "tokenops::compose";
-  const auto sizes = earlier.sizes(), middle = assign.sizes();
-  STD_TORCH_CHECK(sizes.size() == 2 && middle.size() == 2, op, ": expected maps [B, N]");
-  const int64_t batch = sizes[0], inputs = sizes[1];
-  check_count(op, inputs, num_tokens);
-  const Matrix first(op, "earlier", earlier, batch, inputs, ScalarType::Int);
-  const Matrix second(op, "assign", assign, batch, middle[1], ScalarType::Int);
-  const Target target(op, earlier);
-  const Tensor composed = target.empty({batch, inputs}, ScalarType::Int);
-  const Tensor offsets = target.empty({batch, num_tokens + 1}, ScalarType::Int);
-  const Tensor members = target.empty({batch, inputs}, ScalarType::Int);
-  const Route route = {MapTensors::pointer(second), MapTensors::pointer(first), inputs, middle[1],
-                       num_tokens};
-  invert_route(target, batch, route, output<int32_t>(composed), output<int32_t>(offsets),
-               output<int32_t>(members));
+  const Composition given("tokenops::compose", assign, earlier, num_tokens);
+  const Target target("tokenops::compose", earlier);
+  const int64_t inputs = given.route.inputs;
+  const Tensor composed = target.empty({given.batch, inputs}, ScalarType::Int);
+  const Tensor offsets = target.empty({given.batch, num_tokens + 1}, ScalarType::Int);
+  const Tensor members = target.empty({given.batch, inputs}, ScalarType::Int);
+  invert_route(target, given.batch, given.route, output<int32_t>(composed),
+               output<int32_t>(offsets), output<int32_t>(members));
   return {composed, offsets, members};
 }
 

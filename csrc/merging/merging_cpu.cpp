@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Merging on the CPU: checks, allocation and loops; the arithmetic is in merging_kernels.h.
 #include "../common.h"
-#include "arguments.h"
+#include "route.h"
 
 namespace tokenops {
 
@@ -44,22 +44,10 @@ bool streams(const Data& input, int64_t rows, const T* out) {
 
 // ---- operators ----
 
-std::tuple<Tensor, Tensor> invert(const Tensor& assign, int64_t num_tokens) {
-  const char* op = "tokenops::invert";
-  const auto sizes = assign.sizes();
-  STD_TORCH_CHECK(sizes.size() == 2, op, ": expected assign [B, N]");
-  STD_TORCH_CHECK(0 <= num_tokens && num_tokens < INT32_MAX && sizes[1] < INT32_MAX, op,
-                  ": expected fewer than 2^31 - 1 tokens, got ", sizes[1], " to ", num_tokens);
-  const int64_t batch = sizes[0], inputs = sizes[1], outputs = num_tokens;
-  const Matrix matrix(op, "assign", assign, batch, inputs, ScalarType::Int);
-  const Tensor offsets = empty({batch, outputs + 1}, ScalarType::Int);
-  const Tensor members = empty({batch, inputs}, ScalarType::Int);
-  const int32_t* from = static_cast<const int32_t*>(matrix.data);
-  int32_t* all_ends = output<int32_t>(offsets);
-  int32_t* all_slots = output<int32_t>(members);
-
-  // Counting sort: sizes, their running sum, then each token into the last free slot of its group,
-  // from the back, which turns ends into beginnings.
+// Counting sort: sizes, their running sum, then each token into the last free slot of its group,
+// from the back, which turns ends into beginnings.
+void invert_into(const int32_t* from, int64_t batch, int64_t inputs, int64_t outputs,
+                 int32_t* all_ends, int32_t* all_slots) {
   parallel_for(batch, 16 * inputs + 8 * outputs, [=](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int32_t* a = from + b * inputs;
@@ -77,7 +65,33 @@ std::tuple<Tensor, Tensor> invert(const Tensor& assign, int64_t num_tokens) {
       }
     }
   });
+}
+
+std::tuple<Tensor, Tensor> invert(const Tensor& assign, int64_t num_tokens) {
+  const Inversion given("tokenops::invert", assign, num_tokens);
+  const int64_t batch = given.batch, inputs = given.route.inputs;
+  const Tensor offsets = empty({batch, num_tokens + 1}, ScalarType::Int);
+  const Tensor members = empty({batch, inputs}, ScalarType::Int);
+  invert_into(given.route.assign, batch, inputs, num_tokens, output<int32_t>(offsets),
+              output<int32_t>(members));
   return {offsets, members};
+}
+
+std::tuple<Tensor, Tensor, Tensor> compose(const Tensor& assign, const Tensor& earlier,
+                                           int64_t num_tokens) {
+  const Composition given("tokenops::compose", assign, earlier, num_tokens);
+  const int64_t batch = given.batch, inputs = given.route.inputs;
+  const Tensor composed = empty({batch, inputs}, ScalarType::Int);
+  const Tensor offsets = empty({batch, num_tokens + 1}, ScalarType::Int);
+  const Tensor members = empty({batch, inputs}, ScalarType::Int);
+  int32_t* const to = output<int32_t>(composed);
+  parallel_for(batch, 16 * inputs, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      for (int64_t n = 0; n < inputs; ++n) to[b * inputs + n] = given.route(b, n);
+    }
+  });
+  invert_into(to, batch, inputs, num_tokens, output<int32_t>(offsets), output<int32_t>(members));
+  return {composed, offsets, members};
 }
 
 template <class T>
@@ -120,6 +134,16 @@ Tensor merge(const Tensor& x, const Tensor& assign, const Tensor& offsets, const
                         reduce == "mean", output<T>(out),
                         streams(data, index.outputs, output<T>(out)), nullptr});
   });
+  return out;
+}
+
+std::vector<Tensor> merge_many(const std::vector<Tensor>& x, const Tensor& assign,
+                               const Tensor& offsets, const Tensor& members,
+                               const OptionalTensor& weight, const std::string& reduce) {
+  std::vector<Tensor> out;
+  for (const Tensor& t : x) {
+    out.push_back(merge(t, assign, offsets, members, weight, std::nullopt, reduce));
+  }
   return out;
 }
 
@@ -182,6 +206,16 @@ Tensor unmerge(const Tensor& y, const Tensor& assign, const Tensor& offsets, con
   return out;
 }
 
+std::vector<Tensor> unmerge_many(const std::vector<Tensor>& y, const Tensor& assign,
+                                 const Tensor& offsets, const Tensor& members,
+                                 const OptionalTensor& weight, bool mean) {
+  std::vector<Tensor> out;
+  for (const Tensor& t : y) {
+    out.push_back(unmerge(t, assign, offsets, members, weight, std::nullopt, std::nullopt, mean));
+  }
+  return out;
+}
+
 Tensor pair_dot(const Tensor& x, const Tensor& y, const Tensor& assign, const Tensor& offsets,
                 const Tensor& members) {
   const char* op = "tokenops::pair_dot";
@@ -240,6 +274,9 @@ Tensor merge_select_backward(const Tensor& grad, const Tensor& x, const Tensor& 
 
 STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
   m.impl("invert", TORCH_BOX(&tokenops::invert));
+  m.impl("compose", TORCH_BOX(&tokenops::compose));
+  m.impl("merge_many", TORCH_BOX(&tokenops::merge_many));
+  m.impl("unmerge_many", TORCH_BOX(&tokenops::unmerge_many));
   m.impl("merge", TORCH_BOX(&tokenops::merge));
   m.impl("merge_select_backward", TORCH_BOX(&tokenops::merge_select_backward));
   m.impl("merge_wavg", TORCH_BOX(&tokenops::merge_wavg));

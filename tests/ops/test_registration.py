@@ -94,6 +94,22 @@ def kinds_of_arguments():
     """Operator, arguments and a name for each kind of call."""
     yield from kinds_of_attention()
     yield ops.invert, (MAP.assign, M), "invert"
+    earlier = random_token_map(B, 9, N, dropped=0.2, seed=4).assign
+    yield ops.compose, (MAP.assign, earlier, M), "compose"
+    for dtype in (torch.float32, torch.bfloat16):
+        for reduce in ("sum", "mean", "amax", "prod"):
+            arguments = [rows(N, dtype), rows(N, dtype, seed=7)], *INDEX, None, reduce
+            yield ops.merge_many, arguments, f"merge-many-{reduce}-{dtype}"
+        for weight in (None, numbers(N)):
+            kind = f"{weight is not None}-{dtype}"
+            yield (
+                ops.merge_many,
+                ([rows(N, dtype), rows(N, dtype, seed=7)], *INDEX, weight, "sum"),
+                f"merge-many-{kind}",
+            )
+            several = [rows(M, dtype), rows(M, dtype, seed=7)]
+            yield ops.unmerge_many, (several, *INDEX, weight, False), f"unmerge-many-{kind}"
+    yield ops.unmerge_many, ([rows(M), rows(M, seed=7)], *INDEX, None, True), "unmerge-many-mean"
     for dtype, wants in ((torch.float32, True), (torch.bfloat16, True), (torch.float64, False)):
         for reduce in ("sum", "mean", "amax", "amin", "prod"):
             yield (
@@ -147,6 +163,15 @@ def kinds_of_arguments():
     yield ops.match, matching(protected=~mask, threshold=0.0), "match-protected-each"
     yield ops.match, matching(split=given_split), "match-split"
     yield ops.match, matching(split=(*each, 1)), "match-split-each"
+    for split, kind in (((None, None, 2), "rule"), (given_split, "split"), ((*each, 1), "each")):
+        for taboo in (None, ~mask[0], ~mask):
+            name = f"{kind}-{0 if taboo is None else taboo.dim()}"
+            arguments = plain_rows, 1, taboo, *split, "cosine"
+            yield ops.search, arguments, f"search-{name}"
+            score, choice = ops.search(*arguments)
+            pairs = score, choice, N, 2, 1, taboo, *split
+            yield ops.select, (*pairs, None, "position"), f"select-{name}"
+            yield ops.select, (*pairs, 0.1, "tome"), f"select-tome-{name}"
 
 
 @pytest.mark.parametrize(
@@ -177,10 +202,11 @@ def test_operator_does_what_its_reference_does(operator, arguments):
     reference = getattr(module, name)
 
     def run(function, widen=False):
-        values = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        values = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, list(arguments))
         if widen:
-            floating = (isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
-            values = [v.double() if f else v for v, f in zip(values, floating, strict=True)]
+            values = pytree.tree_map_only(
+                torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, values
+            )
         return pytree.tree_leaves(function(*values))
 
     for got, plain, truth in zip(

@@ -17,7 +17,7 @@ class Sides(NamedTuple):
     """Sources and destinations by index, in range whatever a user gave.
 
     Attributes:
-        sources: int64 ``[B, Ns]``, ascending.
+        sources: int64 ``[B, Ns]``, in the order of the split.
         destinations: int64 ``[B, Nd]``, ascending.
         listed: The destinations in the order of the split.
     """
@@ -47,7 +47,7 @@ def sides(
     # In the order of the split; clamped, for nobody may have looked at a user's indices.
     last = max(tokens - 1, 0)
     listed = destination_index.long().clamp(0, last).expand(batch, -1)  # [B, Nd]
-    sources = source_index.long().clamp(0, last).expand(batch, -1).sort(dim=1).values  # [B, Ns]
+    sources = source_index.long().clamp(0, last).expand(batch, -1)  # [B, Ns]
     return Sides(sources, listed.sort(dim=1).values, listed)
 
 
@@ -88,6 +88,8 @@ def select(
     sources, destinations, listed = split
     batch, tokens = closed.shape
     token = torch.arange(tokens, device=score.device)
+    sources, by_token = sources.sort(dim=1)  # so that of equal scores the first token's comes first
+    score, choice = score.gather(1, by_token), choice.gather(1, by_token)
     # Eligible sources come first, protected ones as a last resort, prefix tokens never.
     grade = closed.gather(1, sources).int() + (sources < num_prefix)  # [B, Ns]: 0, 1, 2
     score = torch.where(grade > 0, -math.inf, score)

@@ -101,16 +101,51 @@ def match(
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bipartite matching; see the schema for the arguments and results."""
+    split = source_index, destination_index, stride
+    score, choice = search(metric, num_prefix, protected, *split, similarity)
+    tokens = metric.shape[-2]
+    return select(score, choice, tokens, r, num_prefix, protected, *split, threshold, order)
+
+
+def search(
+    metric: Tensor,
+    num_prefix: int,
+    protected: Tensor | None,
+    source_index: Tensor | None,
+    destination_index: Tensor | None,
+    stride: int,
+    similarity: str,
+) -> tuple[Tensor, Tensor]:
+    """Best destination of each source; see the schema for the arguments and results."""
     x = _comparable(metric, similarity)
     batch, tokens, _ = x.shape
     split = common.sides(batch, tokens, source_index, destination_index, stride, x.device)
     closed = common.taboo(batch, tokens, num_prefix, protected, x.device)
-    open_to_sources = ~closed.gather(1, split.destinations)
-    score, choice = _search(_rows(x, split.sources), _rows(x, split.destinations), open_to_sources)
-    assign, counts, num_tokens = common.select(
+    takes_part = ~closed.gather(1, split.destinations)
+    return _search(_rows(x, split.sources), _rows(x, split.destinations), takes_part)
+
+
+def select(
+    score: Tensor,
+    choice: Tensor,
+    tokens: int,
+    r: int,
+    num_prefix: int,
+    protected: Tensor | None,
+    source_index: Tensor | None,
+    destination_index: Tensor | None,
+    stride: int,
+    threshold: float | None,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The map of the best pairs; see the schema for the arguments and results."""
+    batch, device = score.shape[0], score.device
+    split = common.sides(batch, tokens, source_index, destination_index, stride, device)
+    closed = common.taboo(batch, tokens, num_prefix, protected, device)
+    assign, counts, outputs = common.select(
         score, choice, split, closed, r, num_prefix, threshold, order
     )
-    offsets, members = invert(assign, num_tokens)
+    offsets, members = invert(assign, outputs)
     return assign, offsets, members, counts
 
 

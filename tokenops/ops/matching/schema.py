@@ -103,16 +103,21 @@ def _match_fake(
     order: str,
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens = metric.shape[0], metric.shape[-2]
+    return _map_fake(metric, metric.shape[-2], r, threshold)
+
+
+def _map_fake(
+    like: Tensor, tokens: int, r: int, threshold: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The maximum is a tautology that exporting with a proportional r needs to see.
-    num_tokens = tokens
+    batch, outputs = like.shape[0], tokens
     if threshold is None:
-        num_tokens = torch.sym_max(tokens - r, torch.sym_min(tokens, 1))
+        outputs = torch.sym_max(tokens - r, torch.sym_min(tokens, 1))
     return (
-        metric.new_empty((batch, tokens), dtype=torch.int32),
-        metric.new_empty((batch, num_tokens + 1), dtype=torch.int32),
-        metric.new_empty((batch, tokens), dtype=torch.int32),
-        metric.new_empty((batch,), dtype=torch.int32),
+        like.new_empty((batch, tokens), dtype=torch.int32),
+        like.new_empty((batch, outputs + 1), dtype=torch.int32),
+        like.new_empty((batch, tokens), dtype=torch.int32),
+        like.new_empty((batch,), dtype=torch.int32),
     )
 
 
@@ -126,4 +131,63 @@ register(
     public=True,
 )
 
-_backend.serve_by_triton(__package__, "nearest", "match")
+
+# ---- the two halves of match ----
+
+
+def _search_fake(
+    metric: Tensor,
+    num_prefix: int,
+    protected: Tensor | None,
+    source_index: Tensor | None,
+    destination_index: Tensor | None,
+    stride: int,
+    similarity: str,
+) -> tuple[Tensor, Tensor]:
+    tokens = metric.shape[-2]
+    sources = tokens - tokens // stride if source_index is None else source_index.shape[-1]
+    shape = metric.shape[0], sources
+    return (
+        metric.new_empty(shape, dtype=acc_dtype(metric)),
+        metric.new_empty(shape, dtype=torch.int32),
+    )
+
+
+#: Similarity of each source to its best destination, sources in the order of the split, and the
+#: place of that one among the destinations in ascending order; -1 where there is none.
+register(
+    "search(Tensor metric, SymInt num_prefix, Tensor? protected, Tensor? source_index,"
+    " Tensor? destination_index, SymInt stride, str similarity) -> (Tensor score, Tensor choice)",
+    reference=reference.search,
+    fake=_search_fake,
+    shared=("protected", "source_index", "destination_index"),
+)
+
+
+def _select_fake(
+    score: Tensor,
+    choice: Tensor,
+    num_tokens: int,
+    r: int,
+    num_prefix: int,
+    protected: Tensor | None,
+    source_index: Tensor | None,
+    destination_index: Tensor | None,
+    stride: int,
+    threshold: float | None,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _map_fake(score, num_tokens, r, threshold)
+
+
+register(
+    "select(Tensor score, Tensor choice, SymInt num_tokens, SymInt r, SymInt num_prefix,"
+    " Tensor? protected, Tensor? source_index, Tensor? destination_index, SymInt stride,"
+    " float? threshold, str order)"
+    " -> (Tensor assign, Tensor offsets, Tensor members, Tensor counts)",
+    reference=reference.select,
+    fake=_select_fake,
+    shared=("protected", "source_index", "destination_index"),
+)
+
+_backend.serve_by_triton(__package__, "nearest", "match", "search", "select")

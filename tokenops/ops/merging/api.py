@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -15,12 +18,26 @@ REDUCTIONS = ("sum", "mean", "amax", "amin", "prod")
 
 _merge = torch.ops.tokenops.merge.default
 _merge_wavg = torch.ops.tokenops.merge_wavg.default
+_merge_many = torch.ops.tokenops.merge_many.default
 _unmerge = torch.ops.tokenops.unmerge.default
+_unmerge_many = torch.ops.tokenops.unmerge_many.default
 
 
+@overload
 def merge(
     x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tensor | None = None
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def merge(
+    x: Sequence[Tensor], token_map: TokenMap, *, reduce: str = "mean", weight: Tensor | None = None
+) -> list[Tensor]: ...
+def merge(
+    x: Tensor | Sequence[Tensor],
+    token_map: TokenMap,
+    *,
+    reduce: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor | list[Tensor]:
     """Reduce the members of each output token to one row.
 
     ``out[b, m] = reduce_{n: assign[b, n] = m} x[b, n]``. With ``weight``, a sum becomes
@@ -29,13 +46,15 @@ def merge(
 
     Args:
         x: Tokens ``[B, N, C]`` of float16, bfloat16, float32 or float64; any strides, fastest when
-            the last dimension is contiguous.
+            the last dimension is contiguous. Or several of them, for example queries, keys and
+            values, whose widths may differ: those of one dtype share a launch on CUDA devices.
         token_map: Map of N to M tokens.
         reduce: ``"sum"``, ``"mean"``, ``"amax"``, ``"amin"`` or ``"prod"``.
         weight: Weight of each member, floating ``[B, N]`` or ``[B, N, 1]``.
 
     Returns:
-        ``[B, M, C]`` of the dtype of ``x``; half types accumulate in float32.
+        ``[B, M, C]`` of the dtype of ``x``, a list of them for a list; half types accumulate in
+        float32.
 
     Differentiable in: ``x`` (ties of amax and amin share the gradient equally) and ``weight``,
     twice and more.
@@ -56,6 +75,8 @@ def merge(
         >>> tokenops.merge(torch.tensor([[[1.0], [5.0], [3.0]]]), token_map).flatten().tolist()
         [2.0, 5.0]
     """
+    if not isinstance(x, Tensor):
+        return _merge_all(x, token_map, reduce, weight)
     _check_tokens("merge", "x", x, token_map, token_map_inputs=True)
     _checks.check_choice("merge", "reduce", reduce, REDUCTIONS)
     if weight is not None:
@@ -125,18 +146,29 @@ def merge_wavg(
     return out, total[..., None].to(size_dtype)
 
 
-def unmerge(y: Tensor, token_map: TokenMap, *, residual: Tensor | None = None) -> Tensor:
+@overload
+def unmerge(y: Tensor, token_map: TokenMap, *, residual: Tensor | None = None) -> Tensor: ...
+@overload
+def unmerge(
+    y: Sequence[Tensor], token_map: TokenMap, *, residual: Tensor | None = None
+) -> list[Tensor]: ...
+def unmerge(
+    y: Tensor | Sequence[Tensor], token_map: TokenMap, *, residual: Tensor | None = None
+) -> Tensor | list[Tensor]:
     """Give each input token the row of the output token it went to.
 
     ``out[b, n] = y[b, assign[b, n]] + residual[b, n]``; dropped tokens get 0, or the residual.
 
     Args:
-        y: Tokens ``[B, M, C]`` of float16, bfloat16, float32 or float64, any strides.
+        y: Tokens ``[B, M, C]`` of float16, bfloat16, float32 or float64, any strides. Or several of
+            them, as for :func:`merge`.
         token_map: Map of N to M tokens.
-        residual: ``[B, N, C]``, added in the same pass where it has the dtype of ``y``.
+        residual: ``[B, N, C]``, added in the same pass where it has the dtype of ``y``; for one
+            tensor only.
 
     Returns:
-        ``[B, N, C]`` of the dtype of ``y``, or the wider one of ``y`` and ``residual``.
+        ``[B, N, C]`` of the dtype of ``y``, or the wider one of ``y`` and ``residual``; a list of
+        them for a list.
 
     Differentiable in: ``y`` and ``residual``, twice and more.
 
@@ -155,6 +187,10 @@ def unmerge(y: Tensor, token_map: TokenMap, *, residual: Tensor | None = None) -
         >>> tokenops.unmerge(torch.tensor([[[2.0], [5.0]]]), token_map).flatten().tolist()
         [2.0, 5.0, 2.0]
     """
+    if not isinstance(y, Tensor):
+        if residual is not None:
+            raise _checks.value_error("unmerge", "residual", "None for several tensors", residual)
+        return _unmerge_all(y, token_map)
     _check_tokens("unmerge", "y", y, token_map, token_map_inputs=False)
     if residual is not None:
         _checks.check_floating("unmerge", "residual", residual, dims=(3,))
@@ -169,6 +205,46 @@ def unmerge(y: Tensor, token_map: TokenMap, *, residual: Tensor | None = None) -
         return reference.unmerge(y, *index, None, None, residual, False)
     out: Tensor = _unmerge(y, *index, None, None, residual, False)
     return out
+
+
+def _merge_all(
+    x: Sequence[Tensor], token_map: TokenMap, reduce: str, weight: Tensor | None
+) -> list[Tensor]:
+    _check_all("merge", "x", x, token_map, token_map_inputs=True)
+    _checks.check_choice("merge", "reduce", reduce, REDUCTIONS)
+    if _each_alone("merge", x) or (weight is not None and reduce != "sum"):
+        return [merge(t, token_map, reduce=reduce, weight=weight) for t in x]
+    if weight is not None:
+        weight = _per_token("merge", "weight", weight, x[0])
+    index = token_map.assign, token_map.offsets, token_map.members
+    out: list[Tensor] = _merge_many(list(x), *index, weight, reduce)
+    return out
+
+
+def _unmerge_all(y: Sequence[Tensor], token_map: TokenMap) -> list[Tensor]:
+    _check_all("unmerge", "y", y, token_map, token_map_inputs=False)
+    if _each_alone("unmerge", y):
+        return [unmerge(t, token_map) for t in y]
+    index = token_map.assign, token_map.offsets, token_map.members
+    out: list[Tensor] = _unmerge_many(list(y), *index, None, False)
+    return out
+
+
+def _check_all(
+    name: str, argument: str, tensors: object, token_map: TokenMap, token_map_inputs: bool
+) -> None:
+    if not isinstance(tensors, (list, tuple)):
+        raise _checks.type_error(name, argument, "a tensor or a list of tensors", tensors)
+    for place, tensor in enumerate(tensors):
+        _check_tokens(name, f"{argument}[{place}]", tensor, token_map, token_map_inputs)
+
+
+def _each_alone(name: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors can't share a launch: other dtypes, the reference, or sharded ones."""
+    if len(tensors) < 2 or _backend.forced_reference(name, tensors[0]):
+        return True
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return not plain or any(t.dtype != tensors[0].dtype for t in tensors)
 
 
 def _weighted_mean(

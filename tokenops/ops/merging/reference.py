@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._library import acc_dtype
+from . import common
 
 
 def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -25,6 +26,12 @@ def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     offsets = torch.nn.functional.pad(ends, (1, 0))
     position = torch.arange(assign.shape[1], dtype=torch.int32, device=assign.device)
     return offsets, torch.where(position < offsets[:, -1:], members, -1)
+
+
+def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The map through ``earlier`` [B, N0] and ``assign`` [B, N]: assign [B, N0] and its inverse."""
+    through = common.route(assign, earlier, num_tokens)
+    return through, *invert(through, num_tokens)
 
 
 def merge(
@@ -79,6 +86,30 @@ def unmerge(
     if residual is not None:
         out = out + residual
     return out.to(y.dtype)
+
+
+def merge_many(
+    x: list[Tensor],
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    reduce: str,
+) -> list[Tensor]:
+    """Several tensors merged by one map."""
+    return [merge(t, assign, offsets, members, weight, None, reduce) for t in x]
+
+
+def unmerge_many(
+    y: list[Tensor],
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    mean: bool,
+) -> list[Tensor]:
+    """Several tensors unmerged by one map."""
+    return [unmerge(t, assign, offsets, members, weight, None, None, mean) for t in y]
 
 
 def pair_dot(x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:

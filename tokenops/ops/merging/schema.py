@@ -50,6 +50,23 @@ register(
 )
 
 
+# ---- compose ----
+
+
+def _compose_fake(
+    assign: Tensor, earlier: Tensor, num_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return earlier.new_empty(earlier.shape), *_invert_fake(earlier, num_tokens)
+
+
+register(
+    "compose(Tensor assign, Tensor earlier, SymInt num_tokens)"
+    " -> (Tensor composed, Tensor offsets, Tensor members)",
+    reference=reference.compose,
+    fake=_compose_fake,
+)
+
+
 # ---- merge ----
 
 
@@ -185,6 +202,104 @@ register(
 )
 
 
+# ---- merge_many and unmerge_many: several tensors by one map, in one launch ----
+
+
+def _merge_many_fake(
+    x: list[Tensor],
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    reduce: str,
+) -> list[Tensor]:
+    return [_merge_fake(t, assign, offsets, members, weight, None, reduce) for t in x]
+
+
+def _learns(weight: Tensor | None) -> bool:
+    """What needs_input_grad says, which counts the tensors of a list one by one at this point."""
+    return weight is not None and weight.requires_grad
+
+
+def _merge_many_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, assign, offsets, members, weight, reduce = inputs
+    ctx.reduce, ctx.count = reduce, len(x)
+    selects = reduce in ("amax", "amin", "prod")
+    # As for one tensor: x for what selects, and for the gradient of the weights.
+    kept = x if selects or _learns(weight) else ()
+    ctx.save_for_backward(assign, offsets, members, weight, *kept, *(output if selects else ()))
+
+
+def _merge_many_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    assign, offsets, members, weight, *rest = ctx.saved_tensors
+    index = assign, offsets, members
+    x, out = rest[: ctx.count], rest[ctx.count :]
+    grad_x = grad_weight = None
+    if ctx.reduce == "mean":
+        grad_x = _ops.unmerge_many(grads, *index, None, True)
+    elif ctx.reduce == "sum":
+        if any(ctx.needs_input_grad[0]):
+            grad_x = _ops.unmerge_many(grads, *index, weight, False)
+        if ctx.needs_input_grad[4]:
+            grad_weight = sum(_ops.pair_dot(t, g, *index) for t, g in zip(x, grads, strict=True))
+    else:
+        source: Any = reference if torch.is_grad_enabled() else _ops
+        grad_x = [
+            source.merge_select_backward(g, t, o, *index, ctx.reduce)
+            for g, t, o in zip(grads, x, out, strict=True)
+        ]
+    return grad_x, None, None, None, grad_weight, None
+
+
+register(
+    "merge_many(Tensor[] x, Tensor assign, Tensor offsets, Tensor members, Tensor? weight,"
+    " str reduce) -> Tensor[]",
+    reference=reference.merge_many,
+    fake=_merge_many_fake,
+    backward=_merge_many_backward,
+    setup_context=_merge_many_setup,
+)
+
+
+def _unmerge_many_fake(
+    y: list[Tensor],
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    mean: bool,
+) -> list[Tensor]:
+    return [_unmerge_fake(t, assign, offsets, members, weight, None, None, mean) for t in y]
+
+
+def _unmerge_many_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    y, assign, offsets, members, weight, mean = inputs
+    ctx.mean = mean
+    kept = y if _learns(weight) else ()
+    ctx.save_for_backward(assign, offsets, members, weight, *kept)
+
+
+def _unmerge_many_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    assign, offsets, members, weight, *y = ctx.saved_tensors
+    index = assign, offsets, members
+    grad_y = grad_weight = None
+    if any(ctx.needs_input_grad[0]):
+        grad_y = _ops.merge_many(grads, *index, weight, "mean" if ctx.mean else "sum")
+    if ctx.needs_input_grad[4]:
+        grad_weight = sum(_ops.pair_dot(g, t, *index) for t, g in zip(y, grads, strict=True))
+    return grad_y, None, None, None, grad_weight, None
+
+
+register(
+    "unmerge_many(Tensor[] y, Tensor assign, Tensor offsets, Tensor members, Tensor? weight,"
+    " bool mean) -> Tensor[]",
+    reference=reference.unmerge_many,
+    fake=_unmerge_many_fake,
+    backward=_unmerge_many_backward,
+    setup_context=_unmerge_many_setup,
+)
+
+
 # ---- pair_dot ----
 
 
@@ -262,5 +377,7 @@ register(
 )
 
 _backend.serve_by_triton(
-    __package__, "invert", "merge", "merge_select_backward", "unmerge", "pair_dot", "merge_wavg"
+    __package__,
+    *("invert", "compose", "merge", "merge_many", "merge_select_backward", "merge_wavg"),
+    *("unmerge", "unmerge_many", "pair_dot"),
 )

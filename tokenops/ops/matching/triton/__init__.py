@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matching by Triton kernels: a search for the best pairs, and a choice among them."""
 
-from .search import nearest
-from .select import match
+from .choice import match, search, select
+from .launches import nearest
 
-__all__ = ["match", "nearest"]
+__all__ = ["match", "nearest", "search", "select"]

@@ -3,6 +3,26 @@
 
 from __future__ import annotations
 
-from .launches import invert, merge, merge_select_backward, merge_wavg, pair_dot, unmerge
+from .launches import (
+    compose,
+    invert,
+    merge,
+    merge_many,
+    merge_select_backward,
+    merge_wavg,
+    pair_dot,
+    unmerge,
+    unmerge_many,
+)
 
-__all__ = ["invert", "merge", "merge_select_backward", "merge_wavg", "pair_dot", "unmerge"]
+__all__ = [
+    "compose",
+    "invert",
+    "merge",
+    "merge_many",
+    "merge_select_backward",
+    "merge_wavg",
+    "pair_dot",
+    "unmerge",
+    "unmerge_many",
+]

@@ -299,16 +299,26 @@ def select_backward_rows(
 
 
 @triton.jit
-def invert_image(assign, offsets, members, tokens, outputs, SIZE: tl.constexpr):
+def invert_image(
+    assign, earlier, composed, offsets, members, tokens, middle, outputs, SIZE: tl.constexpr
+):
     """Sort input tokens by output token, with a mark before the first one of each.
 
     A place behind so many marks is behind so many marks too many; a mark's place, without the
-    marks before it, is an offset.
+    marks before it, is an offset. Tokens may first go through another map, ``earlier``.
     """
     image = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
-    slot = tl.load(assign + image * tokens + at, mask=at < tokens, other=-1)
-    slot = tl.where((slot >= 0) & (slot < outputs), slot, outputs)  # the last one if dropped
+    through = at
+    there = at < tokens
+    if earlier is not None:
+        through = tl.load(earlier + image * tokens + at, mask=there, other=-1)
+        there = (through >= 0) & (through < middle)
+    slot = tl.load(assign + image * middle + through, mask=there, other=-1)
+    live = (slot >= 0) & (slot < outputs)
+    if composed is not None:
+        tl.store(composed + image * tokens + at, tl.where(live, slot, -1), mask=at < tokens)
+    slot = tl.where(live, slot, outputs)  # the last one if dropped
     mark = at - tokens
     key = tl.where(at < tokens, slot * SIZE + at + 1, mark * SIZE)
     key = tl.sort(tl.where(mark <= outputs, key, 2147483647))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...._library import acc_dtype
 from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
+from .. import common
 from . import kernels
 
 #: Bytes of a vector load, and threads of a program.
@@ -218,6 +219,30 @@ def unmerge(
     return out
 
 
+def merge_many(
+    x: list[Tensor],
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    reduce: str,
+) -> list[Tensor]:
+    """Several tensors by one map, a launch for each."""
+    return [merge(t, assign, offsets, members, weight, None, reduce) for t in x]
+
+
+def unmerge_many(
+    y: list[Tensor],
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    mean: bool,
+) -> list[Tensor]:
+    """Several tensors by one map, a launch for each."""
+    return [unmerge(t, assign, offsets, members, weight, None, None, mean) for t in y]
+
+
 @planned
 def _pair_dot_plan(
     device: str,
@@ -318,10 +343,12 @@ def merge_select_backward(
 
 
 @planned
-def _invert_plan(device: str, index: int | None, images: int, tokens: int, outputs: int) -> Launch:
+def _invert_plan(
+    device: str, index: int | None, images: int, tokens: int, middle: int, outputs: int
+) -> Launch:
     size = power_of_two(tokens + outputs + 1, 16)
     settings = Settings(size, 1, max(1, min(size // 128, 16)), 1)
-    return Launch(kernels.invert_image, (images,), (tokens, outputs), settings, SIZE=size)
+    return Launch(kernels.invert_image, (images,), (tokens, middle, outputs), settings, SIZE=size)
 
 
 def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -332,9 +359,26 @@ def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     assign = _dense("invert: assign", assign, (images, tokens), torch.int32)
     offsets = assign.new_empty((images, num_tokens + 1))
     members = assign.new_empty((images, tokens))
-    launch = _invert_plan(arch(assign), assign.device.index, images, tokens, num_tokens)
-    launch(assign, offsets, members)
+    launch = _invert_plan(arch(assign), assign.device.index, images, tokens, tokens, num_tokens)
+    launch(assign, None, None, offsets, members)
     return offsets, members
+
+
+def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A map through another one, and its inverse; see the operator's schema."""
+    images, tokens = earlier.shape
+    middle = assign.shape[1]
+    if tokens + num_tokens >= SORTED:
+        composed = common.route(assign, earlier, num_tokens)
+        return composed, *_invert_many(composed, num_tokens)
+    assign = _dense("compose: assign", assign, (images, middle), torch.int32)
+    earlier = _dense("compose: earlier", earlier, (images, tokens), torch.int32)
+    composed = earlier.new_empty((images, tokens))
+    offsets = earlier.new_empty((images, num_tokens + 1))
+    members = earlier.new_empty((images, tokens))
+    launch = _invert_plan(arch(assign), assign.device.index, images, tokens, middle, num_tokens)
+    launch(assign, earlier, composed, offsets, members)
+    return composed, offsets, members
 
 
 def _invert_many(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

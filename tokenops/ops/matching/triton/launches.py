@@ -199,7 +199,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return (by[0], by[1], by[2]) if len(by) == 4 else (by[0], 0, by[1])
 
 
-def search(
+def find_best(
     a: Tensor,
     b: Tensor,
     a_side: Side,
@@ -268,4 +268,4 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Most similar row of ``b`` for each row of ``a``; see the operator's schema."""
     sides = Side(a.shape[-2]), Side(b.shape[-2])
-    return search(a, b, *sides, None, None, a_mask, b_mask, 0, False, similarity == "cosine")
+    return find_best(a, b, *sides, None, None, a_mask, b_mask, 0, False, similarity == "cosine")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...._triton.launch import Launch, Settings, planned, power_of_two
 from .. import common
-from .search import Side, search
+from .launches import Side, find_best
 
 _invert = torch.ops.tokenops.invert.default
 
@@ -215,78 +215,136 @@ def choose(
     tl.store(counts + image, tokens - tl.sum(merged.to(tl.int32), 0))
 
 
-class Plan(NamedTuple):
-    """Launches of a choice, and the sides to search.
+class Split(NamedTuple):
+    """The sides of images of one kind.
 
     Attributes:
         sources: Rows of the metric that are sources.
         destinations: Rows that are destinations.
-        choose: The choice.
-        sides: Sorts sides that are listed; None where they go by rule.
+        list: Sorts sides that are listed; None where they go by rule.
         images: How many images have sides of their own.
-        outputs: Number of output tokens.
+        by: Strides of images and sources in the list of sources, of images in the notes of tokens
+            and in the sorted destinations.
     """
 
     sources: Side
     destinations: Side
-    choose: Launch
-    sides: Launch | None
+    list: Launch | None
     images: int
-    outputs: int
+    by: tuple[int, int, int, int]
+
+
+_Listed = tuple[tuple[int, ...], tuple[int, int], tuple[int, ...], tuple[int, int]]
 
 
 @planned
-def plan(
+def plan_split(index: int | None, tokens: int, listed: _Listed | None, stride: int) -> Split:
+    """Sides of a split; ``listed`` is shapes and strides of sources, then of destinations."""
+    if listed is None:
+        sources = Side(tokens - tokens // stride, None, max(stride - 1, 1))
+        destinations = Side(tokens // stride, None, step=stride, first=stride - 1)
+        return Split(sources, destinations, None, 1, (0, 0, 0, 0))
+    shape_s, by_s, shape_d, by_d = listed
+    images = max(shape[0] if len(shape) == 2 else 1 for shape in (shape_s, shape_d))
+    own = int(images > 1)
+    count_s, count_d = shape_s[-1], shape_d[-1]
+    blocks = power_of_two(count_s, 32), power_of_two(count_d, 32)
+    bits = blocks[0].bit_length() - 1, blocks[1].bit_length() - 1
+    launch = Launch(
+        list_sides, (images,), (count_s, count_d, tokens, *by_s, *by_d),
+        Settings(*blocks, _warps(blocks[1])), BITS=bits[0], BITS_D=bits[1],
+    )  # fmt: skip
+    destinations = Side(count_d, (own * count_d, 1))
+    by = *by_s, own * tokens, own * count_d
+    return Split(Side(count_s, by_s), destinations, launch, images, by)
+
+
+@planned
+def plan_choice(
     index: int | None,
     batch: int,
     tokens: int,
     r: int,
     num_prefix: int,
     protected: tuple[int, int],
-    listed: tuple[tuple[int, ...], tuple[int, int], tuple[int, ...], tuple[int, int]] | None,
+    split: Split,
     stride: int,
     threshold: float | None,
     tome: bool,
-) -> Plan:
-    """Launches for splits of one kind; ``listed`` is shapes and strides of sources, of others."""
+) -> Launch:
+    """The choice among the best pairs of a split."""
     outputs = tokens if threshold is not None else tokens - r
-    images, launch_sides = 1, None
-    if listed is None:
-        sources = Side(tokens - tokens // stride, None, max(stride - 1, 1))
-        destinations = Side(tokens // stride, None, step=stride, first=stride - 1)
-        by = 0, 0, 0, 0
-    else:
-        shape_s, by_s, shape_d, by_d = listed
-        images = max(shape[0] if len(shape) == 2 else 1 for shape in (shape_s, shape_d))
-        own = int(images > 1)
-        count_s, count_d = shape_s[-1], shape_d[-1]
-        sources = Side(count_s, by_s)
-        destinations = Side(count_d, (own * count_d, 1))
-        by = *by_s, own * tokens, own * count_d
-        blocks = power_of_two(count_s, 32), power_of_two(count_d, 32)
-        bits = blocks[0].bit_length() - 1, blocks[1].bit_length() - 1
-        launch_sides = Launch(
-            list_sides, (images,), (count_s, count_d, tokens, *by_s, *by_d),
-            Settings(*blocks, _warps(blocks[1])), BITS=bits[0], BITS_D=bits[1],
-        )  # fmt: skip
+    sources, destinations = split.sources, split.destinations
     limit = min(r, sources.rows) if destinations.rows > 0 else 0
     block, block_s = power_of_two(tokens, 32), power_of_two(sources.rows, 32)
     numbers = (
         tokens, outputs, sources.rows, destinations.rows, limit, num_prefix, stride,
-        sources.group if listed is None else 1, *by, *protected,
+        sources.group if split.list is None else 1, *split.by, *protected,
         0.0 if threshold is None else threshold,
     )  # fmt: skip
-    launch = Launch(
+    return Launch(
         choose, (batch,), numbers, Settings(block, block_s, _warps(block)),
         LIMITED=threshold is not None, TOME=tome and r > 0,
         BITS=block.bit_length() - 1, BITS_S=block_s.bit_length() - 1,
     )  # fmt: skip
-    return Plan(sources, destinations, launch, launch_sides, images, outputs)
 
 
 def _warps(block: int) -> int:
     warps = 4 if block <= 512 else 8 if block <= 1024 else 32
     return warps if torch.version.hip is None else min(warps, 16)  # waves of 64 threads
+
+
+def _find_split(
+    like: Tensor,
+    tokens: int,
+    source_index: Tensor | None,
+    destination_index: Tensor | None,
+    stride: int,
+) -> tuple[Split, Tensor | None, Tensor | None]:
+    """Sides, and of listed ones what each token is and the destinations in order."""
+    if source_index is None or destination_index is None:
+        return plan_split(like.device.index, tokens, None, stride), None, None
+    listed = (
+        source_index.shape, _by_image(source_index),
+        destination_index.shape, _by_image(destination_index),
+    )  # fmt: skip
+    split = plan_split(like.device.index, tokens, listed, stride)
+    slot = like.new_full((split.images, tokens), -1, dtype=torch.int32)
+    ascending = like.new_empty((split.images, split.destinations.rows), dtype=torch.int32)
+    if split.list is not None:
+        split.list(source_index, destination_index, slot, ascending)
+    return split, slot, ascending
+
+
+def _choose(
+    score: Tensor,
+    choice: Tensor,
+    split: Split,
+    slot: Tensor | None,
+    ascending: Tensor | None,
+    source_index: Tensor | None,
+    tokens: int,
+    r: int,
+    num_prefix: int,
+    protected: Tensor | None,
+    stride: int,
+    threshold: float | None,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = score.shape[0]
+    by_protected = (0, 0) if protected is None else _by_image(protected)
+    launch = plan_choice(
+        score.device.index, batch, tokens, r, num_prefix, by_protected, split, stride, threshold,
+        order == "tome",
+    )  # fmt: skip
+    new = functools.partial(score.new_empty, dtype=torch.int32)
+    outputs = tokens if threshold is not None else tokens - r
+    assign, members = new((batch, tokens)), new((batch, tokens))
+    offsets, counts = new((batch, outputs + 1)), new((batch,))
+    launch(
+        score, choice, source_index, slot, ascending, protected, assign, offsets, members, counts
+    )
+    return assign, offsets, members, counts
 
 
 def match(
@@ -302,53 +360,55 @@ def match(
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bipartite matching; see the operator's schema."""
-    batch, tokens = metric.shape[0], metric.shape[-2]
-    if r < 0 or r > tokens or stride < 1:
-        raise ValueError(f"match: r = {r} of {tokens} tokens, stride = {stride}")
-    cosine = similarity == "cosine"
-    by_protected = (0, 0) if protected is None else _by_image(protected)
-    if tokens == 0 or tokens > LARGEST or metric.dtype == torch.float64:
-        return _match_many(
-            metric, r, num_prefix, protected, source_index, destination_index, stride, threshold,
-            order, cosine,
-        )  # fmt: skip
-    listed = None
-    if source_index is not None and destination_index is not None:
-        listed = (
-            source_index.shape, _by_image(source_index),
-            destination_index.shape, _by_image(destination_index),
-        )  # fmt: skip
-    todo = plan(
-        metric.device.index, batch, tokens, r, num_prefix, by_protected, listed, stride, threshold,
-        order == "tome",
+    tokens = metric.shape[-2]
+    by_index = source_index, destination_index, stride
+    if _is_large(metric, tokens):
+        score, choice = search(metric, num_prefix, protected, *by_index, similarity)
+        return select(score, choice, tokens, r, num_prefix, protected, *by_index, threshold, order)
+    _check(tokens, r, stride)
+    split, slot, ascending = _find_split(metric, tokens, *by_index)
+    score, choice = find_best(
+        metric, metric, split.sources, split.destinations, source_index, ascending, None, protected,
+        num_prefix, True, similarity == "cosine",
     )  # fmt: skip
-    new = functools.partial(metric.new_empty, dtype=torch.int32)
-    slot = ascending = None
-    if todo.sides is not None:
-        slot = metric.new_full((todo.images, tokens), -1, dtype=torch.int32)
-        ascending = new((todo.images, todo.destinations.rows))
-        todo.sides(source_index, destination_index, slot, ascending)
-    score, choice = search(
-        metric, metric, todo.sources, todo.destinations, source_index, ascending, None, protected,
-        num_prefix, True, cosine,
+    return _choose(
+        score, choice, split, slot, ascending, source_index, tokens, r, num_prefix, protected,
+        stride, threshold, order,
     )  # fmt: skip
-    assign, members = new((batch, tokens)), new((batch, tokens))
-    offsets, counts = new((batch, todo.outputs + 1)), new((batch,))
-    todo.choose(
-        score, choice, source_index, slot, ascending, protected, assign, offsets, members, counts
-    )
-    return assign, offsets, members, counts
 
 
-def _by_image(index: Tensor) -> tuple[int, int]:
-    by = index.stride()
-    if len(by) == 1:
-        return 0, by[0]
-    return (0 if index.shape[0] == 1 else by[0]), by[1]
-
-
-def _match_many(
+def search(
     metric: Tensor,
+    num_prefix: int,
+    protected: Tensor | None,
+    source_index: Tensor | None,
+    destination_index: Tensor | None,
+    stride: int,
+    similarity: str,
+) -> tuple[Tensor, Tensor]:
+    """Best destination of each source; see the operator's schema."""
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    _check(tokens, 0, stride)
+    if source_index is not None and destination_index is not None and tokens > LARGEST:
+        sides = common.sides(batch, tokens, source_index, destination_index, stride, metric.device)
+        listed, ascending = sides.sources, sides.destinations
+        a = Side(listed.shape[1], _by_image(listed))
+        b = Side(ascending.shape[1], _by_image(ascending))
+        return find_best(
+            metric, metric, a, b, listed, ascending, None, protected, num_prefix, True,
+            similarity == "cosine",
+        )  # fmt: skip
+    split, _, ordered = _find_split(metric, tokens, source_index, destination_index, stride)
+    return find_best(
+        metric, metric, split.sources, split.destinations, source_index, ordered, None, protected,
+        num_prefix, True, similarity == "cosine",
+    )  # fmt: skip
+
+
+def select(
+    score: Tensor,
+    choice: Tensor,
+    num_tokens: int,
     r: int,
     num_prefix: int,
     protected: Tensor | None,
@@ -357,23 +417,42 @@ def _match_many(
     stride: int,
     threshold: float | None,
     order: str,
-    cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images too large to sort in one program, and double scores, which no key holds exactly.
+    """The map of the best pairs; see the operator's schema.
 
-    The search is most of the work there; PyTorch's sorts do for the rest.
+    By PyTorch's sorts, beside which the search is most of the work, for images that are too large
+    to sort in one program, and for double scores, which no key holds exactly.
     """
-    batch, tokens = metric.shape[0], metric.shape[-2]
-    split = common.sides(batch, tokens, source_index, destination_index, stride, metric.device)
-    sources, destinations, _ = split
-    closed = common.taboo(batch, tokens, num_prefix, protected, metric.device)
-    score, choice = search(
-        metric, metric, Side(sources.shape[1], _by_image(sources)),
-        Side(destinations.shape[1], _by_image(destinations)), sources, destinations, None,
-        protected, num_prefix, True, cosine,
-    )  # fmt: skip
+    _check(num_tokens, r, stride)
+    by_index = source_index, destination_index, stride
+    if not _is_large(score, num_tokens):
+        score, choice = score.contiguous(), choice.contiguous()
+        found = _find_split(score, num_tokens, *by_index)
+        return _choose(
+            score, choice, *found, source_index, num_tokens, r, num_prefix, protected, stride,
+            threshold, order,
+        )  # fmt: skip
+    batch, device = score.shape[0], score.device
+    sides = common.sides(batch, num_tokens, *by_index, device)
+    closed = common.taboo(batch, num_tokens, num_prefix, protected, device)
     assign, counts, outputs = common.select(
-        score, choice, split, closed, r, num_prefix, threshold, order
+        score, choice, sides, closed, r, num_prefix, threshold, order
     )
     offsets, members = _invert(assign, outputs)
     return assign, offsets, members, counts
+
+
+def _check(tokens: int, r: int, stride: int) -> None:
+    if r < 0 or r > tokens or stride < 1:
+        raise ValueError(f"match: r = {r} of {tokens} tokens, stride = {stride}")
+
+
+def _is_large(x: Tensor, tokens: int) -> bool:
+    return tokens == 0 or tokens > LARGEST or x.dtype == torch.float64
+
+
+def _by_image(index: Tensor) -> tuple[int, int]:
+    by = index.stride()
+    if len(by) == 1:
+        return 0, by[0]
+    return (0 if index.shape[0] == 1 else by[0]), by[1]

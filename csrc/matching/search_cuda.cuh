@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+// The search for the best destinations of one small image, by one block and on tensor cores.
+//
+// Destinations lie in shared memory as float32; each warp holds the rows of some sources in
+// registers and goes over all destinations. Where rows are exact in 11 bits (one head in half
+// precision) a product is one multiplication of tf32; else three of them keep the precision of
+// float32. NaN marks what does not count: no comparison with it is true.
+#pragma once
+
+#include "../cuda.cuh"
+
+#if defined(TOKENOPS_EMULATE)
+#include <cmath>
+#endif
+
+namespace tokenops::matching {
+
+using cuda::kAllLanes;
+using cuda::kWarpSize;
+
+constexpr int kSearchThreads = 256;
+constexpr int kSearchWarps = kSearchThreads / kWarpSize;
+
+// The rows of a metric [B, N, D] or [B, H, N, D], any strides.
+struct MetricRows {
+  const void* data;
+  int32_t type;  // 0: float, 1: half, 2: bfloat16
+  int32_t heads, width;
+  bool paired;  // neighbouring elements, from an even one on, may be loaded at once
+  int64_t batch_stride, head_stride, token_stride, stride;
+};
+
+// ---- products of matrices ----
+
+// The closest number of 11 bits, ties away from zero.
+__device__ __forceinline__ float to_tf32(float x) {
+#if defined(TOKENOPS_EMULATE)
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7f800000u) != 0x7f800000u) bits = (bits + 0x1000u) & ~0x1fffu;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#else
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+#endif
+}
+
+// sums += a b for a of 16 by 8 and b of 8 by 8 elements, spread over a warp: with g = lane / 4 and
+// t = lane % 4, a[i] is row g + 8 (i % 2), column t + 4 (i / 2); b[i] row t + 4 i, column g;
+// sums[i] row g + 8 (i / 2), column 2 t + i % 2.
+__device__ __forceinline__ void multiply(float (&sums)[4], const float (&a)[4],
+                                         const float (&b)[2]) {
+#if defined(TOKENOPS_EMULATE)
+  struct Shown {
+    float a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof(a));
+  std::memcpy(mine.b, b, sizeof(b));
+  const int g = emulate::lane() / 4, t = emulate::lane() % 4;
+  emulate::in_warp(mine, [&](auto of) {
+    for (int i = 0; i < 4; ++i) {
+      for (int k = 0; k < 8; ++k) {
+        const float left = of(g * 4 + k % 4).a[i / 2 + k / 4 * 2];
+        const float right = of((2 * t + i % 2) * 4 + k % 4).b[k / 4];
+        sums[i] += to_tf32(left) * to_tf32(right);
+      }
+    }
+    return 0;
+  });
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+#endif
+}
+
+// ---- rows ----
+
+// Rows that a warp has on their way at a time.
+constexpr int kBatch = 8;
+
+// Rows of one warp: lane l holds elements 2 l, 2 l + 1 of every 64, averaged over heads; zero past
+// the width.
+template <int Steps>
+struct RowBatch {
+  static constexpr int kPairs = (Steps * 8 + 63) / 64;
+  float value[kBatch][kPairs][2];
+
+  // The rows of the tokens that `token(i)` names, i < kBatch.
+  template <class F>
+  __device__ __forceinline__ void load(const MetricRows& x, int64_t image, const F& token) {
+    switch (x.type) {
+      case 0: return load_as<float>(x, image, token);
+      case 1: return load_as<c10::Half>(x, image, token);
+      default: return load_as<c10::BFloat16>(x, image, token);
+    }
+  }
+
+  // All loads of a head are on their way before the first one is used.
+  template <class T, class F>
+  __device__ __forceinline__ void load_as(const MetricRows& x, int64_t image, const F& token) {
+    const T* base = static_cast<const T*>(x.data) + image * x.batch_stride;
+    const int first = threadIdx.x % kWarpSize * 2;
+    int64_t at[kBatch];
+    TOKENOPS_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      at[i] = token(i) * x.token_stride + first * x.stride;
+      TOKENOPS_UNROLL
+      for (int p = 0; p < kPairs; ++p) value[i][p][0] = value[i][p][1] = 0;
+    }
+    for (int h = 0; h < x.heads; ++h, base += x.head_stride) {
+      cuda::Pack<T, 2> loaded[kBatch][kPairs];
+      TOKENOPS_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        TOKENOPS_UNROLL
+        for (int p = 0; p < kPairs; ++p) {
+          const T* from = base + at[i] + p * 64 * x.stride;
+          const int d = first + p * 64;
+          if (x.paired) {
+            if (d < x.width) loaded[i][p] = *reinterpret_cast<const cuda::Pack<T, 2>*>(from);
+          } else {
+            if (d < x.width) loaded[i][p].item[0] = from[0];
+            if (d + 1 < x.width) loaded[i][p].item[1] = from[x.stride];
+          }
+        }
+      }
+      TOKENOPS_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        TOKENOPS_UNROLL
+        for (int p = 0; p < kPairs; ++p) {
+          const int d = first + p * 64;
+          if (d < x.width) value[i][p][0] += static_cast<float>(loaded[i][p].item[0]);
+          if (d + 1 < x.width) value[i][p][1] += static_cast<float>(loaded[i][p].item[1]);
+        }
+      }
+    }
+    if (x.heads == 1) return;
+    TOKENOPS_UNROLL
+    for (int i = 0; i < kBatch * kPairs * 2; ++i) {
+      value[i / 2 / kPairs][i / 2 % kPairs][i % 2] /= static_cast<float>(x.heads);
+    }
+  }
+
+  // One over the length of row i, 0 where that is 0, in all lanes.
+  __device__ __forceinline__ float inverse_length(int i) const {
+    float squares = 0;
+    TOKENOPS_UNROLL
+    for (int p = 0; p < kPairs; ++p) {
+      squares += value[i][p][0] * value[i][p][0] + value[i][p][1] * value[i][p][1];
+    }
+    for (int bits = kWarpSize / 2; bits > 0; bits /= 2) {
+      squares += __shfl_xor_sync(kAllLanes, squares, bits);
+    }
+    return squares == 0 ? 0 : 1 / sqrtf(squares);
+  }
+
+  __device__ __forceinline__ void store(int i, float* to, float factor) const {
+    TOKENOPS_UNROLL
+    for (int p = 0; p < kPairs; ++p) {
+      const int d = p * 64 + threadIdx.x % kWarpSize * 2;
+      if (d >= Steps * 8) continue;
+      to[d] = value[i][p][0] * factor;
+      to[d + 1] = value[i][p][1] * factor;
+    }
+  }
+};
+
+// ---- the search ----
+
+// What a block needs in shared memory: the sides come in, score and choice of the sources come out.
+// The rest is its own meanwhile.
+struct SearchMemory {
+  const int32_t* source;       // [sources] tokens
+  const int32_t* destination;  // [destinations] tokens, ascending
+  float* score;                // [sources]
+  int32_t* choice;             // [sources]
+  int* first;                  // [1]
+  char* rows;                  // search_bytes(...)
+};
+
+// Floats from a row to the next: four more than its elements, so that the rows of a fragment lie
+// in different banks.
+TOKENOPS_HOST_DEVICE int row_pitch(int steps) { return steps * 8 + 4; }
+
+TOKENOPS_HOST_DEVICE int64_t search_bytes(int64_t destinations, int steps) {
+  const int64_t padded = (destinations + 7) / 8 * 8;
+  return (padded * row_pitch(steps) + padded + kSearchWarps * 16 * row_pitch(steps)) *
+         static_cast<int64_t>(sizeof(float));
+}
+
+// Find the best destination of each source of an image; `counts(token)` says which destinations
+// count. Of equal ones the first is taken, and the first of all where nothing is similar.
+// Exact: rows are what tf32 holds, and lengths are divided by afterwards. Steps: of eight elements
+// of a row. Tiles: of 16 sources that a warp holds.
+template <bool Exact, int Steps, int Tiles, class Counts>
+__device__ __forceinline__ void search_image(const MetricRows& x, int64_t image, int sources,
+                                             int destinations, bool cosine,
+                                             const SearchMemory& memory, const Counts& counts) {
+  constexpr int kPitch = Steps * 8 + 4;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int g = lane / 4, t = lane % 4;
+  const int padded = (destinations + 7) / 8 * 8;
+  float* const rows = reinterpret_cast<float*>(memory.rows);  // [padded, kPitch]
+  float* const inverse = rows + padded * kPitch;              // [padded]
+  float* const staging = inverse + padded + warp * 16 * kPitch;
+  const float nan = nanf("");
+
+  if (threadIdx.x == 0) *memory.first = INT_MAX;
+  __syncthreads();
+  RowBatch<Steps> batch;
+  for (int begin = warp * kBatch; begin < padded; begin += kSearchWarps * kBatch) {
+    const auto token = [&](int i) {
+      return memory.destination[begin + i < destinations ? begin + i : destinations - 1];
+    };
+    batch.load(x, image, token);
+    TOKENOPS_UNROLL
+    for (int i = 0; i < kBatch; ++i) {  // padded is a multiple of the batch
+      const int j = begin + i;
+      const float length = cosine ? batch.inverse_length(i) : 1;
+      const bool takes_part = j < destinations && counts(token(i));
+      if (takes_part && lane == 0) atomicMin(memory.first, j);
+      const float factor = takes_part ? length : nan;
+      batch.store(i, rows + j * kPitch, Exact ? 1 : factor);
+      if (Exact && lane == 0) inverse[j] = factor;
+    }
+  }
+  __syncthreads();
+
+  const int first = *memory.first == INT_MAX ? -1 : *memory.first;
+  for (int begin = warp * Tiles * 16; begin < sources; begin += kSearchWarps * Tiles * 16) {
+    float high[Tiles][Steps][4], low[Tiles][Exact ? 1 : Steps][4], scale[Tiles][2];
+    TOKENOPS_UNROLL
+    for (int tile = 0; tile < Tiles; ++tile) {
+      float lengths = 1;  // lane i holds that of row i
+      for (int half = 0; half < 16; half += kBatch) {
+        const int place = begin + tile * 16 + half;
+        batch.load(x, image, [&](int i) {
+          return memory.source[place + i < sources ? place + i : sources - 1];
+        });
+        TOKENOPS_UNROLL
+        for (int i = 0; i < kBatch; ++i) {
+          const float factor = cosine ? batch.inverse_length(i) : 1;
+          if (lane == half + i) lengths = factor;
+          batch.store(i, staging + (half + i) * kPitch, Exact ? 1 : factor);
+        }
+      }
+      scale[tile][0] = __shfl_sync(kAllLanes, lengths, g);
+      scale[tile][1] = __shfl_sync(kAllLanes, lengths, g + 8);
+      __syncwarp();
+      TOKENOPS_UNROLL
+      for (int step = 0; step < Steps; ++step) {
+        TOKENOPS_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float value = staging[(g + i % 2 * 8) * kPitch + step * 8 + t + i / 2 * 4];
+          high[tile][step][i] = Exact ? value : to_tf32(value);
+          if (!Exact) low[tile][Exact ? 0 : step][i] = to_tf32(value - high[tile][step][i]);
+        }
+      }
+      __syncwarp();
+    }
+
+    float best[Tiles][2];
+    int at[Tiles][2];
+    TOKENOPS_UNROLL
+    for (int i = 0; i < Tiles * 2; ++i) best[i / 2][i % 2] = -INFINITY, at[i / 2][i % 2] = INT_MAX;
+    for (int column = 0; column < padded; column += 8) {
+      float large[Tiles][4] = {}, small[Tiles][4] = {};
+      const float* const from = rows + (column + g) * kPitch + t;
+      TOKENOPS_UNROLL
+      for (int step = 0; step < Steps; ++step) {
+        const float b[2] = {from[step * 8], from[step * 8 + 4]};
+        if (Exact) {
+          TOKENOPS_UNROLL
+          for (int tile = 0; tile < Tiles; ++tile) multiply(large[tile], high[tile][step], b);
+        } else {
+          const float b_high[2] = {to_tf32(b[0]), to_tf32(b[1])};
+          const float b_low[2] = {to_tf32(b[0] - b_high[0]), to_tf32(b[1] - b_high[1])};
+          TOKENOPS_UNROLL
+          for (int tile = 0; tile < Tiles; ++tile) {
+            multiply(small[tile], low[tile][Exact ? 0 : step], b_high);
+            multiply(small[tile], high[tile][step], b_low);
+            multiply(large[tile], high[tile][step], b_high);
+          }
+        }
+      }
+      TOKENOPS_UNROLL
+      for (int i = 0; i < Tiles * 4; ++i) {
+        const int tile = i / 4, c = i % 4, place = column + 2 * t + c % 2;
+        float score = large[tile][c];
+        if (Exact) {
+          score *= inverse[place];
+        } else if (small[tile][c] == small[tile][c]) {  // not so where a row is infinite
+          score += small[tile][c];
+        }
+        if (score > best[tile][c / 2]) best[tile][c / 2] = score, at[tile][c / 2] = place;
+      }
+    }
+    // The four lanes of a row saw different columns.
+    TOKENOPS_UNROLL
+    for (int i = 0; i < Tiles * 2; ++i) {
+      float mine = best[i / 2][i % 2];
+      int where = at[i / 2][i % 2];
+      for (int bits = 1; bits < 4; bits *= 2) {
+        const float other = __shfl_xor_sync(kAllLanes, mine, bits);
+        const int there = __shfl_xor_sync(kAllLanes, where, bits);
+        if (other > mine || (other == mine && there < where)) mine = other, where = there;
+      }
+      const int place = begin + i / 2 * 16 + g + i % 2 * 8;
+      if (t == 0 && place < sources) {
+        const bool found = mine > -INFINITY;
+        memory.score[place] = found ? mine * (Exact ? scale[i / 2][i % 2] : 1) : -INFINITY;
+        memory.choice[place] = found ? where : first;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace tokenops::matching
