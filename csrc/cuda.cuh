@@ -131,6 +131,30 @@ class Target {
 #endif
 };
 
+// A kernel that `python -m tokenops.info` tells about, made once for the whole run of the program:
+// `const Listed listed("name", kernel, threads, shared_bytes);` beside the kernel.
+struct Listed {
+  const char* name;
+  const void* function;
+  int threads;
+  int64_t shared_bytes;
+  const Listed* next;
+
+  template <class... P>
+  Listed(const char* name_, void (*kernel)(P...), int threads_, int64_t shared_bytes_ = 0)
+      : name(name_),
+        function(reinterpret_cast<const void*>(kernel)),
+        threads(threads_),
+        shared_bytes(shared_bytes_),
+        next(first()) {
+    first() = this;
+  }
+  static const Listed*& first() {
+    static const Listed* head = nullptr;
+    return head;
+  }
+};
+
 // ---- in kernels ----
 
 // The block's dynamic shared memory.

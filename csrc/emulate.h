@@ -233,6 +233,24 @@ inline unsigned __ballot_sync(unsigned, bool mine) {
     return bits;
   });
 }
+// F joins two values of all those that a warp has.
+template <class F>
+unsigned reduce_in_warp(unsigned mine, F join) {
+  return ::tokenops::emulate::in_warp(mine, [=](auto of) {
+    unsigned all = of(0);
+    for (int lane = 1; lane < ::tokenops::emulate::kWarp; ++lane) all = join(all, of(lane));
+    return all;
+  });
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned mine) {
+  return reduce_in_warp(mine, [](unsigned a, unsigned b) { return a < b ? a : b; });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned mine) {
+  return reduce_in_warp(mine, [](unsigned a, unsigned b) { return a > b ? a : b; });
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned mine) {
+  return reduce_in_warp(mine, [](unsigned a, unsigned b) { return a + b; });
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <class T>
 T atomicAdd(T* at, T value) {
@@ -244,6 +262,12 @@ template <class T>
 T atomicMin(T* at, T value) {
   const T old = *at;
   if (value < old) *at = value;
+  return old;
+}
+template <class T>
+T atomicMax(T* at, T value) {
+  const T old = *at;
+  if (value > old) *at = value;
   return old;
 }
 template <class T>

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // What Python may ask about the build and the machine. pybind11 ties this module to one version of
 // Python, so it stands apart from the operators' library, which knows none.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <stdexcept>
 #include <string>
 
+#include "attributes.h"
 #include "common.h"
 
 namespace py = pybind11;
@@ -63,6 +66,27 @@ py::dict cpu_features() {
   return features;
 }
 
+py::list cuda_kernels(const std::string& library) {
+  py::list kernels;
+  void* const loaded = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
+  void* const symbol = loaded != nullptr ? dlsym(loaded, "tokenops_list_kernels") : nullptr;
+  const auto list_kernels = reinterpret_cast<TokenopsListKernels>(symbol);
+  if (list_kernels == nullptr) return kernels;  // compiled for the CPU alone
+  const auto report = [](void* context, const TokenopsKernel* kernel) {
+    py::dict entry;
+    entry["name"] = kernel->name;
+    entry["threads"] = kernel->threads;
+    entry["shared_bytes"] = kernel->shared_bytes;
+    entry["registers"] = kernel->registers;
+    entry["local_bytes"] = kernel->local_bytes;
+    entry["blocks"] = kernel->blocks;
+    static_cast<py::list*>(context)->append(entry);
+  };
+  const char* const error = list_kernels(report, &kernels);
+  if (error != nullptr) throw std::runtime_error(error);
+  return kernels;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_inspect, module) {
@@ -71,4 +95,7 @@ PYBIND11_MODULE(_inspect, module) {
   module.def("cpu_features", &cpu_features,
              "Vector extensions that this CPU and its system offer, and under \"isa\" the level "
              "that the kernels use, which TOKENOPS_CPU_ISA can lower.");
+  module.def("cuda_kernels", &cuda_kernels, py::arg("library"),
+             "CUDA kernels of the library at this path, which must be loaded: registers, shared "
+             "memory, and blocks that a multiprocessor of the current device runs at a time.");
 }

@@ -7,6 +7,7 @@ import importlib.util
 import platform
 from collections.abc import Iterator
 from importlib import metadata
+from types import ModuleType
 
 import torch
 
@@ -56,6 +57,21 @@ def _lines() -> Iterator[str]:
             yield f"  {operator:<16} {', '.join(serving)}"
             for backend, reason in reasons.items():
                 yield f"  {'':<16}   not {backend}: {reason}"
+    if inspect is not None and _native.build_info().get("built") == "cuda":
+        yield from _kernels(inspect)
+
+
+def _kernels(inspect: ModuleType) -> Iterator[str]:
+    yield "compiled CUDA kernels (threads and shared bytes of a block)"
+    try:
+        kernels = inspect.cuda_kernels(_native.path)
+    except RuntimeError as error:
+        yield f"  unknown: {error}"
+        return
+    for kernel in kernels:
+        line = "{name:<36} {threads:>4} threads {shared_bytes:>6} shared {registers:>3} registers"
+        line += "{blocks:>3} blocks per multiprocessor"
+        yield "  " + line.format(**kernel)
 
 
 def _version(package: str) -> str:

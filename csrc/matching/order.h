@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// In what order sources merge, and which tokens a rule makes sources: index arithmetic of kernels,
-// apart from them so that it can be tested on a CPU.
+// What is asked of `select`, which tokens a rule makes sources, and in what order sources merge:
+// the index arithmetic of kernels, apart from them so that it can be tested on a CPU.
 #pragma once
 
 #include <cstring>
 #include <limits>
+#include <optional>
+#include <string>
 #include <type_traits>
 
 #include "../tensors.h"
@@ -42,6 +44,127 @@ struct Alternation {
 TOKENOPS_HOST_DEVICE int32_t clamped(int64_t value, int32_t count) {
   return static_cast<int32_t>(value < 0 ? 0 : value >= count ? count - 1 : value);
 }
+
+// ---- what is asked ----
+
+// An index tensor [K] or [B, K] of any strides.
+struct IndexList {
+  const void* data;
+  int64_t batch_stride, stride;
+  bool wide;  // int64, else int32
+
+  TOKENOPS_HOST_DEVICE int32_t at(int64_t i, int32_t tokens) const {
+    return clamped(wide ? static_cast<const int64_t*>(data)[i * stride]
+                        : static_cast<const int32_t*>(data)[i * stride],
+                   tokens);
+  }
+  TOKENOPS_HOST_DEVICE IndexList row(int64_t image) const {
+    const int64_t skipped = image * batch_stride * (wide ? 8 : 4);
+    return {static_cast<const char*>(data) + skipped, batch_stride, stride, wide};
+  }
+};
+
+// What `select` asks of images of N tokens, all of them or, by `row`, one.
+struct Choice {
+  int32_t tokens, outputs;        // N, M
+  int32_t sources, destinations;  // by rule, or listed
+  int32_t r, prefix;
+  bool listed, limited, tome;
+  double threshold;        // where limited
+  Alternation rule;        // the split, unless it is listed
+  IndexList source_index;  // the split, if it is listed
+  IndexList destination_index;
+  const uint8_t* is_protected;  // [N] or [B, N], or null
+  int64_t protected_batch_stride, protected_stride;
+
+  TOKENOPS_HOST_DEVICE Choice row(int64_t image) const {
+    Choice one = *this;
+    if (listed) {
+      one.source_index = source_index.row(image);
+      one.destination_index = destination_index.row(image);
+    }
+    if (is_protected != nullptr) one.is_protected += image * protected_batch_stride;
+    return one;
+  }
+  // Whether unmerged sources stand by falling score, and how many those are at most.
+  TOKENOPS_HOST_DEVICE bool by_score() const { return tome && prefix == 0; }
+  TOKENOPS_HOST_DEVICE int64_t most_sorted() const {
+    const int64_t most = sources < tokens ? sources : tokens;
+    if (!by_score() || limited || destinations == 0) return by_score() ? most : 0;
+    return most > r ? most - r : 0;
+  }
+};
+
+// From the operator's arguments. Tensors stay the caller's.
+inline Choice make_choice(const char* op, int64_t batch, int64_t tokens, int64_t r,
+                          int64_t num_prefix, const std::optional<Tensor>& is_protected,
+                          const std::optional<Tensor>& source_index,
+                          const std::optional<Tensor>& destination_index, int64_t stride,
+                          const std::optional<double>& threshold, const std::string& order) {
+  constexpr int64_t kMostTokens = int64_t{1} << 30;
+  STD_TORCH_CHECK(0 <= tokens && tokens <= kMostTokens, op, ": expected at most 2^30 tokens, got ",
+                  tokens);
+  STD_TORCH_CHECK(r <= tokens && stride >= 1, op, ": expected r <= N and stride >= 1, got r = ", r,
+                  ", N = ", tokens, ", stride = ", stride);
+  STD_TORCH_CHECK(order == "position" || order == "tome", op,
+                  ": expected order position or tome, got ", order);
+  const auto clamp = [&](int64_t value, int64_t most) {
+    return static_cast<int32_t>(value < 0 ? 0 : value > most ? most : value);
+  };
+  // One row for all images, or one for each.
+  const auto check_rows = [&](const char* name, const Tensor& t) {
+    STD_TORCH_CHECK(t.dim() == 1 || (t.dim() == 2 && (t.size(0) == batch || t.size(0) == 1)), op,
+                    ": expected ", name, " to have one row, or one per image");
+    return t.dim() == 2 && t.size(0) > 1 ? t.stride(0) : 0;
+  };
+  Choice ask = {};
+  ask.tokens = static_cast<int32_t>(tokens);
+  ask.r = clamp(r, tokens);
+  ask.outputs = threshold ? ask.tokens : ask.tokens - ask.r;
+  ask.prefix = clamp(num_prefix, tokens);
+  ask.limited = threshold.has_value();
+  ask.threshold = threshold.value_or(0);
+  ask.tome = order == "tome" && ask.r > 0;  // where nothing is to merge, the identity
+  ask.rule = {static_cast<uint32_t>(clamp(stride, tokens + 1))};
+  ask.destinations = ask.rule.destinations_before(ask.tokens);
+  ask.sources = ask.tokens - ask.destinations;
+  if (is_protected) {
+    ask.protected_batch_stride = check_rows("protected", *is_protected);
+    STD_TORCH_CHECK(is_protected->scalar_type() == ScalarType::Bool &&
+                        is_protected->size(is_protected->dim() - 1) == tokens,
+                    op, ": expected protected to be bool, one entry per token");
+    ask.is_protected = static_cast<const uint8_t*>(is_protected->const_data_ptr());
+    ask.protected_stride = is_protected->stride(is_protected->dim() - 1);
+  }
+  ask.listed = source_index && destination_index;
+  if (ask.listed) {
+    const auto list = [&](const char* name, const Tensor& t, int32_t* count) {
+      const int64_t by_image = check_rows(name, t), size = t.size(t.dim() - 1);
+      const bool wide = t.scalar_type() == ScalarType::Long;
+      STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Int, op, ": expected ", name,
+                      " of dtype int32 or int64, got ", t.scalar_type());
+      STD_TORCH_CHECK(size <= kMostTokens, op, ": expected at most 2^30 indices, got ", size);
+      *count = tokens == 0 ? 0 : static_cast<int32_t>(size);
+      return IndexList{t.const_data_ptr(), by_image, t.stride(t.dim() - 1), wide};
+    };
+    ask.source_index = list("source_index", *source_index, &ask.sources);
+    ask.destination_index = list("destination_index", *destination_index, &ask.destinations);
+  }
+  return ask;
+}
+
+// The results, of all images or one.
+struct ChosenMap {
+  int32_t* assign;   // [N]
+  int32_t* offsets;  // [M + 1]
+  int32_t* members;  // [N]
+  int32_t* count;    // [1]
+
+  TOKENOPS_HOST_DEVICE ChosenMap row(const Choice& ask, int64_t image) const {
+    return {assign + image * ask.tokens, offsets + image * (ask.outputs + int64_t{1}),
+            members + image * ask.tokens, count + image};
+  }
+};
 
 // ---- the order of sources ----
 

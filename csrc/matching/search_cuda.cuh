@@ -18,8 +18,14 @@ namespace tokenops::matching {
 using cuda::kAllLanes;
 using cuda::kWarpSize;
 
-constexpr int kSearchThreads = 256;
-constexpr int kSearchWarps = kSearchThreads / kWarpSize;
+// Warps of a block. Where registers allow, two blocks run side by side: one's loads pass while the
+// other multiplies. Seven warps of 16 sources are what 197 to 224 tokens fill.
+TOKENOPS_HOST_DEVICE constexpr bool in_pairs(int steps, int tiles) {
+  return tiles == 1 && steps <= 8;
+}
+TOKENOPS_HOST_DEVICE constexpr int search_warps(int steps, int tiles) {
+  return in_pairs(steps, tiles) ? 7 : 8;
+}
 
 // The rows of a metric [B, N, D] or [B, H, N, D], any strides.
 struct MetricRows {
@@ -80,12 +86,9 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const float (&a)[4],
 
 // ---- rows ----
 
-// Rows that a warp has on their way at a time.
-constexpr int kBatch = 8;
-
 // Rows of one warp: lane l holds elements 2 l, 2 l + 1 of every 64, averaged over heads; zero past
 // the width.
-template <int Steps>
+template <int Steps, int kBatch>
 struct RowBatch {
   static constexpr int kPairs = (Steps * 8 + 63) / 64;
   float value[kBatch][kPairs][2];
@@ -186,9 +189,9 @@ struct SearchMemory {
 // in different banks.
 TOKENOPS_HOST_DEVICE int row_pitch(int steps) { return steps * 8 + 4; }
 
-TOKENOPS_HOST_DEVICE int64_t search_bytes(int64_t destinations, int steps) {
+TOKENOPS_HOST_DEVICE int64_t search_bytes(int64_t destinations, int steps, int tiles) {
   const int64_t padded = (destinations + 7) / 8 * 8;
-  return (padded * row_pitch(steps) + padded + kSearchWarps * 16 * row_pitch(steps)) *
+  return (padded * row_pitch(steps) + padded + search_warps(steps, tiles) * 16 * row_pitch(steps)) *
          static_cast<int64_t>(sizeof(float));
 }
 
@@ -200,7 +203,8 @@ template <bool Exact, int Steps, int Tiles, class Counts>
 __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image, int sources,
                                              int destinations, bool cosine,
                                              const SearchMemory& memory, const Counts& counts) {
-  constexpr int kPitch = Steps * 8 + 4;
+  constexpr int kPitch = Steps * 8 + 4, kWarps = search_warps(Steps, Tiles);
+  constexpr int kBatch = in_pairs(Steps, Tiles) ? 4 : 8;  // rows of a warp on their way at a time
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const int padded = (destinations + 7) / 8 * 8;
@@ -211,8 +215,8 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
 
   if (threadIdx.x == 0) *memory.first = INT_MAX;
   __syncthreads();
-  RowBatch<Steps> batch;
-  for (int begin = warp * kBatch; begin < padded; begin += kSearchWarps * kBatch) {
+  RowBatch<Steps, kBatch> batch;
+  for (int begin = warp * kBatch; begin < padded; begin += kWarps * kBatch) {
     const auto token = [&](int i) {
       return memory.destination[begin + i < destinations ? begin + i : destinations - 1];
     };
@@ -231,7 +235,7 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
   __syncthreads();
 
   const int first = *memory.first == INT_MAX ? -1 : *memory.first;
-  for (int begin = warp * Tiles * 16; begin < sources; begin += kSearchWarps * Tiles * 16) {
+  for (int begin = warp * Tiles * 16; begin < sources; begin += kWarps * Tiles * 16) {
     float high[Tiles][Steps][4], low[Tiles][Exact ? 1 : Steps][4], scale[Tiles][2];
     TOKENOPS_UNROLL
     for (int tile = 0; tile < Tiles; ++tile) {

@@ -156,6 +156,11 @@ std::tuple<Tensor, Tensor, Tensor> compose(const Tensor& assign, const Tensor& e
   return {composed, offsets, members};
 }
 
+const cuda::Listed listed_few("invert_block<256, 4>", invert_block<256, 4>, 256,
+                              cuda::BlockSort<uint32_t, 256, 4>::kSharedBytes);
+const cuda::Listed listed_many("invert_block<512, 8>", invert_block<512, 8>, 512,
+                               cuda::BlockSort<uint32_t, 512, 8>::kSharedBytes);
+
 }  // namespace
 }  // namespace tokenops
 

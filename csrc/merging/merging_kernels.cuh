@@ -4,12 +4,21 @@
 // threads take the tile's packs, every kThreads-th one each, with several on their way at once.
 #pragma once
 
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
 #include "../cuda.cuh"
 #include "merging.h"
 
-namespace tokenops::merging {
+// Loops of unknown length, whose copies would only take registers.
+#if defined(TOKENOPS_EMULATE)
+#define TOKENOPS_ROLL
+#else
+#define TOKENOPS_ROLL _Pragma("unroll 1")
+#endif
 
-using cuda::Pack;
+namespace tokenops::merging {
 
 constexpr int kThreads = 256;
 constexpr int kAhead = 4;      // packs that a thread asks for before it uses the first of them
@@ -21,7 +30,9 @@ template <class T>
 constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 // Blocks of a multiprocessor that registers are limited for.
 template <class T>
-constexpr int kBlocks = sizeof(T) == sizeof(double) ? 3 : 4;
+constexpr int kBlocks = sizeof(T) == sizeof(double) ? 2 : 4;
+template <class T>
+constexpr int kMergeBlocks = sizeof(T) == sizeof(double) ? 2 : 3;
 
 // ---- tiles ----
 
@@ -79,106 +90,134 @@ struct Walk {
   }
 };
 
+// ---- packs ----
+
+// V elements as they are stored, in whole registers for as long as nobody looks at them.
 template <class T, int V>
-__device__ __forceinline__ Pack<T, V> load(const T* at) {
-  return *reinterpret_cast<const Pack<T, V>*>(at);
-}
-template <class T, int V>
-__device__ __forceinline__ void store(T* at, const Pack<T, V>& pack) {
-  *reinterpret_cast<Pack<T, V>*>(at) = pack;
-}
-// V values at an address aligned as a pack of V shorter ones is.
-template <class A, int V>
-__device__ __forceinline__ void store_wide(A* at, const A (&values)[V]) {
-  constexpr int W = V * sizeof(A) > 16 ? 16 / static_cast<int>(sizeof(A)) : V;
-  TOKENOPS_UNROLL
-  for (int i = 0; i < V; i += W) {
-    Pack<A, W> pack;
-    TOKENOPS_UNROLL
-    for (int k = 0; k < W; ++k) pack.item[k] = values[i + k];
-    store<A, W>(at + i, pack);
+struct alignas(sizeof(T) * V) Raw {
+  static constexpr bool kPairs = sizeof(T) == 2 && V > 1;
+  using Word = std::conditional_t<sizeof(T) == 2 && V == 1, uint16_t, uint32_t>;
+  static constexpr int kWords = static_cast<int>(sizeof(T) * V / sizeof(Word));
+  Word word[kWords];
+
+  static __device__ __forceinline__ Raw at(const T* data) {
+    return *reinterpret_cast<const Raw*>(data);
   }
-}
-template <class A, int V>
-__device__ __forceinline__ void load_wide(const A* at, A (&values)[V]) {
-  constexpr int W = V * sizeof(A) > 16 ? 16 / static_cast<int>(sizeof(A)) : V;
-  TOKENOPS_UNROLL
-  for (int i = 0; i < V; i += W) {
-    const Pack<A, W> pack = load<A, W>(at + i);
+  // V of the values, from `first` on.
+  template <int Count>
+  static __device__ __forceinline__ Raw of(const acc_t<T> (&values)[Count], int first = 0) {
+    Raw raw;
     TOKENOPS_UNROLL
-    for (int k = 0; k < W; ++k) values[i + k] = pack.item[k];
+    for (int i = 0; i < V; ++i) {
+      const T value = static_cast<T>(values[first + i]);
+      if constexpr (kPairs) {
+        uint16_t bits;
+        std::memcpy(&bits, &value, sizeof(T));
+        raw.word[i / 2] = i % 2 == 0 ? bits : raw.word[i / 2] | uint32_t{bits} << 16;
+      } else {
+        std::memcpy(raw.word + i * kWords / V, &value, sizeof(T));
+      }
+    }
+    return raw;
   }
-}
-template <class T, int V>
-__device__ __forceinline__ Pack<T, V> zero_pack() {
-  Pack<T, V> zero;
-  TOKENOPS_UNROLL
-  for (int i = 0; i < V; ++i) zero.item[i] = static_cast<T>(0.f);
-  return zero;
-}
+  static __device__ __forceinline__ Raw zero() {
+    Raw raw;
+    TOKENOPS_UNROLL
+    for (int i = 0; i < kWords; ++i) raw.word[i] = 0;
+    return raw;
+  }
+  __device__ __forceinline__ acc_t<T> operator[](int i) const {
+    T value;
+    if constexpr (kPairs) {
+      const uint16_t bits = static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16));
+      std::memcpy(&value, &bits, sizeof(T));
+    } else {
+      std::memcpy(&value, word + i * kWords / V, sizeof(T));
+    }
+    return static_cast<acc_t<T>>(value);
+  }
+  __device__ __forceinline__ void store(T* data) const {
+#if !defined(TOKENOPS_EMULATE)
+    if constexpr (sizeof(Raw) == 16) {  // an assignment would be taken apart into its words
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(data)),
+                   "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+                   : "memory");
+      return;
+    }
+#endif
+    *reinterpret_cast<Raw*>(data) = *this;
+  }
+};
 
 // ---- what the rows of a tile are made of ----
 
-// What an accumulated row is multiplied with or divided by. A reciprocal replaces a division where
-// the result is rounded to a shorter type anyway, unless it could overflow.
+// What an accumulated row is multiplied with, and then divided by. For a result that is rounded to
+// a shorter type, the reciprocal is as exact, and kept in place of the divisor.
 template <class T>
 struct Factor {
   using A = acc_t<T>;
-  A value;
-  bool divides;
+  static constexpr bool kShort = sizeof(T) < sizeof(A);
+  A times, over;
 
-  static __device__ __forceinline__ Factor over(A total) {
-    if (total == 1) return {1, false};
-    const A size = total < 0 ? -total : total;
-    if (sizeof(T) < sizeof(A) && size > A(1e-30) && size < A(1e30)) return {1 / total, false};
-    return {total, true};
+  // A power of two keeps the reciprocal of any total finite and exact.
+  static __device__ __forceinline__ Factor average(A total) {
+    const A size = total < 0 ? -total : total, big = A(uint64_t{1} << 63);
+    const A times = size < 1 / big ? big : size > big ? 1 / big : A(1);
+    return {times, kShort ? 1 / (total * times) : total * times};
   }
-  __device__ __forceinline__ A on(A x) const { return divides ? x / value : x * value; }
+  // What `on` takes.
+  __device__ __forceinline__ A reciprocal() const { return kShort || over == 1 ? over : 1 / over; }
+  // x * times / over as division rounds it: its remainder corrects the product.
+  __device__ __forceinline__ A on(A x, A reciprocal) const {
+    x *= times;
+    const A quotient = x * reciprocal;
+    if (kShort) return quotient;
+    const A left = std::fma(-quotient, over, x);
+    return left - left == 0 ? std::fma(left, reciprocal, quotient) : quotient;
+  }
 };
 
 template <class T>
 struct alignas(16) MergedRow {
   Factor<T> factor;
-  int begin, count;  // of its entries of `members`
+  int begin, count;  // of its members among those of the tile
 };
 
-// The members of a tile's rows, with their weights; in shared memory as far as they fit.
+// The members of a tile's rows, with their weights: in shared memory if all of them fit there, else
+// where they came from.
 template <class A>
 struct Listed {
-  const int32_t* members;  // [N], of the image, as are the weights
-  const A* weight;         // [N] or null
-  int32_t* tokens;         // shared [kStaged]
-  A* weights;              // shared [kStaged]
-  int inputs, begin, staged;
+  const int32_t* list;  // of the members from `begin` on
+  const A* weight;      // of the same, or of tokens, or null
+  int inputs, begin, count;
+  bool staged;
 
-  // Put those in shared memory that rows [row, row + rows) have.
-  __device__ __forceinline__ void stage(const Map& map, int64_t image, int row, int rows) {
-    members = map.members + image * map.inputs;
+  __device__ __forceinline__ Listed(const Map& map, const A* weights, const Tile& tile,
+                                    int32_t* shared_list, A* shared_weights) {
+    const int32_t* const members = map.members + tile.image * map.inputs;
+    const Members last = map.members_of(tile.image, tile.row + tile.rows - 1);
     inputs = static_cast<int>(map.inputs);
-    const Members last = map.members_of(image, row + rows - 1);
-    begin = static_cast<int>(map.members_of(image, row).index - members);
-    staged = static_cast<int>(last.index + last.count - members) - begin;
-    staged = staged > kStaged ? kStaged : staged;  // below zero if offsets are no offsets
-    for (int i = threadIdx.x; i < staged; i += kThreads) {
-      tokens[i] = read(begin + i);
-      if (weight != nullptr) weights[i] = weight[tokens[i]];
+    begin = static_cast<int>(map.members_of(tile.image, tile.row).index - members);
+    count = static_cast<int>(last.index + last.count - members) - begin;
+    list = members + begin;
+    weight = weights != nullptr ? weights + tile.image * map.inputs : nullptr;
+    staged = count <= kStaged;
+    if (!staged) return;
+    TOKENOPS_ROLL
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      shared_list[i] = list[i];
+      if (weight != nullptr) shared_weights[i] = weight[token(i)];
     }
+    list = shared_list;
+    if (weight != nullptr) weight = shared_weights;
   }
-  // The token at a place of `members`; wild ones are taken for the nearest that is there.
-  __device__ __forceinline__ int token(int at) const {
-    const int i = at - begin;
-    return i >= 0 && i < staged ? tokens[i] : read(at);
-  }
-  __device__ __forceinline__ A weight_at(int at) const {
-    if (weight == nullptr) return 1;
-    const int i = at - begin;
-    return i >= 0 && i < staged ? weights[i] : weight[read(at)];
-  }
-
- private:
-  __device__ __forceinline__ int read(int at) const {
-    const int n = members[at];
+  // The i-th token; a wild one is taken for the nearest that is there.
+  __device__ __forceinline__ int token(int i) const {
+    const int n = list[i];
     return n < 0 ? 0 : n < inputs ? n : inputs - 1;
+  }
+  __device__ __forceinline__ A weight_of(int i) const {
+    return weight == nullptr ? A(1) : weight[staged ? i : token(i)];
   }
 };
 
@@ -228,13 +267,13 @@ __device__ __forceinline__ A fold_start() {
 // The factor on a member.
 template <Fold F, class A>
 __device__ __forceinline__ A member_factor(const Listed<A>& listed, int at, A sign) {
-  return F == Fold::sum ? listed.weight_at(at) : F == Fold::amax ? sign : A(1);
+  return F == Fold::sum ? listed.weight_of(at) : F == Fold::amax ? sign : A(1);
 }
 
 // How a row ends whose weights sum up to `total`.
 template <class T>
 __device__ __forceinline__ void end_average(MergedRow<T>& row, acc_t<T> total) {
-  row.factor = Factor<T>::over(total);
+  row.factor = Factor<T>::average(total);
   if (total == 0) row.count = 0;
 }
 
@@ -252,14 +291,15 @@ __device__ __forceinline__ void merge_long_row(const MergeParts<T>& args, const 
   A acc[V], weights = 0;
   TOKENOPS_UNROLL
   for (int i = 0; i < V; ++i) acc[i] = fold_start<F, A>();
+  TOKENOPS_ROLL
   for (int j = slice; slice < slices && j < row.count; j += kAhead * slices) {
-    Pack<T, V> member[kAhead];
+    Raw<T, V> member[kAhead];
     A factor[kAhead];
     TOKENOPS_UNROLL
     for (int k = 0; k < kAhead; ++k) {
       if (j + k * slices >= row.count) continue;
       const int at = row.begin + j + k * slices;
-      if (live) member[k] = load<T, V>(x + listed.token(at) * row_stride);
+      if (live) member[k] = Raw<T, V>::at(x + listed.token(at) * row_stride);
       factor[k] = member_factor<F>(listed, at, args.sign);
     }
     TOKENOPS_UNROLL
@@ -269,7 +309,7 @@ __device__ __forceinline__ void merge_long_row(const MergeParts<T>& args, const 
       if (!live) continue;
       TOKENOPS_UNROLL
       for (int i = 0; i < V; ++i) {
-        acc[i] = folded<F>(acc[i], static_cast<A>(member[k].item[i]) * factor[k]);
+        acc[i] = folded<F>(acc[i], member[k][i] * factor[k]);
       }
     }
   }
@@ -279,6 +319,7 @@ __device__ __forceinline__ void merge_long_row(const MergeParts<T>& args, const 
   partial_weight[threadIdx.x] = weights;
   int half = 1;
   while (2 * half < slices) half *= 2;
+  TOKENOPS_ROLL
   for (; half > 0; half /= 2) {
     __syncthreads();
     if (slice >= half || slice + half >= slices) continue;
@@ -293,12 +334,12 @@ __device__ __forceinline__ void merge_long_row(const MergeParts<T>& args, const 
       if (total != nullptr && start.pack == 0) *total = partial_weight[threadIdx.x];
     }
     if (live) {
-      Pack<T, V> result = zero_pack<T, V>();
+      const A reciprocal = row.factor.reciprocal();
       TOKENOPS_UNROLL
       for (int i = 0; i < V; ++i) {
-        if (row.count > 0) result.item[i] = static_cast<T>(row.factor.on(own[i]));
+        acc[i] = row.count > 0 ? row.factor.on(own[i], reciprocal) : A(0);
       }
-      store<T, V>(out, result);
+      Raw<T, V>::of(acc).store(out);
     }
   }
   __syncthreads();  // before others write there again
@@ -306,7 +347,7 @@ __device__ __forceinline__ void merge_long_row(const MergeParts<T>& args, const 
 
 // out[b, m] = fold of x[b, n] over the members n, scaled or averaged; 0 where there are none.
 template <Fold F, class T, int V>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) merge_tiles(const MergeParts<T> args) {
+__global__ void __launch_bounds__(kThreads, kMergeBlocks<T>) merge_tiles(const MergeParts<T> args) {
   using A = acc_t<T>;
   int which = 0;
   while (which + 1 < args.count && blockIdx.x >= args.part[which].end) ++which;
@@ -319,22 +360,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) merge_tiles(const MergeP
   A* const partial_weight = partial + kThreads * V;                // [kThreads]
   A* const weights = partial_weight + kThreads;                    // [kStaged]
   MergedRow<T>* const rows = reinterpret_cast<MergedRow<T>*>(weights + kStaged);
-  Listed<A> listed;
-  listed.weight = args.weight != nullptr ? args.weight + tile.image * args.map.inputs : nullptr;
-  listed.tokens = reinterpret_cast<int32_t*>(rows + tiling.tile_rows);
-  listed.weights = weights;
-  listed.stage(args.map, tile.image, tile.row, tile.rows);
+  const Listed<A> listed(args.map, args.weight, tile,
+                         reinterpret_cast<int32_t*>(rows + tiling.tile_rows), weights);
 
   const bool weighs = F == Fold::sum && args.average && args.weight != nullptr;
   const int64_t first_row = tile.image * args.map.outputs + tile.row;
   A* const total = args.total != nullptr && tile.pack == 0 ? args.total + first_row : nullptr;
   bool is_long = false;
+  TOKENOPS_ROLL
   for (int r = threadIdx.x; r < tile.rows; r += kThreads) {
     const Members members = args.map.members_of(tile.image, tile.row + r);
-    MergedRow<T> row = {{F == Fold::amax ? args.sign : A(1), false},
-                        static_cast<int>(members.index - listed.members),
-                        static_cast<int>(members.count)};
-    if (F == Fold::sum && args.scale != nullptr) row.factor.value = args.scale[first_row + r];
+    const int64_t before = members.index - (args.map.members + tile.image * args.map.inputs);
+    const int begin = static_cast<int>(before) - listed.begin, rest = listed.count - begin;
+    MergedRow<T> row = {{F == Fold::amax ? args.sign : A(1), 1}, begin, 0};
+    if (begin >= 0 && rest > 0) {  // always, if offsets ascend
+      row.count = static_cast<int>(members.count < rest ? members.count : rest);
+    }
+    if (F == Fold::sum && args.scale != nullptr) row.factor.times = args.scale[first_row + r];
     if (F == Fold::sum && args.average && !weighs) {
       if (total != nullptr) total[r] = static_cast<A>(row.count);
       end_average(row, static_cast<A>(row.count));
@@ -344,16 +386,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) merge_tiles(const MergeP
   }
   const bool any_long = __syncthreads_or(is_long);
   if (weighs) {
+    TOKENOPS_ROLL
     for (int r = threadIdx.x; r < tile.rows; r += kThreads) {
       MergedRow<T> row = rows[r];
       if (row.count > kLong) continue;
       A sum = 0;
-      for (int j = 0; j < row.count; ++j) sum += listed.weight_at(row.begin + j);
+      TOKENOPS_ROLL
+      for (int j = 0; j < row.count; ++j) sum += listed.weight_of(row.begin + j);
       if (total != nullptr) total[r] = sum;
       // A lone member stays as it is: less than no members stands for one without its weight.
       const bool lone = row.count == 1 && sum - sum == 0;
       end_average(row, sum);
-      if (lone && row.count == 1) row.factor = {1, false}, row.count = -1;
+      if (lone && row.count == 1) row.factor = {1, 1}, row.count = -1;
       rows[r] = row;
     }
     __syncthreads();
@@ -361,56 +405,59 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) merge_tiles(const MergeP
 
   const Walk start(tiling.tile_packs);
   const int64_t row_stride = input.row_stride;
-  const T* const x = input(tile.image, 0) + int64_t{tile.pack} * V;
-  const int64_t channels = int64_t{tiling.packs} * V;
-  T* const out = args.part[which].out + first_row * channels + int64_t{tile.pack} * V;
+  const T* const x = input(tile.image, 0) + tile.pack * V;
+  const int channels = tiling.packs * V;
+  T* const out = args.part[which].out + first_row * channels + tile.pack * V;
+  TOKENOPS_ROLL
   for (Walk walk = start; walk.row < tile.rows;) {
-    Pack<T, V> first[kAhead];
+    Raw<T, V> first[kAhead];
     Walk ahead = walk;
     TOKENOPS_UNROLL
     for (int k = 0; k < kAhead; ++k, ahead.step()) {
       if (ahead.row >= tile.rows || ahead.pack >= tile.packs) continue;
       const MergedRow<T> row = rows[ahead.row];
       if (row.count == 0 || row.count > kLong) continue;
-      first[k] = load<T, V>(x + listed.token(row.begin) * row_stride + ahead.pack * V);
+      first[k] = Raw<T, V>::at(x + listed.token(row.begin) * row_stride + ahead.pack * V);
     }
     TOKENOPS_UNROLL
     for (int k = 0; k < kAhead; ++k, walk.step()) {
       if (walk.row >= tile.rows || walk.pack >= tile.packs) continue;
       const MergedRow<T> row = rows[walk.row];
       if (row.count > kLong) continue;
-      Pack<T, V> result = zero_pack<T, V>();
+      A acc[V] = {};
       if (row.count != 0) {
         const A factor = row.count < 0 ? A(1) : member_factor<F>(listed, row.begin, args.sign);
-        A acc[V];
         TOKENOPS_UNROLL
-        for (int i = 0; i < V; ++i) acc[i] = static_cast<A>(first[k].item[i]) * factor;
+        for (int i = 0; i < V; ++i) acc[i] = first[k][i] * factor;
         const T* const here = x + walk.pack * V;
+        TOKENOPS_ROLL
         for (int j = 1; j < row.count; j += 2) {
           const bool two = j + 1 < row.count;
           const int at = row.begin + j, next = two ? at + 1 : at;
-          const Pack<T, V> a = load<T, V>(here + listed.token(at) * row_stride);
-          const Pack<T, V> b = load<T, V>(here + listed.token(next) * row_stride);
+          const Raw<T, V> a = Raw<T, V>::at(here + listed.token(at) * row_stride);
+          const Raw<T, V> b = Raw<T, V>::at(here + listed.token(next) * row_stride);
           const A a_factor = member_factor<F>(listed, at, args.sign);
           const A b_factor = member_factor<F>(listed, next, args.sign);
           TOKENOPS_UNROLL
           for (int i = 0; i < V; ++i) {
-            acc[i] = folded<F>(acc[i], static_cast<A>(a.item[i]) * a_factor);
-            if (two) acc[i] = folded<F>(acc[i], static_cast<A>(b.item[i]) * b_factor);
+            acc[i] = folded<F>(acc[i], a[i] * a_factor);
+            if (two) acc[i] = folded<F>(acc[i], b[i] * b_factor);
           }
         }
+        const A reciprocal = row.factor.reciprocal();
         TOKENOPS_UNROLL
-        for (int i = 0; i < V; ++i) result.item[i] = static_cast<T>(row.factor.on(acc[i]));
+        for (int i = 0; i < V; ++i) acc[i] = row.factor.on(acc[i], reciprocal);
       }
-      store<T, V>(out + walk.row * channels + walk.pack * V, result);
+      Raw<T, V>::of(acc).store(out + int64_t{walk.row} * channels + walk.pack * V);
     }
   }
+  TOKENOPS_ROLL
   for (int r = 0; any_long && r < tile.rows; ++r) {
     if (rows[r].count <= kLong) continue;
     const int64_t at = int64_t{start.pack} * V;
     merge_long_row<F, T, V>(args, tile, listed, rows[r], start, x + at, row_stride,
-                            out + r * channels + at, total != nullptr ? total + r : nullptr,
-                            partial, partial_weight);
+                            out + int64_t{r} * channels + at,
+                            total != nullptr ? total + r : nullptr, partial, partial_weight);
   }
 }
 
@@ -452,62 +499,58 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) unmerge_tiles(const Unme
   const Tile tile = Tile::in_order(tiling, blockIdx.x - (which > 0 ? args.part[which - 1].end : 0));
   const int64_t first_row = tile.image * args.map.inputs + tile.row;
   CopiedRow<T>* const rows = reinterpret_cast<CopiedRow<T>*>(cuda::shared_memory());
+  TOKENOPS_ROLL
   for (int r = threadIdx.x; r < tile.rows; r += kThreads) {
     const int64_t m = args.map.output_of(tile.image, tile.row + r);
-    CopiedRow<T> row = {{1, false}, static_cast<int>(m)};
+    CopiedRow<T> row = {{1, 1}, static_cast<int>(m)};
     if (m >= 0) {
       A factor = 1;
       if (args.weight != nullptr) factor = args.weight[first_row + r];
       if (args.scale != nullptr) factor *= args.scale[tile.image * args.map.outputs + m];
       if (args.mean) {
         const int64_t count = args.map.members_of(tile.image, m).count;
-        row.factor = Factor<T>::over(static_cast<A>(count > 0 ? count : 1));
+        row.factor = Factor<T>::average(static_cast<A>(count > 0 ? count : 1));
       }
-      if (factor != 1) row.factor = {row.factor.on(factor), false};
+      row.factor.times *= factor;
     }
     rows[r] = row;
   }
   __syncthreads();
 
   const Rows<const T> input = args.part[which].y, added = args.part[which].residual;
-  const int64_t first = int64_t{tile.pack} * V, channels = int64_t{tiling.packs} * V;
+  const int first = tile.pack * V, channels = tiling.packs * V;
   const T* const y = input(tile.image, 0) + first;
   const T* const residual = added.data != nullptr ? added(tile.image, tile.row) + first : nullptr;
   T* const out = args.part[which].out + first_row * channels + first;
+  TOKENOPS_ROLL
   for (Walk walk(tiling.tile_packs); walk.row < tile.rows;) {
-    Pack<T, V> value[kAhead], more[kAhead];
+    Raw<T, V> value[kAhead], more[kAhead];
     Walk ahead = walk;
     TOKENOPS_UNROLL
     for (int k = 0; k < kAhead; ++k, ahead.step()) {
+      value[k] = more[k] = Raw<T, V>::zero();
       if (ahead.row >= tile.rows || ahead.pack >= tile.packs) continue;
       const int source = rows[ahead.row].source, at = ahead.pack * V;
-      if (source >= 0) value[k] = load<T, V>(y + source * input.row_stride + at);
-      if (residual != nullptr) {
-        more[k] = load<T, V>(residual + ahead.row * added.row_stride + at);
-      }
+      if (source >= 0) value[k] = Raw<T, V>::at(y + source * input.row_stride + at);
+      if (residual == nullptr) continue;
+      more[k] = Raw<T, V>::at(residual + ahead.row * added.row_stride + at);
     }
     TOKENOPS_UNROLL
     for (int k = 0; k < kAhead; ++k, walk.step()) {
       if (walk.row >= tile.rows || walk.pack >= tile.packs) continue;
       const CopiedRow<T> row = rows[walk.row];
-      Pack<T, V> result = residual != nullptr ? more[k] : zero_pack<T, V>();
-      if (row.source >= 0) {
-        if (residual != nullptr) {
-          TOKENOPS_UNROLL
-          for (int i = 0; i < V; ++i) {
-            result.item[i] = static_cast<T>(row.factor.on(static_cast<A>(value[k].item[i])) +
-                                            static_cast<A>(more[k].item[i]));
-          }
-        } else if (row.factor.divides || row.factor.value != 1) {
-          TOKENOPS_UNROLL
-          for (int i = 0; i < V; ++i) {
-            result.item[i] = static_cast<T>(row.factor.on(static_cast<A>(value[k].item[i])));
-          }
-        } else {
-          result = value[k];
+      if (row.source < 0) {
+        value[k] = more[k];
+      } else if (residual != nullptr || row.factor.times != 1 || row.factor.over != 1) {
+        const A reciprocal = row.factor.reciprocal();
+        A result[V];
+        TOKENOPS_UNROLL
+        for (int i = 0; i < V; ++i) {
+          result[i] = row.factor.on(value[k][i], reciprocal) + more[k][i];
         }
+        value[k] = Raw<T, V>::of(result);
       }
-      store<T, V>(out + walk.row * channels + walk.pack * V, result);
+      value[k].store(out + int64_t{walk.row} * channels + walk.pack * V);
     }
   }
 }
@@ -530,20 +573,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if (m >= 0) {
     const T* const x = args.x(image, n);
     const T* const y = args.y(image, m);
+    TOKENOPS_ROLL
     for (int64_t p = lane; p < packs; p += kAhead * width) {
-      Pack<T, V> a[kAhead], b[kAhead];
+      Raw<T, V> a[kAhead], b[kAhead];
       TOKENOPS_UNROLL
       for (int k = 0; k < kAhead; ++k) {
-        a[k] = b[k] = zero_pack<T, V>();
+        a[k] = b[k] = Raw<T, V>::zero();
         const int64_t at = p + k * width;
-        if (at < packs) a[k] = load<T, V>(x + at * V), b[k] = load<T, V>(y + at * V);
+        if (at < packs) a[k] = Raw<T, V>::at(x + at * V), b[k] = Raw<T, V>::at(y + at * V);
       }
       TOKENOPS_UNROLL
       for (int k = 0; k < kAhead; ++k) {
         TOKENOPS_UNROLL
-        for (int i = 0; i < V; ++i) {
-          acc[i] += static_cast<A>(a[k].item[i]) * static_cast<A>(b[k].item[i]);
-        }
+        for (int i = 0; i < V; ++i) acc[i] += a[k][i] * b[k][i];
       }
     }
   }
@@ -577,9 +619,11 @@ template <bool Prod, class T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     select_backward_tiles(const SelectArgs<T> args, Tiling tiling) {
   using A = acc_t<T>;
+  constexpr int W = V < kPack<A> ? V : kPack<A>;  // of A in a store
   const Tile tile = Tile::last_rows_first(tiling, blockIdx.x);
   const int64_t inputs = args.map.inputs, channels = int64_t{tiling.packs} * V;
   const int64_t first_input = tile.image * inputs;
+  TOKENOPS_ROLL
   for (Walk walk(tiling.tile_packs); walk.row < tile.rows; walk.step()) {
     if (walk.pack >= tile.packs) continue;
     const int64_t m = tile.row + walk.row, at = int64_t{tile.pack + walk.pack} * V;
@@ -592,59 +636,70 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     A* const after = args.after + (Prod ? first_input * channels + at : 0);
     const auto is_own = [&](int64_t n) { return args.map.output_of(tile.image, n) == m; };
 
-    const Pack<T, V> slope = load<T, V>(args.grad(tile.image, m) + at);
-    A share[V], best[V], product[V];
-    TOKENOPS_UNROLL
-    for (int i = 0; i < V; ++i) share[i] = static_cast<A>(slope.item[i]), product[i] = 1;
+    const Raw<T, V> slope = Raw<T, V>::at(args.grad(tile.image, m) + at);
     const bool alone = members.count == 1;  // it is the extreme, and there are no others
+    A share[V], other[V];                   // `other`: the extreme, or a product of members
+    TOKENOPS_UNROLL
+    for (int i = 0; i < V; ++i) share[i] = slope[i], other[i] = 1;
     if (Prod) {
+      TOKENOPS_ROLL
       for (int64_t j = members.count - 1; !alone && j >= 0; --j) {
         const int64_t n = members.index[j];
         if (!args.map.is_input(n)) continue;
-        if (is_own(n)) store_wide<A, V>(after + n * channels, product);
-        const Pack<T, V> member = load<T, V>(x + n * args.x.row_stride);
+        if (is_own(n)) {
+          TOKENOPS_UNROLL
+          for (int i = 0; i < V; i += W) Raw<A, W>::of(other, i).store(after + n * channels + i);
+        }
+        const Raw<T, V> member = Raw<T, V>::at(x + n * args.x.row_stride);
         TOKENOPS_UNROLL
-        for (int i = 0; i < V; ++i) product[i] *= static_cast<A>(member.item[i]);
+        for (int i = 0; i < V; ++i) other[i] *= member[i];
       }
       TOKENOPS_UNROLL
-      for (int i = 0; i < V; ++i) product[i] = 1;
+      for (int i = 0; i < V; ++i) other[i] = 1;
     } else if (!alone) {
-      const Pack<T, V> extreme = load<T, V>(args.best(tile.image, m) + at);
-      int ties[V];
+      const Raw<T, V> extreme = Raw<T, V>::at(args.best(tile.image, m) + at);
+      A ties[V];
       TOKENOPS_UNROLL
-      for (int i = 0; i < V; ++i) best[i] = static_cast<A>(extreme.item[i]), ties[i] = 0;
+      for (int i = 0; i < V; ++i) other[i] = extreme[i], ties[i] = 0;
+      TOKENOPS_ROLL
       for (int64_t j = 0; j < members.count; ++j) {
         const int64_t n = members.index[j];
         if (!args.map.is_input(n)) continue;
-        const Pack<T, V> member = load<T, V>(x + n * args.x.row_stride);
+        const Raw<T, V> member = Raw<T, V>::at(x + n * args.x.row_stride);
         TOKENOPS_UNROLL
-        for (int i = 0; i < V; ++i) ties[i] += same(static_cast<A>(member.item[i]), best[i]);
+        for (int i = 0; i < V; ++i) ties[i] += same(member[i], other[i]) ? A(1) : A(0);
       }
       TOKENOPS_UNROLL
-      for (int i = 0; i < V; ++i) share[i] /= static_cast<A>(ties[i] > 0 ? ties[i] : 1);
+      for (int i = 0; i < V; ++i) share[i] /= ties[i] > 0 ? ties[i] : A(1);
     }
+    TOKENOPS_ROLL
     for (int64_t j = 0; j < members.count; ++j) {
       const int64_t n = members.index[j];
       if (!args.map.is_input(n)) continue;
       const bool own = is_own(n);
-      Pack<T, V> result = slope;
+      Raw<T, V> result = slope;
       if (!alone) {
-        const Pack<T, V> member = load<T, V>(x + n * args.x.row_stride);
-        A later[V] = {};
-        if (Prod && own) load_wide<A, V>(after + n * channels, later);
+        const Raw<T, V> member = Raw<T, V>::at(x + n * args.x.row_stride);
+        A part[V] = {};
+        TOKENOPS_UNROLL
+        for (int i = 0; Prod && own && i < V; i += W) {
+          const Raw<A, W> later = Raw<A, W>::at(after + n * channels + i);
+          TOKENOPS_UNROLL
+          for (int k = 0; k < W; ++k) part[i + k] = later[k];
+        }
         TOKENOPS_UNROLL
         for (int i = 0; i < V; ++i) {
-          const A value = static_cast<A>(member.item[i]);
           if (Prod) {
-            result.item[i] = static_cast<T>(share[i] * (product[i] * later[i]));
-            product[i] *= value;
+            part[i] = share[i] * (other[i] * part[i]);
+            other[i] *= member[i];
           } else {
-            result.item[i] = static_cast<T>(same(value, best[i]) ? share[i] : A(0));
+            part[i] = same(member[i], other[i]) ? share[i] : A(0);
           }
         }
+        result = Raw<T, V>::of(part);
       }
       if (!own) continue;
-      store<T, V>(out + n * channels, result);
+      result.store(out + n * channels);
       if (notes) args.place[first_input + n] = first_place + static_cast<int>(j);
     }
   }
@@ -659,6 +714,7 @@ __global__ void __launch_bounds__(kThreads) zero_others(const SelectArgs<T> args
   const int64_t first_input = tile.image * inputs;
   const int32_t* const members = args.map.members + first_input;
   int32_t* const unwritten = reinterpret_cast<int32_t*>(cuda::shared_memory());  // [tile_rows]
+  TOKENOPS_ROLL
   for (int r = threadIdx.x; r < tile.rows; r += kThreads) {
     const int64_t n = tile.row + r, m = args.map.output_of(tile.image, n);
     const int64_t place = args.place[first_input + n];
@@ -671,11 +727,11 @@ __global__ void __launch_bounds__(kThreads) zero_others(const SelectArgs<T> args
     unwritten[r] = !written;
   }
   __syncthreads();
+  TOKENOPS_ROLL
   for (Walk walk(tiling.tile_packs); walk.row < tile.rows; walk.step()) {
     if (walk.pack >= tile.packs || !unwritten[walk.row]) continue;
-    store<T, V>(args.out + (first_input + tile.row + walk.row) * channels +
-                    int64_t{tile.pack + walk.pack} * V,
-                zero_pack<T, V>());
+    Raw<T, V>::zero().store(args.out + (first_input + tile.row + walk.row) * channels +
+                            int64_t{tile.pack + walk.pack} * V);
   }
 }
 
