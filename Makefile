@@ -76,7 +76,7 @@ sanitize: $(READY)/test
 emulate: $(READY)/test
 	TOKENOPS_BUILD=emulate TOKENOPS_SANITIZE=$(SANITIZE) CXX=g++ $(PY) setup.py --quiet build_ext \
 		--build-lib build/emulate --build-temp build/emulate/temp
-	$(call preload,$(EMULATED)) && TOKENOPS_TEST_BACKENDS=native HYPOTHESIS_PROFILE=quick \
+	$(call preload,$(EMULATED)) && TOKENOPS_TEST_BACKENDS=native TOKENOPS_TEST_PARTIAL=1 HYPOTHESIS_PROFILE=quick \
 		$(PY) -m pytest --capture=sys tests/ops $(ARGS)
 
 # CUDA kernels for GPUs, with any PyTorch: needs nvcc, and no GPU.

@@ -38,10 +38,10 @@ def demangle(names: list[str]) -> dict[str, str]:
     ).stdout
     short = {}
     for name, full in zip(names, text.splitlines(), strict=True):
-        full = re.sub(r"\(anonymous namespace\)::|\(\w+\)(?=\d)", "", full)
+        full = re.sub(r"\(anonymous namespace\)::|\([\w:]+\)(?=[\d-])", "", full)
         full = re.sub(r"^void ", "", full).partition("(")[0]
         full = re.sub(r"cub::CUB_\w+::detail::radix_sort::(\w+)<.*", r"cub::\1", full)
-        short[name] = re.sub(r"\b(tokenops|matching|c10|cub::\w+::detail)::", "", full)
+        short[name] = re.sub(r"\b(tokenops|matching|merging|c10|cub::\w+::detail)::", "", full)
     return short
 
 

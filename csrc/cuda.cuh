@@ -83,6 +83,15 @@ class Target {
   }
 #endif
 
+  // Set memory on this device to zero bytes, on the stream.
+  void zero(void* memory, int64_t bytes) const {
+#if defined(TOKENOPS_EMULATE)
+    std::memset(memory, 0, static_cast<size_t>(bytes));
+#else
+    check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream_));
+#endif
+  }
+
   // Launch a kernel; nothing where the grid is empty. Errors name the operator and its first
   // tensor.
   template <class... P, class... A>

@@ -2,5 +2,8 @@
 // The CUDA operators as CPU operators, for tests: see emulate.h.
 #define TOKENOPS_EMULATE 1
 
+#include "matching/match_cuda.cu"
+#include "matching/select_cuda.cu"
 #include "merging/map_cuda.cu"
+#include "merging/merging_cuda.cu"
 #include "sort.cu"

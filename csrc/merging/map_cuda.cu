@@ -89,11 +89,6 @@ __global__ void __launch_bounds__(256)
   members[i] = m < outputs ? values[i] : -1;
 }
 
-__global__ void __launch_bounds__(256) fill(int32_t* out, int64_t count, int32_t value) {
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i < count) out[i] = value;
-}
-
 template <int Threads, int Items>
 void launch_invert(const Target& target, int64_t batch, const Route& route, int32_t* composed,
                    int32_t* offsets, int32_t* members) {
@@ -111,8 +106,7 @@ void invert_route(const Target& target, int64_t batch, const Route& route, int32
   const int64_t count = batch * route.inputs;
   if (batch == 0) return;
   if (route.inputs == 0) {
-    const int64_t ends = batch * (route.outputs + 1);
-    target.launch(fill, {(ends + 255) / 256, 256}, offsets, ends, 0);
+    target.zero(offsets, batch * (route.outputs + 1) * static_cast<int64_t>(sizeof(int32_t)));
   } else if (route.inputs <= 1024 && route.outputs < 1 << 19) {
     launch_invert<256, 4>(target, batch, route, composed, offsets, members);
   } else if (route.inputs <= kBlockTokens && route.outputs < 1 << 19) {

@@ -18,7 +18,7 @@ constexpr int64_t kTilePacks = 3072;
 constexpr int64_t kManyBlocks = 1024;
 
 // Tiles of rows [batch, rows, packs] that are each made of about `members` other rows.
-Tiling tile_rows(int64_t batch, int64_t rows, int64_t packs, int pack_bytes, int64_t members) {
+Tiling cut(int64_t batch, int64_t rows, int64_t packs, int pack_bytes, int64_t members) {
   const auto parts = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
   // Wide rows are split evenly, in pieces that still are long for memory.
   const int64_t widest = pack_bytes < 16 ? kThreads : 64;
@@ -139,9 +139,8 @@ void run_merge(const Target& target, const std::vector<Data>& x, const Map& map,
   parts.average = given.average;
   const auto tiling = [&](size_t i, bool kind) {
     const int pack = kind ? kPack<T> : 1;
-    return tile_rows(x[i].batch, map.outputs, x[i].channels / pack,
-                     pack * static_cast<int>(sizeof(T)),
-                     map.inputs / std::max<int64_t>(map.outputs, 1));
+    return cut(x[i].batch, map.outputs, x[i].channels / pack, pack * static_cast<int>(sizeof(T)),
+               map.inputs / std::max<int64_t>(map.outputs, 1));
   };
   const auto add = [&](size_t i, MergePart<T>& part) {
     part.x = x[i].template as<T>();
@@ -269,8 +268,8 @@ std::vector<Tensor> unmerge_all(const char* op, const std::vector<Tensor>& y, co
     parts.mean = mean;
     const auto tiling = [&](size_t i, bool kind) {
       const int pack = kind ? kPack<T> : 1;
-      return tile_rows(wide[i].batch, inputs, wide[i].channels / pack,
-                       pack * static_cast<int>(sizeof(T)), 1);
+      return cut(wide[i].batch, inputs, wide[i].channels / pack, pack * static_cast<int>(sizeof(T)),
+                 1);
     };
     const auto add = [&](size_t i, UnmergePart<T>& part) {
       part.y = wide[i].template as<T>();
@@ -346,29 +345,31 @@ Tensor merge_select_backward(const Tensor& grad, const Tensor& x, const Tensor& 
   const Target target(op, x);
   const Tensor result = target.empty({batch, inputs, channels}, data.dtype);
   if (batch * inputs * channels == 0) return result;
-  const Tensor place = target.empty({batch, inputs}, ScalarType::Int);
+  const Tensor written = target.empty({batch, inputs}, ScalarType::Byte);
+  target.zero(written.mutable_data_ptr(), batch * inputs);
   const int64_t kept = prod ? inputs : 0;
   const Tensor after = target.empty({batch, kept, channels}, acc_dtype(data.dtype));
   dispatch(op, data.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const SelectArgs<T> args = {
-        index.map,         slope.as<T>(),           data.as<T>(),          best.as<T>(),
-        output<T>(result), output<acc_t<T>>(after), output<int32_t>(place)};
+    const SelectArgs<T> args = {index.map,
+                                slope.as<T>(),
+                                data.as<T>(),
+                                best.as<T>(),
+                                output<T>(result),
+                                output<acc_t<T>>(after),
+                                output<uint8_t>(written)};
     const bool whole = packs_fit(data) && packs_fit(slope) && packs_fit(best) &&
                        reinterpret_cast<uintptr_t>(args.out) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(args.after) % 16 == 0;
     with_pack<T>(whole, [&](auto pack) {
       constexpr int V = decltype(pack)::value;
       constexpr int kBytes = V * static_cast<int>(sizeof(T));
-      const Tiling groups = tile_rows(batch, index.outputs, channels / V, kBytes,
-                                      inputs / std::max<int64_t>(index.outputs, 1));
+      const Tiling groups = cut(batch, index.outputs, channels / V, kBytes,
+                                inputs / std::max<int64_t>(index.outputs, 1));
       target.launch(prod ? select_backward_tiles<true, T, V> : select_backward_tiles<false, T, V>,
                     {groups.blocks(), kThreads}, args, groups);
-      const Tiling tokens = tile_rows(batch, inputs, channels / V, kBytes, 1);
-      target.launch(
-          zero_others<T, V>,
-          {tokens.blocks(), kThreads, static_cast<int64_t>(sizeof(int32_t)) * tokens.tile_rows},
-          args, tokens);
+      const Tiling tokens = cut(batch, inputs, channels / V, kBytes, 1);
+      target.launch(zero_others<T, V>, {tokens.blocks(), kThreads}, args, tokens);
     });
   });
   return result;
