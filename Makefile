@@ -72,12 +72,13 @@ sanitize: $(READY)/test
 		--build-lib build/sanitize --build-temp build/sanitize/temp
 	$(call preload,$(SANITIZED)) && $(PY) -m pytest --capture=sys tests/ops $(ARGS)
 
-# CUDA kernels as C++ on the CPU, thread by thread, under the same sanitizers.
+# CUDA kernels as C++ on the CPU, thread by thread, under the same sanitizers; SHARE as below.
 emulate: $(READY)/test
 	TOKENOPS_BUILD=emulate TOKENOPS_SANITIZE=$(SANITIZE) CXX=g++ $(PY) setup.py --quiet build_ext \
 		--build-lib build/emulate --build-temp build/emulate/temp
-	$(call preload,$(EMULATED)) && TOKENOPS_TEST_BACKENDS=native TOKENOPS_TEST_PARTIAL=1 HYPOTHESIS_PROFILE=quick \
-		$(PY) -m pytest --capture=sys tests/ops $(ARGS)
+	$(call preload,$(EMULATED)) && TOKENOPS_TEST_BACKENDS=native TOKENOPS_TEST_PARTIAL=1 \
+		TOKENOPS_TEST_SHARE=$(SHARE) HYPOTHESIS_PROFILE=quick \
+		$(PY) -m pytest --capture=sys tests/ops tests/test_emulated.py $(ARGS)
 
 # CUDA kernels for GPUs, with any PyTorch: needs nvcc, and no GPU.
 cuda: $(READY)/test

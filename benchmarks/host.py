@@ -12,7 +12,6 @@ import argparse
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +47,6 @@ def without_device() -> None:
     torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]
     _backend._new_enough = lambda index: True  # type: ignore[assignment]
     _checks.values_visible = lambda value: False  # nobody reads values of CUDA tensors
-    warnings.filterwarnings("ignore", "Warning only once for all operators")  # of another kernel
     for name, kernel in _backend._in_triton.items():
         serve = _backend._on_cuda(name, kernel)
         _library.implement(name, serve, "CPU", instead="cpu" in _backend._compiled_for(name))

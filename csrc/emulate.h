@@ -151,10 +151,17 @@ inline void run_block(Block& block, std::vector<Thread>& threads, uint64_t& seed
   current() = nullptr;
 }
 
+// Kernels called since the program began.
+inline int64_t& launches() {
+  static int64_t count = 0;
+  return count;
+}
+
 // Call a kernel for a grid of blocks. Shared memory is a fresh piece of the heap for each block,
 // filled with ones: as floats they are NaN.
 template <class... P>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, P... args) {
+  ++launches();
   static thread_local std::vector<Thread> pool;
   static thread_local uint64_t seed = 1;
   if (pool.size() < static_cast<size_t>(threads)) pool.resize(threads);

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -90,7 +91,9 @@ def implement(name: str, kernel: Callable[..., Any], key: str, *, instead: bool 
         instead: Whether it takes the place of another kernel.
     """
     options = {"allow_override": True} if instead else {}  # unknown to older versions of PyTorch
-    _library.impl(name, kernel, key, with_keyset=True, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # of a replacement
+        _library.impl(name, kernel, key, with_keyset=True, **options)
 
 
 def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:

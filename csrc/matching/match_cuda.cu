@@ -4,6 +4,7 @@
 #include "match_cuda.cuh"
 
 #include "arguments.h"
+#include "select_op.cuh"
 
 #include <array>
 #include <tuple>
@@ -12,23 +13,6 @@ namespace tokenops::matching {
 namespace {
 
 using cuda::Target;
-
-// The tensors of new maps.
-struct NewMap {
-  std::tuple<Tensor, Tensor, Tensor, Tensor> tensors;
-
-  NewMap(const Target& target, const Choice& ask, int64_t batch)
-      : tensors(target.empty({batch, ask.tokens}, ScalarType::Int),
-                target.empty({batch, ask.outputs + int64_t{1}}, ScalarType::Int),
-                target.empty({batch, ask.tokens}, ScalarType::Int),
-                target.empty({batch}, ScalarType::Int)) {}
-
-  ChosenMap data() const {
-    return {pointer(std::get<0>(tensors)), pointer(std::get<1>(tensors)),
-            pointer(std::get<2>(tensors)), pointer(std::get<3>(tensors))};
-  }
-  static int32_t* pointer(const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); }
-};
 
 // Larger images are for many blocks.
 constexpr int64_t kMostTokens = 1056;
@@ -102,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
   MetricRows x;
   if (describe(metric, &x)) {
     const Target target(op, metric);
-    const NewMap map(target, ask, batch);
-    if (match_small(target, ask, batch, x, cosine, map.data())) return map.tensors;
+    const NewMaps maps(target, ask, batch);
+    if (match_small(target, ask, batch, x, cosine, maps.data())) return maps.tensors;
   }
   std::array<StableIValue, 7> stack{torch::stable::detail::from(metric),
                                     torch::stable::detail::from(num_prefix),
@@ -119,6 +103,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
   return select(score, choice, tokens, r, num_prefix, is_protected, source_index, destination_index,
                 stride, threshold, order);
 }
+
+// Images of ViT-B/16 and, by two tiles a warp, of ViT-L/16 at 512 pixels.
+template <bool Exact, int Steps, int Tiles>
+cuda::Listed listed(const char* name) {
+  Choice ask = {};
+  ask.tokens = Tiles == 1 ? 197 : 1025;
+  ask.destinations = ask.tokens / 2;
+  ask.sources = ask.tokens - ask.destinations;
+  return {name, match_image<Exact, Steps, Tiles>, search_warps(Steps, Tiles) * cuda::kWarpSize,
+          MatchLayout(ask, Steps, Tiles).bytes};
+}
+const cuda::Listed listed_kernels[] = {listed<true, 8, 1>("match_image<true, 8, 1>"),
+                                       listed<true, 8, 2>("match_image<true, 8, 2>"),
+                                       listed<true, 16, 1>("match_image<true, 16, 1>"),
+                                       listed<false, 4, 1>("match_image<false, 4, 1>"),
+                                       listed<false, 8, 1>("match_image<false, 8, 1>"),
+                                       listed<false, 8, 2>("match_image<false, 8, 2>"),
+                                       listed<false, 10, 1>("match_image<false, 10, 1>")};
 
 }  // namespace
 }  // namespace tokenops::matching

@@ -2,6 +2,8 @@
 // CUDA operator tokenops::select: the token map of the best pairs, in one launch.
 #include "select_cuda.cuh"
 
+#include "select_op.cuh"
+
 namespace tokenops::matching {
 namespace {
 
@@ -85,19 +87,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(
   const Tensor scores = as_contiguous(score), choices = as_contiguous(choice);
 
   const Target target(op, score);
-  const Tensor outputs[] = {target.empty({batch, num_tokens}, ScalarType::Int),
-                            target.empty({batch, ask.outputs + int64_t{1}}, ScalarType::Int),
-                            target.empty({batch, num_tokens}, ScalarType::Int),
-                            target.empty({batch}, ScalarType::Int)};
-  int32_t* data[4];
-  for (int i = 0; i < 4; ++i) data[i] = static_cast<int32_t*>(outputs[i].mutable_data_ptr());
-  const ChosenMap out = {data[0], data[1], data[2], data[3]};
+  const NewMaps maps(target, ask, batch);
   if (is_double) {
-    launch_select<double>(target, ask, batch, scores, choices, out);
+    launch_select<double>(target, ask, batch, scores, choices, maps.data());
   } else {
-    launch_select<float>(target, ask, batch, scores, choices, out);
+    launch_select<float>(target, ask, batch, scores, choices, maps.data());
   }
-  return {outputs[0], outputs[1], outputs[2], outputs[3]};
+  return maps.tensors;
 }
 
 }  // namespace tokenops::matching

@@ -14,13 +14,6 @@
 
 namespace tokenops::matching {
 
-// The operator tokenops::select; in select_cuda.cu.
-std::tuple<Tensor, Tensor, Tensor, Tensor> select(
-    const Tensor& score, const Tensor& choice, int64_t num_tokens, int64_t r, int64_t num_prefix,
-    const std::optional<Tensor>& is_protected, const std::optional<Tensor>& source_index,
-    const std::optional<Tensor>& destination_index, int64_t stride,
-    const std::optional<double>& threshold, const std::string& order);
-
 // ---- working memory ----
 
 constexpr int kMostThreads = 1024;
@@ -451,7 +444,7 @@ __device__ __forceinline__ void write_map(const Choice& ask, int live, const Wor
       const int t = i + k * blockDim.x;
       group[k] = work.group[t < n ? t : i];
       m[k] = work.number[group[k]];
-      size[k] = work.size[group[k]];
+      size[k] = atomicAdd(&work.size[group[k]], 0);  // others add to it meanwhile
       begin[k] = work.start[m[k]];
     }
     TOKENOPS_UNROLL

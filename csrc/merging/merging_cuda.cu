@@ -375,6 +375,15 @@ Tensor merge_select_backward(const Tensor& grad, const Tensor& x, const Tensor& 
   return result;
 }
 
+// Those that whole packs take, with the shared memory of a tile of 32 rows.
+template <class T>
+cuda::Listed listed_merge(const char* name) {
+  return {name, merge_tiles<Fold::sum, T, kPack<T>>, kThreads, merge_shared_bytes<T, kPack<T>>(32)};
+}
+const cuda::Listed listed_kernels[] = {listed_merge<float>("merge_tiles<sum, float>"),
+                                       listed_merge<c10::Half>("merge_tiles<sum, half>"),
+                                       listed_merge<c10::BFloat16>("merge_tiles<sum, bfloat16>")};
+
 }  // namespace
 }  // namespace tokenops::merging
 

@@ -264,13 +264,12 @@ def policy_attention_backward(
         dk, dv, dpolicy, dlog = (_sum([p[i] for p in parts]) for i in range(1, 5))
         dk, dv = _per_group(dk, k.shape[1]), _per_group(dv, k.shape[1])
     dq, dk, dv = (t.transpose(1, 2).to(q.dtype) for t in (dq, dk, dv))
-    nothing = dlog[..., :0].sum(1)  # [B, 0]
-    dsize = nothing
+    dsize = dlog[..., :0].sum(1)  # [B, 0]
     if size is not None and need_size:
         dlog = dlog.sum(1)
         dsize = torch.where(size > 0, dlog / torch.where(size > 0, size, 1), 0)
     if policy is None or not need_policy:
-        dpolicy = nothing
+        dpolicy = dlog.flatten(1)[:, :0].clone()  # [B, 0]
     else:
         dpolicy = dpolicy.sum(1) if policy.dim() == 2 else dpolicy
         if policy_grad == "kept":
