@@ -122,6 +122,9 @@ def compile_cuda(nvcc: str, include_dirs: list[str], folder: str) -> list[str]:
     codes.append(f"-gencode=arch=compute_{number[-1]},code=compute_{number[-1]}")
     flags = ["-std=c++17", "-O3", "-D" + "=".join(TARGET), "-Xptxas=-v", "-Xcompiler=-fPIC"]
     flags += ["-Xcompiler=-fvisibility=hidden", "--compress-mode=size", "-lineinfo"]
+    sources = sorted(Path("csrc").glob("**/*.cu"))
+    workers = os.cpu_count() or 1
+    flags.append(f"--threads={max(1, workers // len(sources))}")  # architectures side by side
     includes = [f"-isystem={path}" for path in include_dirs]
 
     def compile_one(source: Path) -> tuple[str, str]:
@@ -133,8 +136,8 @@ def compile_cuda(nvcc: str, include_dirs: list[str], folder: str) -> list[str]:
             raise RuntimeError(f"nvcc could not compile {source}")
         return target, done.stderr
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(compile_one, sorted(Path("csrc").glob("**/*.cu"))))
+    with ThreadPoolExecutor(workers) as pool:
+        done = list(pool.map(compile_one, sources))
     Path(folder, "ptxas.log").write_text("".join(log for _, log in done), encoding="utf-8")
     return [target for target, _ in done]
 

@@ -16,7 +16,7 @@ from tokenops.splits import Split
 from .timing import Rival
 
 #: Rivals by name, in the order of columns. ``tokenops`` is always there.
-RIVALS = ("tokenops", "reference", "eager", "compile", "flex", "sdpa+bias")
+RIVALS = ("tokenops", "reference", "triton", "eager", "compile", "flex", "sdpa+bias")
 
 #: Yardsticks are no rivals: they do less, or something else.
 YARDSTICKS = ("copy", "bmm", "bmm+max", "sdpa", "unweighted")
@@ -176,6 +176,17 @@ class Case:
     def tiny(self) -> Case:
         """The same case at sizes that take no time."""
         return replace(self, shape=self.shape.tiny())
+
+
+def triton_rival(operator: str, ours: Callable[[], Any], tensor: Tensor) -> dict[str, Any]:
+    """Triton's kernel of an operator where a compiled one serves CUDA tensors, else nothing.
+
+    Choosing it lets later calls of the compiled one pass through Python: compare CUDA graphs.
+    """
+    blocked = tokenops.why_not(operator, tensor)
+    if not tensor.is_cuda or blocked.keys() & {"native", "triton"}:
+        return {}
+    return {"triton": lambda: Rival(ours, lambda: tokenops.use_backend("triton"))}
 
 
 def use_reference() -> tokenops.use_backend:

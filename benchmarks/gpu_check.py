@@ -121,7 +121,12 @@ def phases(out: Path, scale: float = 1.0) -> list[list[Step]]:
     return [
         [
             Step("nvidia-smi", ["nvidia-smi"], 30 * scale),
-            Step("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 80 * scale),
+            Step(
+                "build",
+                [python, "setup.py", "--quiet", "build_ext", "--inplace"],
+                80 * scale,
+                _for_this_device(),
+            ),
         ],
         [Step("info", [python, "-m", "tokenops.info"], 10 * scale)],
         [Step("smoke", [*smoke, "float32", "float16", "bfloat16"], 40 * scale)],
@@ -133,7 +138,14 @@ def phases(out: Path, scale: float = 1.0) -> list[list[Step]]:
         [
             Step(
                 "graph",
-                [*bench, str(out / "cuda-graph.csv"), "--cuda-graph", "--rivals", "eager"],
+                [
+                    *bench,
+                    str(out / "cuda-graph.csv"),
+                    "--cuda-graph",
+                    "--rivals",
+                    "eager",
+                    "triton",
+                ],
                 55 * scale,
             )
         ],
@@ -160,6 +172,16 @@ def phases(out: Path, scale: float = 1.0) -> list[list[Step]]:
             )
         ],
     ]
+
+
+def _for_this_device() -> dict[str, str]:
+    """What makes a build compile CUDA kernels for the device at hand alone."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    major, minor = torch.cuda.get_device_capability()
+    return {"TOKENOPS_CUDA_ARCHS": f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else "")}
 
 
 # ---- bars on an H200 ----

@@ -18,7 +18,7 @@ import tokenops
 from tokenops import TokenMap
 
 from . import rivals
-from .cases import Shape, Work, compiled, make_metric, use_reference
+from .cases import Shape, Work, compiled, make_metric, triton_rival, use_reference
 from .timing import Rival
 
 #: Difference of mean cosines up to which a rival counts as matching as well.
@@ -62,6 +62,7 @@ def setup_match(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
         rivals={
             "tokenops": lambda: Rival(ours),
             "reference": lambda: Rival(ours, use_reference),
+            **triton_rival("match", ours, metric),
             "eager": lambda: recipe(eager),
             "compile": lambda: recipe(compiled(eager)),
             "bmm": bmm,

@@ -19,7 +19,7 @@ import tokenops
 from tokenops import TokenMap
 
 from . import rivals
-from .cases import Shape, Work, compiled, generator, make_metric, use_reference
+from .cases import Shape, Work, compiled, generator, make_metric, triton_rival, use_reference
 from .timing import Rival
 
 #: Largest difference, relative to the largest entry, up to which a rival counts as doing the same.
@@ -186,13 +186,14 @@ def forward(
             return Rival(lambda: pair.recipe(function, pair.x_recipe))
 
         def difference(name: str, result: Any, expected: Any) -> float:
-            align = _same if name == "reference" else pair.align_output
+            align = _same if name in ("reference", "triton") else pair.align_output
             return relative(align(_first(result)), _first(expected))
 
         return Work(
             rivals={
                 "tokenops": lambda: Rival(lambda: pair.ours(pair.x)),
                 "reference": lambda: Rival(lambda: pair.ours(pair.x), use_reference),
+                **triton_rival("merge", lambda: pair.ours(pair.x), pair.x),
                 "eager": lambda: eager(pair.function),
                 "compile": lambda: eager(compiled(pair.function)),
             },
