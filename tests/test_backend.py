@@ -51,6 +51,7 @@ def call_everything():
     tokenops.merge(x, token_map)
     tokenops.merge_wavg(x, token_map)
     tokenops.unmerge(x[:, :7], token_map)
+    tokenops.unmerge(tokenops.merge([x, x, x], token_map), token_map)
     tokenops.policy_attention(x[:, None], x[:, None], x[:, None])
     tokenops.attention_scores(x[:, None], x[:, None])
 
@@ -169,6 +170,62 @@ def test_backends_agree(backend, device):
         assert_same_bits(a, b)
 
 
+# ---- Triton beside compiled CUDA kernels ----
+
+
+class Compiled:
+    """A kernel as the dispatcher gives it."""
+
+    def call_boxed(self, keys, *args):
+        return "compiled", keys, args
+
+
+def in_triton(keys, *args):
+    return "triton", keys, args
+
+
+def test_triton_serves_while_it_is_chosen(monkeypatch):
+    serve = _backend._if_chosen(in_triton, Compiled())
+    for chosen in (None, "triton", "native", "triton", "reference", None):
+        monkeypatch.setattr(_backend, "_forced", chosen)
+        expected = "triton" if chosen == "triton" else "compiled"
+        assert serve("keys", 1, None, [2]) == (expected, "keys", (1, None, [2]))
+
+
+@pytest.fixture
+def implemented(monkeypatch):
+    """Kernels that were put in place of others, where merge alone has a compiled CUDA kernel."""
+    kernels = []
+
+    def implement(*args, **options):
+        kernels.append((*args, options))
+
+    def compiled_for(name):
+        return frozenset(["cpu", "cuda"] if name == "merge" else ["cpu"])
+
+    monkeypatch.setattr(_backend, "_let_in", [])
+    monkeypatch.setattr(_backend, "_compiled_for", compiled_for)
+    monkeypatch.setattr(_backend, "_on_cuda", lambda name, kernel: in_triton)
+    monkeypatch.setattr(_library, "implement", implement)
+    monkeypatch.setattr(torch.library, "get_kernel", lambda name, key: Compiled())
+    return kernels
+
+
+def test_triton_is_let_in_once_it_is_chosen(implemented):
+    for name in ("native", "reference", None):
+        with tokenops.use_backend(name):
+            assert implemented == []  # each call would pass through Python
+    for _ in range(2):
+        with tokenops.use_backend("triton"):
+            [(name, serve, key, options)] = implemented
+            assert serve("keys", 1) == ("triton", "keys", (1,))
+        assert serve("keys", 1) == ("compiled", "keys", (1,))
+    assert (name, key, options) == ("merge", "CUDA", {"instead": True})
+
+
+# ---- reports ----
+
+
 def test_info():
     text = report()
     assert f"tokenops {tokenops.__version__}" in text
@@ -181,6 +238,17 @@ def test_info():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[0] == text.splitlines()[0]
+
+
+def test_cuda_kernels_of_a_library_without_any(tmp_path):
+    inspect = _native.inspect()
+    if inspect is None:
+        pytest.skip("this Python has no tokenops._inspect")
+    libraries = [inspect.__file__, str(tmp_path / "missing.so")]
+    if _native.loaded and _native.build_info().get("built") == "cpu":
+        libraries.append(_native.path)
+    for library in libraries:
+        assert inspect.cuda_kernels(library) == []
 
 
 SELECTED = """

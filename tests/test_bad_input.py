@@ -185,6 +185,29 @@ CASES = {
     "merge: weight device": (
         merge(weight=X[..., 0].to("meta")), ValueError, "merge: weight", "on cpu",
     ),
+    # merge of several
+    "merge: str": (merge("xy"), TypeError, "merge: x", "a list of tensors", "str 'xy'"),
+    "merge: None": (merge(None), TypeError, "merge: x", "a tensor or a list", "NoneType"),
+    "merge: dict": (merge({"q": X}), TypeError, "merge: x", "a list of tensors", "dict"),
+    "merge: generator": (merge(x for x in (X, X)), TypeError, "merge: x", "generator"),
+    "merge: list, None": (merge([X, None]), TypeError, "merge: x[1]", "NoneType"),
+    "merge: list, nested": (merge([[X], X]), TypeError, "merge: x[0]", "list"),
+    "merge: list, int": (merge([X, X, X.int()]), TypeError, "merge: x[2]", "int32"),
+    "merge: list, 4-D": (merge([X, X[None]]), ValueError, "merge: x[1]", "3-D"),
+    "merge: list, N": (merge([X, Y]), ValueError, "merge: x[1]", "[2, 8, C]", "[2, 5, 3]"),
+    "merge: list, B": (merge((X[:1],)), ValueError, "merge: x[0]", "[2, 8, C]", "[1, 8, 3]"),
+    "merge: list, device": (
+        merge([X, X.to("meta")]), ValueError, "merge: x[1]", "on cpu", "on meta",
+    ),
+    "merge: list, map": (merge([X, X], LABELS), TypeError, "merge: token_map", "TokenMap"),
+    "merge: list, reduce": (merge([X, X], reduce="max"), ValueError, "merge: reduce", "'max'"),
+    "merge: empty list, reduce": (merge([], reduce="max"), ValueError, "merge: reduce", "'max'"),
+    "merge: list, weight": (
+        merge([X, X], reduce="sum", weight=X), ValueError, "merge: weight", "[2, 8]", "[2, 8, 3]",
+    ),
+    "merge: list, weight int": (
+        merge([X, X], weight=LABELS), TypeError, "merge: weight", "int32",
+    ),
     # merge_wavg
     "wavg: bool": (merge_wavg(X > 0), TypeError, "merge_wavg: x", "bool"),
     "wavg: N": (merge_wavg(X[:, 1:]), ValueError, "merge_wavg: x", "[2, 8, C]"),
@@ -203,6 +226,17 @@ CASES = {
     "unmerge: residual C": (unmerge(residual=X[..., :2]), ValueError, "unmerge: residual"),
     "unmerge: residual device": (
         unmerge(residual=X.to("meta")), ValueError, "unmerge: residual", "on cpu",
+    ),
+    "unmerge: int": (unmerge(3), TypeError, "unmerge: y", "a tensor or a list", "int 3"),
+    "unmerge: list, bool": (unmerge([Y, Y > 0]), TypeError, "unmerge: y[1]", "bool"),
+    "unmerge: list, N for M": (
+        unmerge([Y, X]), ValueError, "unmerge: y[1]", "[2, 5, C]", "[2, 8, 3]",
+    ),
+    "unmerge: list, residual": (
+        unmerge([Y, Y], residual=X), ValueError, "unmerge: residual", "None", "[2, 8, 3]",
+    ),
+    "unmerge: list, residuals": (
+        unmerge([Y, Y], residual=[X, X]), ValueError, "unmerge: residual", "None", "list",
     ),
     # policy_attention
     "attend: q list": (attend([1.0]), TypeError, "policy_attention: q", "floating-point", "list"),

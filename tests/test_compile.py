@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.export import Dim
 
 import tokenops
@@ -64,6 +66,14 @@ def clusters(metric, x, size):
     return kept.merge(x, weight=size), kept.source_matrix()
 
 
+def several(metric, x, size):
+    """Lists of tensors, those of one dtype by one operator."""
+    token_map = tokenops.match(metric, 5, num_prefix=1)
+    tensors = token_map.merge([x, metric, 2 * x], reduce="sum", weight=size)
+    more = token_map.merge((x, metric.double(), x[..., 1:]), reduce="amax")
+    return token_map.unmerge(tensors), more, token_map.merge([x, metric])
+
+
 def attend(metric, x, size):
     """Everything that attention takes, and the scores of its rows."""
     q = metric.unflatten(2, (2, -1)).transpose(1, 2)
@@ -93,7 +103,7 @@ def attend_to_kept(metric, x, size):
 
 FUNCTIONS = (
     *(layer, tome_layer, grid_layer, ragged_layer, reductions, pairs, clusters),
-    *(attend, attend_to_kept),
+    *(several, attend, attend_to_kept),
 )
 
 
@@ -132,7 +142,7 @@ def test_compile(function, backend, device):
 
 @pytest.mark.parametrize(
     "function",
-    [layer, tome_layer, ragged_layer, clusters, attend, attend_to_kept],
+    [layer, tome_layer, ragged_layer, clusters, several, attend, attend_to_kept],
     ids=lambda f: f.__name__,
 )
 def test_compile_with_dynamic_shapes(function):
@@ -179,6 +189,26 @@ def test_choosing_a_backend_compiles_again():
         torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(compiled(x), expected)
     assert ["tokenops.match.default" in g for g in graphs] == [True, False]
+
+
+def test_several_tensors_are_one_node():
+    """And one in the backward."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    def function(token_map, q, k, v):
+        return token_map.unmerge(token_map.merge([q, k, v]))
+
+    compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=record))
+    inputs = [random_tokens(2, 8, 4, seed=i).requires_grad_() for i in range(3)]
+    sum(out.sum() for out in compiled(tokenops.match(inputs[0], 2), *inputs)).backward()
+    for graph in graphs:
+        nodes = sorted(node for node in graph if node.startswith("tokenops."))
+        assert nodes == ["tokenops.merge_many.default", "tokenops.unmerge_many.default"]
+    assert len(graphs) == 2
 
 
 def test_compiled_vmap(backend, device):
@@ -235,7 +265,8 @@ def exported(function, named):
     ("function", "named"),
     [
         *((layer, True), (layer, False), (tome_layer, False), (ragged_layer, True)),
-        *((clusters, True), (attend, True), (attend, False), (attend_to_kept, True)),
+        *((clusters, True), (several, True), (several, False)),
+        *((attend, True), (attend, False), (attend_to_kept, True)),
     ],
     ids=lambda p: getattr(p, "__name__", {True: "named", False: "auto"}.get(p)),
 )

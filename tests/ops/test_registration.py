@@ -285,6 +285,32 @@ def test_vmap_of_merging(x_dim, map_dim, backend, device):
     check_vmap(lambda x, m: m.source_matrix() @ x, in_dims, x, token_map)
 
 
+@pytest.mark.parametrize(("x_dim", "map_dim"), [(0, 0), (0, None), (2, 0), (None, 0)])
+def test_vmap_of_merging_several(x_dim, map_dim, backend, device):
+    """Some tensors of a list may be mapped and others not."""
+    x = torch.randn(X_DIMS[x_dim], generator=torch.Generator().manual_seed(0)).to(device)
+    token_map = MAP.to(device) if map_dim is None else stack_of_maps(device)
+    fixed = random_tokens(B, N, 5, device=device, seed=3)
+    weight = fixed[..., 0]
+    in_dims = x_dim, map_dim
+
+    def tensors(x):
+        return [x, fixed, x[..., 1:]]
+
+    for reduce in ("sum", "mean", "amax", "prod"):
+        check_vmap(
+            lambda x, m, r=reduce: tuple(m.merge(tensors(x), reduce=r)), in_dims, x, token_map
+        )
+    for factor in (lambda x: weight, lambda x: x[..., 0]):
+        check_vmap(
+            lambda x, m, f=factor: tuple(m.merge(tensors(x), reduce="sum", weight=f(x))),
+            in_dims,
+            x,
+            token_map,
+        )
+    check_vmap(lambda x, m: tuple(m.unmerge([t[:, :M] for t in tensors(x)])), in_dims, x, token_map)
+
+
 @pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0), (1, None)], ids=str)
 def test_vmap_of_matching(dims, backend, device):
     metric = torch.randn((IMAGES, B, 12, 4), generator=torch.Generator().manual_seed(1)).to(device)
@@ -388,6 +414,20 @@ def test_batched_gradients():
         torch.testing.assert_close(batched, torch.stack(singly))
 
 
+@pytest.mark.xfail(strict=True, reason="this vmap of PyTorch's has no fallback for lists")
+def test_batched_gradients_of_several():
+    for reduce in ("sum", "mean", "amax", "prod"):
+        x = rows(N), rows(N, seed=7)
+        outs = MAP.merge(x, reduce=reduce)
+        directions = torch.randn(5, *outs[0].shape, generator=torch.Generator().manual_seed(1))
+        batched = torch.autograd.grad(
+            outs, x, (directions, -directions), retain_graph=True, is_grads_batched=True
+        )
+        singly = [torch.autograd.grad(outs, x, (d, -d), retain_graph=True) for d in directions]
+        for got, expected in zip(batched, zip(*singly, strict=True), strict=True):
+            torch.testing.assert_close(got, torch.stack(expected))
+
+
 def test_batched_gradients_of_attention():
     inputs = random_attention(B, 2, N, C, policy="hard", zero_sizes=0.0)
     leaves = {n: t.requires_grad_() for n, t in inputs.items()}
@@ -421,6 +461,17 @@ def test_transforms_that_differentiate():
     torch.testing.assert_close(forward, (gradient * xs[1]).sum(), rtol=1e-4, atol=1e-4)
     jacobian = jacrev(lambda x: MAP.merge(x, reduce="mean"))(xs[0])
     assert jacobian.shape == (B, M, C, B, N, C)
+
+
+def test_transforms_that_differentiate_several():
+    xs = [random_tokens(B, N, C, seed=i) for i in range(2)]
+
+    def loss(x, y):
+        return sum(out.pow(2).sum() for out in MAP.unmerge(MAP.merge([x, y], reduce="sum")))
+
+    leaves = [x.clone().requires_grad_() for x in xs]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(grad(loss, argnums=(0, 1))(*xs), expected)
 
 
 def test_transforms_refuse_a_backend_that_cannot_serve_them(backend, device):

@@ -205,7 +205,8 @@ def attempt(function):
 
 labels = torch.randint(-1, OUTPUTS, (BATCH, TOKENS), generator=generator)
 good = TokenMap.from_assign(labels, OUTPUTS)
-for _ in range(40):
+rounds = int(sys.argv[2])
+for _ in range(rounds):
     fields = good.assign, good.offsets, good.members
     bad = garbage(BATCH, TOKENS), garbage(BATCH, OUTPUTS + 1), garbage(BATCH, TOKENS)
     for choice in itertools.product((0, 1), repeat=3):
@@ -240,13 +241,15 @@ for _ in range(40):
                 attempt(lambda: ops.match(metric, r, -3, None, None, None, 2, *rest))
                 attempt(lambda: ops.match(metric, r, 0, None, None, None, 0, *rest))
                 attempt(lambda: ops.match(metric, -1, 0, None, None, None, -2, *rest))
-assert done > 5000, done  # most calls return something
+assert done > 125 * rounds, done  # most calls return something
 print("survived")
 """
 
 
 def test_garbage_indices_never_crash(backend):
-    run = subprocess.run([sys.executable, "-c", GARBAGE, backend], capture_output=True, text=True)
+    rounds = "3" if os.environ.get("HYPOTHESIS_PROFILE") == "quick" else "40"
+    command = [sys.executable, "-c", GARBAGE, backend, rounds]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, f"exit status {run.returncode}\n{run.stderr[-2000:]}"
     assert run.stdout.strip() == "survived"
 

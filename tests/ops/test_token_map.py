@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import tokenops
 from tokenops import TokenMap
+from tokenops.ops.merging import reference
 from tokenops.testing import (
     assert_same_bits,
     assert_valid_token_map,
@@ -118,6 +119,69 @@ def test_compose_is_the_product_of_matrices(data, later):
     assert_valid_token_map(composed, num_tokens=later.num_tokens)
     product = later.source_matrix() @ earlier.source_matrix()
     assert torch.equal(composed.source_matrix(), product)
+
+
+def composed_by(backend, later, earlier, num_tokens):
+    """What the operator makes of assignments. It has no public function that follows a choice."""
+    compose = reference.compose if backend == "reference" else torch.ops.tokenops.compose
+    token_map = TokenMap(*compose(later, earlier, num_tokens))
+    assert_valid_token_map(token_map, num_tokens=num_tokens)
+    assert token_map.assign.shape == earlier.shape
+    return token_map
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize(("first", "second"), [(0.3, 0.0), (0.0, 0.3), (0.3, 0.3), (1.0, 0.3)])
+@pytest.mark.parametrize("shape", [(3, 13, 8, 5), (2, 3000, 700, 60), (1, 9, 9, 1)], ids=str)
+def test_compose_drops_what_either_map_drops(shape, first, second, backend, device):
+    batch, inputs, middle, outputs = shape
+    earlier = random_token_map(batch, inputs, middle, dropped=first, device=device, seed=1)
+    later = random_token_map(batch, middle, outputs, dropped=second, device=device, seed=2)
+    compose = reference.compose if backend == "reference" else torch.ops.tokenops.compose
+    composed = TokenMap(*compose(later.assign, earlier.assign, outputs))
+    product = later.source_matrix() @ earlier.source_matrix()
+    assert torch.equal(composed.source_matrix(), product)
+    inverse = TokenMap.from_assign(composed.assign, outputs)
+    assert_same_bits(composed.offsets, inverse.offsets)
+    assert_same_bits(composed.members, inverse.members)
+
+
+@pytest.mark.parametrize("outputs", [0, 3])
+@pytest.mark.parametrize("inputs", [0, 1, 7])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_compose_through_no_tokens(batch, inputs, outputs, backend, device):
+    later = torch.empty(batch, 0, dtype=torch.int32, device=device)
+    for label in (-1, 0, 2**31 - 1):  # which of them, there is nothing to go to
+        earlier = torch.full((batch, inputs), label, dtype=torch.int32, device=device)
+        composed = composed_by(backend, later, earlier, outputs)
+        assert (composed.assign == -1).all()
+        assert (composed.offsets == 0).all()
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("wild", [-(2**31), -7, -2, 6, 7, 9, 12, 2**30, 2**31 - 1])
+def test_compose_drops_wild_labels(wild, backend, device):
+    """In either map; the other tokens go where they went."""
+    earlier = random_token_map(2, 20, 9, dropped=0.1, device=device, seed=1).assign
+    later = random_token_map(2, 9, 6, dropped=0.1, device=device, seed=2).assign
+    bad_later = later.clone()
+    bad_later[:, ::2] = wild
+    clean_later = torch.where(bad_later == wild, -1, bad_later)
+    bad_earlier, clean_earlier = earlier, earlier
+    if wild not in range(9):
+        bad_earlier = earlier.clone()
+        bad_earlier[:, ::3] = wild
+        clean_earlier = torch.where(bad_earlier == wild, -1, bad_earlier)
+    for before, clean_before in ((earlier, earlier), (bad_earlier, clean_earlier)):
+        got = composed_by(backend, bad_later, before, 6)
+        expected = composed_by(backend, clean_later, clean_before, 6)
+        for field in ("assign", "offsets", "members"):
+            assert_same_bits(getattr(got, field), getattr(expected, field))
+        to = [
+            [later_row[m] if m >= 0 else -1 for m in row]
+            for later_row, row in zip(clean_later.tolist(), clean_before.tolist(), strict=True)
+        ]
+        assert got.assign.tolist() == to
 
 
 @given(token_map=maps())

@@ -46,8 +46,9 @@ def merge(
 
     Args:
         x: Tokens ``[B, N, C]`` of float16, bfloat16, float32 or float64; any strides, fastest when
-            the last dimension is contiguous. Or several of them, for example queries, keys and
-            values, whose widths may differ: those of one dtype share a launch on CUDA devices.
+            the last dimension is contiguous. Or a list of them, for example queries, keys and
+            values, whose widths may differ: if all have one dtype, they share a launch on CUDA
+            devices (but for a weight with another reduction than the sum).
         token_map: Map of N to M tokens.
         reduce: ``"sum"``, ``"mean"``, ``"amax"``, ``"amin"`` or ``"prod"``.
         weight: Weight of each member, floating ``[B, N]`` or ``[B, N, 1]``.

@@ -234,7 +234,7 @@ def _merge_many_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     assign, offsets, members, weight, *rest = ctx.saved_tensors
     index = assign, offsets, members
     x, out = rest[: ctx.count], rest[ctx.count :]
-    grad_x = grad_weight = None
+    grad_x, grad_weight = [None] * ctx.count, None
     if ctx.reduce == "mean":
         grad_x = _ops.unmerge_many(grads, *index, None, True)
     elif ctx.reduce == "sum":
@@ -282,7 +282,7 @@ def _unmerge_many_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor])
 def _unmerge_many_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     assign, offsets, members, weight, *y = ctx.saved_tensors
     index = assign, offsets, members
-    grad_y = grad_weight = None
+    grad_y, grad_weight = [None] * len(grads), None
     if any(ctx.needs_input_grad[0]):
         grad_y = _ops.merge_many(grads, *index, weight, "mean" if ctx.mean else "sum")
     if ctx.needs_input_grad[4]:

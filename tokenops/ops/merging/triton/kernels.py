@@ -36,7 +36,9 @@ def _groups(offsets, m, keep, tokens):
 @triton.jit
 def _member(members, start, count, k, tokens):
     """The k-th member of each output token, and whether there is one."""
-    n = tl.load(members + start + k, mask=k < count, other=-1)
+    # Always so, as k is not negative; without it the compiler spills a register of some kernels.
+    here = start + k >= start
+    n = tl.load(members + start + k, mask=here & (k < count), other=-1)
     return n, (n >= 0) & (n < tokens)  # [rows]
 
 
