@@ -81,7 +81,7 @@ emulate: $(READY)/test
 		$(PY) -m pytest --capture=sys tests/ops tests/test_emulated.py \
 		--ignore-glob='*attention*' --ignore-glob='*_triton.py' $(ARGS)
 
-# CUDA kernels for GPUs, with any PyTorch: needs nvcc, and no GPU.
+# CUDA kernels for GPUs, with any PyTorch: needs nvcc 12.8 or newer (the budget is of 13.0), no GPU.
 cuda: $(READY)/test
 	TOKENOPS_BUILD=cuda $(PY) setup.py --quiet build_ext \
 		--build-lib build/cuda --build-temp build/cuda/temp

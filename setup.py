@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -68,7 +69,7 @@ def native() -> tuple[list[Extension], dict[str, Any], type]:
         no_cuda = f"torch {torch.__version__} at build time, which has no CUDA"
     else:
         nvcc = find_nvcc()
-        no_cuda = None if nvcc else "no nvcc at build time (CUDA_HOME names its toolkit)"
+        no_cuda = nvcc_obstacle(nvcc, torch.version.cuda)
     if MODE == "cuda" and no_cuda:
         raise CannotCompileError(no_cuda)
 
@@ -78,7 +79,7 @@ def native() -> tuple[list[Extension], dict[str, Any], type]:
     library = torch_build.CppExtension(
         "tokenops._C",
         sources,
-        depends=sorted(map(str, Path("csrc").glob("**/*.*h"))),
+        depends=sorted(map(str, [*Path("csrc").glob("**/*.*h"), *Path("csrc").glob("**/*.cu")])),
         define_macros=[TARGET],
         extra_compile_args=FLAGS,
         extra_link_args=LINK_FLAGS + ([] if no_cuda else cuda_link_flags(nvcc)),
@@ -106,11 +107,30 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def nvcc_obstacle(nvcc: str | None, torch_cuda: str | None) -> str | None:
+    """Why this compiler is not used: ``auto`` takes one that PyTorch's own driver will do for."""
+    if not nvcc:
+        return "no nvcc at build time (CUDA_HOME names its toolkit)"
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    name = ".".join(map(str, version))
+    if version < (12, 8):
+        return f"nvcc {name} at build time, 12.8 needed"
+    if MODE == "auto" and torch_cuda and torch_cuda.partition(".")[0] != str(version[0]):
+        return (
+            f"nvcc {name} at build time, but torch is for CUDA {torch_cuda} (TOKENOPS_BUILD=cuda)"
+        )
+    return None
+
+
 def cuda_link_flags(nvcc: str) -> list[str]:
     """The CUDA runtime as a part of the library, which then needs none of one certain version."""
     listing = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
-    line = next(text for text in listing.stderr.splitlines() if "LIBRARIES=" in text)
-    folders = shlex.split(line.partition("LIBRARIES=")[2])
+    lines = [text for text in listing.stderr.splitlines() if "LIBRARIES=" in text]
+    if not lines:
+        raise CannotCompileError(f"{nvcc} does not say where its libraries are")
+    folders = shlex.split(lines[0].partition("LIBRARIES=")[2])
     return [*folders, "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
 
 
@@ -119,7 +139,8 @@ def compile_cuda(nvcc: str, include_dirs: list[str], folder: str) -> list[str]:
     os.makedirs(folder, exist_ok=True)
     number = [arch.replace(".", "") for arch in CUDA_ARCHS]
     codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in number]
-    codes.append(f"-gencode=arch=compute_{number[-1]},code=compute_{number[-1]}")
+    # Devices that are not among them compile what the oldest one was compiled from.
+    codes.append(f"-gencode=arch=compute_{number[0]},code=compute_{number[0]}")
     flags = ["-std=c++17", "-O3", "-D" + "=".join(TARGET), "-Xptxas=-v", "-Xcompiler=-fPIC"]
     flags += ["-Xcompiler=-fvisibility=hidden", "--compress-mode=size", "-lineinfo"]
     sources = sorted(Path("csrc").glob("**/*.cu"))
@@ -128,7 +149,7 @@ def compile_cuda(nvcc: str, include_dirs: list[str], folder: str) -> list[str]:
     includes = [f"-isystem={path}" for path in include_dirs]
 
     def compile_one(source: Path) -> tuple[str, str]:
-        target = os.path.join(folder, source.with_suffix(".o").name)
+        target = os.path.join(folder, "-".join(source.with_suffix(".o").parts))
         command = [nvcc, *flags, *codes, *includes, "-c", str(source), "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
@@ -176,9 +197,15 @@ def build_ext_command(base: type, record: dict[str, Any]) -> type:
         def build_extension(self, extension: Extension) -> None:
             if getattr(extension, "nvcc", None):
                 folder = os.path.join(self.build_temp, "cuda")
-                extension.extra_objects = compile_cuda(
-                    extension.nvcc, extension.include_dirs, folder
-                )
+                try:
+                    extension.extra_objects = compile_cuda(
+                        extension.nvcc, extension.include_dirs, folder
+                    )
+                except RuntimeError as error:
+                    if MODE == "cuda":
+                        raise
+                    self.warn(f"CUDA kernels are left out: {error}")
+                    record.update(built="cpu", no_cuda=str(error), cuda_archs=[])
             try:
                 super().build_extension(extension)
             except Exception as error:

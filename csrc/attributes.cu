@@ -5,19 +5,24 @@
 
 extern "C" __attribute__((visibility("default"))) const char* tokenops_list_kernels(
     void (*report)(void* context, const TokenopsKernel*), void* context) {
-  for (const tokenops::cuda::Listed* listed = tokenops::cuda::Listed::first(); listed != nullptr;
-       listed = listed->next) {
-    TokenopsKernel kernel = {listed->name, listed->threads, listed->shared_bytes, 0, 0, 0};
+  for (const tokenops::cuda::Reported* one = tokenops::cuda::Reported::first(); one != nullptr;
+       one = one->next) {
+    TokenopsKernel kernel = {one->name, one->threads, one->shared_bytes, 0, 0, 0};
     cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, listed->function);
-    if (error == cudaSuccess && kernel.shared_bytes > 48 << 10) {
-      error = cudaFuncSetAttribute(listed->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(kernel.shared_bytes));
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, one->function);
+    if (error == cudaSuccess && kernel.shared_bytes > 48 << 10) {  // as launches set it
+      error =
+          cudaFuncSetAttribute(one->function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     }
     if (error == cudaSuccess) {
       kernel.registers = attributes.numRegs;
       kernel.local_bytes = static_cast<int64_t>(attributes.localSizeBytes);
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&kernel.blocks, listed->function,
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&kernel.blocks, one->function,
                                                             kernel.threads, kernel.shared_bytes);
     }
     if (error != cudaSuccess) {

@@ -5,6 +5,7 @@
 // that emulate.h has too: under TOKENOPS_EMULATE they are plain C++ that runs on CPU tensors.
 #pragma once
 
+#include <atomic>
 #include <climits>
 #include <optional>
 #include <string>
@@ -18,13 +19,10 @@
 #define TOKENOPS_UNROLL_4
 #else
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
+#include <dlfcn.h>
 #define TOKENOPS_DEVICE CUDA
 #define TOKENOPS_UNROLL _Pragma("unroll")
 #define TOKENOPS_UNROLL_4 _Pragma("unroll 4")
-// Declared here for builds against a PyTorch without CUDA; weak, so that they can be loaded there.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
 namespace tokenops::cuda {
@@ -43,13 +41,33 @@ class Target {
   Target(const char* op, const Tensor& first) : op_(op), first_(first) {
 #if !defined(TOKENOPS_EMULATE)
     device_ = first.get_device_index();
-    if (torch::stable::accelerator::getCurrentDeviceIndex() != device_) guard_.emplace(device_);
-    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, op,
-                    ": this PyTorch has no CUDA");
+    check(cudaGetDevice(&previous_));
+    if (previous_ != device_) check(cudaSetDevice(device_));
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream_function()(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
 #endif
+  }
+
+  Target(const Target&) = delete;
+  Target& operator=(const Target&) = delete;
+#if !defined(TOKENOPS_EMULATE)
+  ~Target() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
+#endif
+
+  // All tensors must be on this device.
+  void expect(const char* name, const Tensor& t) const {
+#if !defined(TOKENOPS_EMULATE)
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device_, op_, ": expected ", name,
+                    " on CUDA device ", device_);
+#else
+    (void)name, (void)t;
+#endif
+  }
+  void expect(const char* name, const std::optional<Tensor>& t) const {
+    if (t) expect(name, *t);
   }
 
   // A new contiguous tensor on this device, uninitialised.
@@ -66,10 +84,12 @@ class Target {
 #if defined(TOKENOPS_EMULATE)
     return int64_t{227} << 10;
 #else
-    static int known[64];  // by device; zero until asked for, the same from any thread
-    int& bytes = known[device_ % 64];
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices];  // zero until asked for
+    int bytes = device_ < kDevices ? known[device_].load() : 0;
     if (bytes == 0) {
       check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+      if (device_ < kDevices) known[device_] = bytes;
     }
     return bytes;
 #endif
@@ -79,7 +99,12 @@ class Target {
   cudaStream_t stream() const { return stream_; }
 
   void check(cudaError_t error) const {
-    STD_TORCH_CHECK(error == cudaSuccess, op_, ": ", shape(), ": ", cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // it is told here, and must not meet the next launch
+    STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice, op_,
+                    ": the library was not compiled for this device; TOKENOPS_CUDA_ARCHS names "
+                    "what it is compiled for, tokenops.use_backend chooses another backend");
+    STD_TORCH_CHECK(false, op_, ": ", shape(), ": ", cudaGetErrorString(error));
   }
 #endif
 
@@ -102,17 +127,21 @@ class Target {
 #if defined(TOKENOPS_EMULATE)
     emulate::launch<P...>(kernel, grid.blocks, grid.threads, grid.shared_bytes, P(args)...);
 #else
-    if (grid.shared_bytes > 48 << 10) {
+    if (grid.shared_bytes > 48 << 10) {  // always the same limit: threads may do so side by side
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared_bytes)),
-            grid);
+                                 static_cast<int>(max_shared_bytes())));
     }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));
     config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
     config.stream = stream_;
-    check(cudaLaunchKernelEx(&config, kernel, P(args)...), grid);
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(args)...);
+    if (error == cudaErrorNoKernelImageForDevice) check(error);
+    if (error != cudaSuccess) cudaGetLastError();
+    STD_TORCH_CHECK(error == cudaSuccess, op_, ": ", shape(), ": launching ", grid.blocks,
+                    " blocks of ", grid.threads, " threads with ", grid.shared_bytes,
+                    " bytes of shared memory: ", cudaGetErrorString(error));
 #endif
   }
 
@@ -128,29 +157,34 @@ class Target {
   const char* op_;
   const Tensor& first_;
 #if !defined(TOKENOPS_EMULATE)
-  void check(cudaError_t error, const Grid& grid) const {
-    STD_TORCH_CHECK(error == cudaSuccess, op_, ": ", shape(), ": launching ", grid.blocks,
-                    " blocks of ", grid.threads, " threads with ", grid.shared_bytes,
-                    " bytes of shared memory: ", cudaGetErrorString(error));
+  // Of PyTorch's own CUDA library, which a library for any PyTorch cannot be linked with.
+  using StreamFunction = AOTITorchError (*)(int32_t device_index, void** stream);
+  StreamFunction current_stream_function() const {
+    static const StreamFunction found = [] {
+      void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+      if (library == nullptr) library = RTLD_DEFAULT;
+      return reinterpret_cast<StreamFunction>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    }();
+    STD_TORCH_CHECK(found != nullptr, op_, ": this PyTorch has no CUDA");
+    return found;
   }
 
-  int32_t device_;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-  cudaStream_t stream_;
+  int device_ = 0, previous_ = 0;
+  cudaStream_t stream_ = nullptr;
 #endif
 };
 
-// A kernel that `python -m tokenops.info` tells about, made once for the whole run of the program:
-// `const Listed listed("name", kernel, threads, shared_bytes);` beside the kernel.
-struct Listed {
+// A kernel that `python -m tokenops.info` reports, made once for the whole run of the program:
+// `const Reported reported("name", kernel, threads, shared_bytes);` beside the kernel.
+struct Reported {
   const char* name;
   const void* function;
   int threads;
   int64_t shared_bytes;
-  const Listed* next;
+  const Reported* next;
 
   template <class... P>
-  Listed(const char* name_, void (*kernel)(P...), int threads_, int64_t shared_bytes_ = 0)
+  Reported(const char* name_, void (*kernel)(P...), int threads_, int64_t shared_bytes_ = 0)
       : name(name_),
         function(reinterpret_cast<const void*>(kernel)),
         threads(threads_),
@@ -158,8 +192,8 @@ struct Listed {
         next(first()) {
     first() = this;
   }
-  static const Listed*& first() {
-    static const Listed* head = nullptr;
+  static const Reported*& first() {
+    static const Reported* head = nullptr;
     return head;
   }
 };

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA kernels as plain C++ on the CPU, thread by thread: what Triton's interpreter is to its
-// kernels. It proves what a kernel computes, that every barrier is reached by all, that nothing is
-// read or written out of bounds (under AddressSanitizer), and, by running threads in ever other
-// orders, that barriers are where they are needed. It knows nothing of time.
+// kernels. It proves what a kernel computes, that every barrier is reached by all, and, under
+// AddressSanitizer, that nothing is read or written beyond tensors and a block's shared memory.
+// Threads run in ever other orders, which shows many a missing barrier, but not all: between two
+// barriers a thread runs alone. It knows nothing of time.
 //
-// The threads of a block are coroutines, blocks run one after the other. Only the x axis exists.
+// The threads of a block are coroutines, blocks run one after the other. Only the x axis exists,
+// and warps are whole.
 #pragma once
 
 #include <ucontext.h>
@@ -171,11 +173,12 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_by
   block.grid = {static_cast<unsigned>(blocks)};
   block.body = &body;
   for (int64_t i = 0; i < blocks; ++i) {
-    const size_t bytes = (static_cast<size_t>(shared_bytes) + 127) / 128 * 128;
-    std::unique_ptr<char, void (*)(void*)> shared(
-        static_cast<char*>(std::aligned_alloc(128, bytes > 0 ? bytes : 128)), std::free);
-    std::memset(shared.get(), 0xff, bytes);
-    block.shared = shared.get();
+    const size_t bytes = static_cast<size_t>(shared_bytes);
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, bytes > 0 ? bytes : 1) != 0) fail("no memory");
+    const std::unique_ptr<void, void (*)(void*)> owner(memory, std::free);
+    std::memset(memory, 0xff, bytes);
+    block.shared = static_cast<char*>(memory);
     block.index = {static_cast<unsigned>(i)};
     run_block(block, pool, seed);
   }
@@ -276,8 +279,4 @@ T atomicMax(T* at, T value) {
   const T old = *at;
   if (value > old) *at = value;
   return old;
-}
-template <class T>
-T __ldg(const T* at) {
-  return *at;
 }

@@ -82,6 +82,11 @@ def test_kernels_that_the_budget_does_not_know():
     ]
 
 
+def test_kernels_that_are_missing():
+    assert cuda_resources.missing(ROWS, ROWS) == []
+    assert cuda_resources.missing(ROWS[:2], ROWS) == ["merge<BFloat16> sm_100: not compiled"]
+
+
 @needs_names
 def test_command(tmp_path, monkeypatch, capsys):
     log, library = tmp_path / "ptxas.log", tmp_path / "library.so"

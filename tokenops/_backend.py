@@ -65,7 +65,7 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
         self._name = name
         self._previous = _forced
         _forced = name
-        if name == "triton" and not _let_in:
+        if name == "triton":
             _let_triton_in()
 
     def __enter__(self) -> None:
@@ -154,8 +154,10 @@ def _let_triton_in() -> None:
 
     Not before anybody chooses them, for each call then passes through Python.
     """
+    if importlib.util.find_spec("triton") is None:
+        return
     for name, kernel in _in_triton.items():
-        if "cuda" in _compiled_for(name):
+        if "cuda" in _compiled_for(name) and name not in _let_in:
             compiled = torch.library.get_kernel(f"{NAMESPACE}::{name}", "CUDA")
             serve = _if_chosen(_on_cuda(name, kernel), compiled)
             _library.implement(name, serve, "CUDA", instead=True)
@@ -218,7 +220,8 @@ def _on_cuda(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     reference = _library.references[name]
 
     def serve(keys: Any, first: Any, *rest: Any) -> Any:
-        index = (first[0] if isinstance(first, list) else first).device.index
+        # The first argument is a tensor or a list of some.
+        index = (rest[0] if isinstance(first, list) else first).device.index
         try:
             if not _new_enough(index):
                 raise UnservedError("the Triton kernels need compute capability 8.0")
@@ -332,7 +335,8 @@ def why_not(operator: str, *args: object) -> dict[str, str]:
     if operator not in operators:
         choices = ", ".join(map(repr, operators))
         raise ValueError(f"why_not: operator must be one of {choices}, got {operator!r}")
-    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+    leaves = pytree.tree_leaves(args)
+    device = next((a.device.type for a in leaves if isinstance(a, Tensor)), "cpu")
     obstacles = ((backend, _obstacle(operator, backend, device)) for backend in BACKENDS)
     return {backend: reason for backend, reason in obstacles if reason is not None}
 

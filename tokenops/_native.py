@@ -30,8 +30,9 @@ def build_info() -> dict[str, Any]:
     """What the build recorded about itself; empty if nothing was ever built here.
 
     Returns:
-        Entries of ``_build_info.json``: always ``mode`` and ``built`` (``"cpu"``, ``"cuda"`` or
-        None), then compiler, flags and versions, or the ``reason`` why nothing was compiled.
+        Entries of ``_build_info.json``: always ``mode`` and ``built`` (``"cpu"``, ``"cuda"``,
+        ``"emulated"`` or None), then compiler, flags and versions, or the ``reason`` why nothing
+        was compiled.
     """
     try:
         with open(os.path.join(_package, "_build_info.json"), encoding="utf-8") as file:
@@ -42,7 +43,7 @@ def build_info() -> dict[str, Any]:
 
 
 def inspect() -> ModuleType | None:
-    """The pybind11 module with ``build_info()`` and ``cpu_features()``, if this Python has it."""
+    """The pybind11 module (``build_info``, ``cpu_features``, ``cuda_kernels``), if there is one."""
     try:
         return importlib.import_module("._inspect", __package__)
     except Exception:  # any defect of a convenience counts as its absence

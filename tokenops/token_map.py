@@ -128,7 +128,7 @@ class TokenMap:
                 f"a map of {earlier.assign.shape[0]} images to {earlier.num_tokens} tokens",
             )
         _checks.check_same_device(name, "earlier", earlier.assign, self.assign)
-        compose = torch.ops.tokenops.compose
+        compose = torch.ops.tokenops.compose.default
         assign, offsets, members = compose(self.assign, earlier.assign, self.num_tokens)
         return TokenMap(assign, offsets, members, self.counts)
 

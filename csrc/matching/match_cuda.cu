@@ -15,38 +15,34 @@ namespace {
 using cuda::Target;
 
 // Larger images are for many blocks.
-constexpr int64_t kMostTokens = 1056;
+constexpr int64_t kMostBlockTokens = 1056;
+
+// A kernel for an image by one block; none where the function is null.
+struct BlockMatch {
+  void (*kernel)(MetricRows, Choice, bool, ChosenMap) = nullptr;
+  int threads = 0;
+  int64_t shared_bytes = 0;
+};
 
 template <bool Exact, int Steps, int Tiles>
-bool launch_match(const Target& target, const Choice& ask, int64_t batch, const MetricRows& x,
-                  bool cosine, const ChosenMap& out) {
-  const MatchLayout at(ask, Steps, Tiles);
-  if (at.bytes > target.max_shared_bytes()) return false;
-  target.launch(match_image<Exact, Steps, Tiles>,
-                {batch, search_warps(Steps, Tiles) * cuda::kWarpSize, at.bytes}, x, ask, cosine,
-                out);
-  return true;
+BlockMatch block_match(const Choice& ask) {
+  return {match_image<Exact, Steps, Tiles>, search_warps(Steps, Tiles) * cuda::kWarpSize,
+          MatchLayout(ask, Steps, Tiles).bytes};
 }
 
-// Whether a block could hold an image, and then its launch. What is not exact in half precision
-// takes more registers: such rows may be less wide.
-bool match_small(const Target& target, const Choice& ask, int64_t batch, const MetricRows& x,
-                 bool cosine, const ChosenMap& out) {
-  if (ask.tokens == 0 || ask.tokens > kMostTokens) return false;
+// What is not exact in half precision takes more registers: such rows may be less wide.
+BlockMatch choose_kernel(const Choice& ask, const MetricRows& x) {
+  if (ask.tokens == 0 || ask.tokens > kMostBlockTokens) return {};
   const bool few = ask.sources <= search_warps(8, 1) * 16;
   if (x.heads == 1 && x.type != 0) {
-    if (x.width > 128) return false;
-    const auto launch = x.width > 64 ? launch_match<true, 16, 1>
-                        : few        ? launch_match<true, 8, 1>
-                                     : launch_match<true, 8, 2>;
-    return launch(target, ask, batch, x, cosine, out);
+    if (x.width > 128) return {};
+    if (x.width > 64) return block_match<true, 16, 1>(ask);
+    return few ? block_match<true, 8, 1>(ask) : block_match<true, 8, 2>(ask);
   }
-  if (x.width > 80) return false;
-  const auto launch = x.width > 64   ? launch_match<false, 10, 1>
-                      : !few         ? launch_match<false, 8, 2>
-                      : x.width > 32 ? launch_match<false, 8, 1>
-                                     : launch_match<false, 4, 1>;
-  return launch(target, ask, batch, x, cosine, out);
+  if (x.width > 80) return {};
+  if (x.width > 64) return block_match<false, 10, 1>(ask);
+  if (!few) return block_match<false, 8, 2>(ask);
+  return x.width > 32 ? block_match<false, 8, 1>(ask) : block_match<false, 4, 1>(ask);
 }
 
 // The rows of a metric, and whether a block knows their dtype.
@@ -86,8 +82,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
   MetricRows x;
   if (describe(metric, &x)) {
     const Target target(op, metric);
-    const NewMaps maps(target, ask, batch);
-    if (match_small(target, ask, batch, x, cosine, maps.data())) return maps.tensors;
+    target.expect("protected", is_protected);
+    target.expect("source_index", source_index);
+    target.expect("destination_index", destination_index);
+    const BlockMatch block = choose_kernel(ask, x);
+    if (block.kernel != nullptr && block.shared_bytes <= target.max_shared_bytes()) {
+      const NewMaps maps(target, ask, batch);
+      target.launch(block.kernel, {batch, block.threads, block.shared_bytes}, x, ask, cosine,
+                    maps.data());
+      return maps.tensors;
+    }
   }
   std::array<StableIValue, 7> stack{torch::stable::detail::from(metric),
                                     torch::stable::detail::from(num_prefix),
@@ -106,21 +110,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
 
 // Images of ViT-B/16 and, by two tiles a warp, of ViT-L/16 at 512 pixels.
 template <bool Exact, int Steps, int Tiles>
-cuda::Listed listed(const char* name) {
+cuda::Reported report(const char* name) {
   Choice ask = {};
   ask.tokens = Tiles == 1 ? 197 : 1025;
   ask.destinations = ask.tokens / 2;
   ask.sources = ask.tokens - ask.destinations;
-  return {name, match_image<Exact, Steps, Tiles>, search_warps(Steps, Tiles) * cuda::kWarpSize,
-          MatchLayout(ask, Steps, Tiles).bytes};
+  const BlockMatch block = block_match<Exact, Steps, Tiles>(ask);
+  return {name, block.kernel, block.threads, block.shared_bytes};
 }
-const cuda::Listed listed_kernels[] = {listed<true, 8, 1>("match_image<true, 8, 1>"),
-                                       listed<true, 8, 2>("match_image<true, 8, 2>"),
-                                       listed<true, 16, 1>("match_image<true, 16, 1>"),
-                                       listed<false, 4, 1>("match_image<false, 4, 1>"),
-                                       listed<false, 8, 1>("match_image<false, 8, 1>"),
-                                       listed<false, 8, 2>("match_image<false, 8, 2>"),
-                                       listed<false, 10, 1>("match_image<false, 10, 1>")};
+const cuda::Reported reported[] = {report<true, 8, 1>("match_image<true, 8, 1>"),
+                                   report<true, 8, 2>("match_image<true, 8, 2>"),
+                                   report<true, 16, 1>("match_image<true, 16, 1>"),
+                                   report<false, 4, 1>("match_image<false, 4, 1>"),
+                                   report<false, 8, 1>("match_image<false, 8, 1>"),
+                                   report<false, 8, 2>("match_image<false, 8, 2>"),
+                                   report<false, 10, 1>("match_image<false, 10, 1>")};
 
 }  // namespace
 }  // namespace tokenops::matching

@@ -5,8 +5,6 @@
 
 #include <cstring>
 #include <limits>
-#include <optional>
-#include <string>
 #include <type_traits>
 
 #include "../tensors.h"
@@ -20,9 +18,6 @@ namespace tokenops::matching {
 struct Alternation {
   uint32_t stride;
 
-  TOKENOPS_HOST_DEVICE bool is_destination(uint32_t token) const {
-    return token % stride == stride - 1;
-  }
   TOKENOPS_HOST_DEVICE int32_t destinations_before(uint32_t token) const {
     return static_cast<int32_t>(token / stride);
   }
@@ -94,64 +89,6 @@ struct Choice {
     return most > r ? most - r : 0;
   }
 };
-
-// From the operator's arguments. Tensors stay the caller's.
-inline Choice make_choice(const char* op, int64_t batch, int64_t tokens, int64_t r,
-                          int64_t num_prefix, const std::optional<Tensor>& is_protected,
-                          const std::optional<Tensor>& source_index,
-                          const std::optional<Tensor>& destination_index, int64_t stride,
-                          const std::optional<double>& threshold, const std::string& order) {
-  constexpr int64_t kMostTokens = int64_t{1} << 30;
-  STD_TORCH_CHECK(0 <= tokens && tokens <= kMostTokens, op, ": expected at most 2^30 tokens, got ",
-                  tokens);
-  STD_TORCH_CHECK(r <= tokens && stride >= 1, op, ": expected r <= N and stride >= 1, got r = ", r,
-                  ", N = ", tokens, ", stride = ", stride);
-  STD_TORCH_CHECK(order == "position" || order == "tome", op,
-                  ": expected order position or tome, got ", order);
-  const auto clamp = [&](int64_t value, int64_t most) {
-    return static_cast<int32_t>(value < 0 ? 0 : value > most ? most : value);
-  };
-  // One row for all images, or one for each.
-  const auto check_rows = [&](const char* name, const Tensor& t) {
-    STD_TORCH_CHECK(t.dim() == 1 || (t.dim() == 2 && (t.size(0) == batch || t.size(0) == 1)), op,
-                    ": expected ", name, " to have one row, or one per image");
-    return t.dim() == 2 && t.size(0) > 1 ? t.stride(0) : 0;
-  };
-  Choice ask = {};
-  ask.tokens = static_cast<int32_t>(tokens);
-  ask.r = clamp(r, tokens);
-  ask.outputs = threshold ? ask.tokens : ask.tokens - ask.r;
-  ask.prefix = clamp(num_prefix, tokens);
-  ask.limited = threshold.has_value();
-  ask.threshold = threshold.value_or(0);
-  ask.tome = order == "tome" && ask.r > 0;  // where nothing is to merge, the identity
-  ask.rule = {static_cast<uint32_t>(clamp(stride, tokens + 1))};
-  ask.destinations = ask.rule.destinations_before(ask.tokens);
-  ask.sources = ask.tokens - ask.destinations;
-  if (is_protected) {
-    ask.protected_batch_stride = check_rows("protected", *is_protected);
-    STD_TORCH_CHECK(is_protected->scalar_type() == ScalarType::Bool &&
-                        is_protected->size(is_protected->dim() - 1) == tokens,
-                    op, ": expected protected to be bool, one entry per token");
-    ask.is_protected = static_cast<const uint8_t*>(is_protected->const_data_ptr());
-    ask.protected_stride = is_protected->stride(is_protected->dim() - 1);
-  }
-  ask.listed = source_index && destination_index;
-  if (ask.listed) {
-    const auto list = [&](const char* name, const Tensor& t, int32_t* count) {
-      const int64_t by_image = check_rows(name, t), size = t.size(t.dim() - 1);
-      const bool wide = t.scalar_type() == ScalarType::Long;
-      STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Int, op, ": expected ", name,
-                      " of dtype int32 or int64, got ", t.scalar_type());
-      STD_TORCH_CHECK(size <= kMostTokens, op, ": expected at most 2^30 indices, got ", size);
-      *count = tokens == 0 ? 0 : static_cast<int32_t>(size);
-      return IndexList{t.const_data_ptr(), by_image, t.stride(t.dim() - 1), wide};
-    };
-    ask.source_index = list("source_index", *source_index, &ask.sources);
-    ask.destination_index = list("destination_index", *destination_index, &ask.destinations);
-  }
-  return ask;
-}
 
 // The results, of all images or one.
 struct ChosenMap {

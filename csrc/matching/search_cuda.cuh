@@ -7,11 +7,9 @@
 // float32. NaN marks what does not count: no comparison with it is true.
 #pragma once
 
-#include "../cuda.cuh"
-
-#if defined(TOKENOPS_EMULATE)
 #include <cmath>
-#endif
+
+#include "../cuda.cuh"
 
 namespace tokenops::matching {
 
@@ -76,7 +74,8 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const float (&a)[4],
     return 0;
   });
 #else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),

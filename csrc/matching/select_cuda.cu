@@ -49,19 +49,20 @@ void launch_select(const Target& target, const Choice& ask, int64_t batch, const
 }
 
 // An image of 1024 tokens, for the shared memory that the list of kernels tells.
-Choice listed_image() {
+Choice usual_image() {
   Choice ask = {};
   ask.tokens = 1024;
   return ask;
 }
-const cuda::Listed listed_floats("select_images<float, true>", select_images<float, true>,
-                                 threads_for(1024), few_bytes<float>(listed_image()));
-const cuda::Listed listed_doubles("select_images<double, true>", select_images<double, true>,
-                                  threads_for(1024), few_bytes<double>(listed_image()));
-const cuda::Listed listed_many_floats("select_images<float, false>", select_images<float, false>,
-                                      kMostThreads, kCounterBytes);
-const cuda::Listed listed_many_doubles("select_images<double, false>", select_images<double, false>,
-                                       kMostThreads, kCounterBytes);
+const cuda::Reported reported_floats("select_images<float, true>", select_images<float, true>,
+                                     threads_for(1024), few_bytes<float>(usual_image()));
+const cuda::Reported reported_doubles("select_images<double, true>", select_images<double, true>,
+                                      threads_for(1024), few_bytes<double>(usual_image()));
+const cuda::Reported reported_many_floats("select_images<float, false>",
+                                          select_images<float, false>, kMostThreads, kCounterBytes);
+const cuda::Reported reported_many_doubles("select_images<double, false>",
+                                           select_images<double, false>, kMostThreads,
+                                           kCounterBytes);
 
 }  // namespace
 
@@ -87,6 +88,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(
   const Tensor scores = as_contiguous(score), choices = as_contiguous(choice);
 
   const Target target(op, score);
+  target.expect("choice", choice);
+  target.expect("protected", is_protected);
+  target.expect("source_index", source_index);
+  target.expect("destination_index", destination_index);
   const NewMaps maps(target, ask, batch);
   if (is_double) {
     launch_select<double>(target, ask, batch, scores, choices, maps.data());

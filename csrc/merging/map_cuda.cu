@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA operators tokenops::invert and tokenops::compose: token maps in CSR form.
 #include "../sort.cuh"
-#include "route.cuh"
+#include "route.h"
 
 namespace tokenops {
 namespace {
@@ -99,8 +99,8 @@ void launch_invert(const Target& target, int64_t batch, const Route& route, int3
                 composed, offsets, members, cuda::bits_below(route.outputs + 1));
 }
 
-}  // namespace
-
+// Write offsets [B, M + 1] and members [B, N] of a route, and its outputs [B, N] where `composed`
+// is not null.
 void invert_route(const Target& target, int64_t batch, const Route& route, int32_t* composed,
                   int32_t* offsets, int32_t* members) {
   const int64_t count = batch * route.inputs;
@@ -125,8 +125,6 @@ void invert_route(const Target& target, int64_t batch, const Route& route, int32
   }
 }
 
-namespace {
-
 std::tuple<Tensor, Tensor> invert(const Tensor& assign, int64_t num_tokens) {
   const Inversion given("tokenops::invert", assign, num_tokens);
   const Target target("tokenops::invert", assign);
@@ -141,6 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> compose(const Tensor& assign, const Tensor& e
                                            int64_t num_tokens) {
   const Composition given("tokenops::compose", assign, earlier, num_tokens);
   const Target target("tokenops::compose", earlier);
+  target.expect("assign", assign);
   const int64_t inputs = given.route.inputs;
   const Tensor composed = target.empty({given.batch, inputs}, ScalarType::Int);
   const Tensor offsets = target.empty({given.batch, num_tokens + 1}, ScalarType::Int);
@@ -150,10 +149,10 @@ std::tuple<Tensor, Tensor, Tensor> compose(const Tensor& assign, const Tensor& e
   return {composed, offsets, members};
 }
 
-const cuda::Listed listed_few("invert_block<256, 4>", invert_block<256, 4>, 256,
-                              cuda::BlockSort<uint32_t, 256, 4>::kSharedBytes);
-const cuda::Listed listed_many("invert_block<512, 8>", invert_block<512, 8>, 512,
-                               cuda::BlockSort<uint32_t, 512, 8>::kSharedBytes);
+const cuda::Reported reported_few("invert_block<256, 4>", invert_block<256, 4>, 256,
+                                  cuda::BlockSort<uint32_t, 256, 4>::kSharedBytes);
+const cuda::Reported reported_many("invert_block<512, 8>", invert_block<512, 8>, 512,
+                                   cuda::BlockSort<uint32_t, 512, 8>::kSharedBytes);
 
 }  // namespace
 }  // namespace tokenops

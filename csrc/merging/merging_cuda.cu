@@ -103,6 +103,13 @@ void launch_in_parts(const std::vector<bool>& whole, Parts& parts, Tiles tiling,
   }
 }
 
+void expect_map(const Target& target, const Tensor& assign, const Tensor& offsets,
+                const Tensor& members) {
+  target.expect("assign", assign);
+  target.expect("offsets", offsets);
+  target.expect("members", members);
+}
+
 // ---- merge ----
 
 struct MergeInputs {
@@ -171,6 +178,10 @@ std::vector<Tensor> merge_all(const char* op, const std::vector<Tensor>& x, cons
                              matrix(op, "weight", weight, first.batch, first.rows, acc),
                              matrix(op, "scale", scale, first.batch, index.outputs, acc)};
   const Target target(op, x[0]);
+  for (const Tensor& t : x) target.expect("x", t);
+  expect_map(target, assign, offsets, members);
+  target.expect("weight", weight);
+  target.expect("scale", scale);
   std::vector<Data> wide;  // those that have channels
   std::vector<Tensor> filled;
   for (const Data& d : data) {
@@ -209,6 +220,8 @@ std::tuple<Tensor, Tensor> merge_wavg(const Tensor& x, const Tensor& assign, con
   const MergeInputs given = {
       Fold::sum, true, matrix(op, "size", size, data[0].batch, data[0].rows, acc), std::nullopt};
   const Target target(op, x);
+  expect_map(target, assign, offsets, members);
+  target.expect("size", size);
   const Tensor out = target.empty({data[0].batch, index.outputs, data[0].channels}, data[0].dtype);
   const Tensor total = target.empty({data[0].batch, index.outputs}, acc);
   dispatch(op, data[0].dtype, [&](auto type) {
@@ -244,6 +257,11 @@ std::vector<Tensor> unmerge_all(const char* op, const std::vector<Tensor>& y, co
     check_like(op, "residual", *added, inputs, first);
   }
   const Target target(op, y[0]);
+  for (const Tensor& t : y) target.expect("y", t);
+  expect_map(target, assign, offsets, members);
+  target.expect("weight", weight);
+  target.expect("scale", scale);
+  target.expect("residual", residual);
   std::vector<Data> wide;
   std::vector<Tensor> filled;
   for (const Data& d : data) {
@@ -309,6 +327,8 @@ Tensor pair_dot(const Tensor& x, const Tensor& y, const Tensor& assign, const Te
   check_like(op, "y", b, index.outputs, a);
   check_sizes(op, a, index.map);
   const Target target(op, x);
+  target.expect("y", y);
+  expect_map(target, assign, offsets, members);
   const Tensor out = target.empty({a.batch, a.rows}, acc_dtype(a.dtype));
   dispatch(op, a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -343,6 +363,9 @@ Tensor merge_select_backward(const Tensor& grad, const Tensor& x, const Tensor& 
                   ": expected reduce amax, amin or prod, got ", reduce);
   const int64_t batch = data.batch, inputs = data.rows, channels = data.channels;
   const Target target(op, x);
+  target.expect("grad", grad);
+  target.expect("out", out);
+  expect_map(target, assign, offsets, members);
   const Tensor result = target.empty({batch, inputs, channels}, data.dtype);
   if (batch * inputs * channels == 0) return result;
   const Tensor written = target.empty({batch, inputs}, ScalarType::Byte);
@@ -377,12 +400,12 @@ Tensor merge_select_backward(const Tensor& grad, const Tensor& x, const Tensor& 
 
 // Those that whole packs take, with the shared memory of a tile of 32 rows.
 template <class T>
-cuda::Listed listed_merge(const char* name) {
+cuda::Reported report_merge(const char* name) {
   return {name, merge_tiles<Fold::sum, T, kPack<T>>, kThreads, merge_shared_bytes<T, kPack<T>>(32)};
 }
-const cuda::Listed listed_kernels[] = {listed_merge<float>("merge_tiles<sum, float>"),
-                                       listed_merge<c10::Half>("merge_tiles<sum, half>"),
-                                       listed_merge<c10::BFloat16>("merge_tiles<sum, bfloat16>")};
+const cuda::Reported reported[] = {report_merge<float>("merge_tiles<sum, float>"),
+                                   report_merge<c10::Half>("merge_tiles<sum, half>"),
+                                   report_merge<c10::BFloat16>("merge_tiles<sum, bfloat16>")};
 
 }  // namespace
 }  // namespace tokenops::merging

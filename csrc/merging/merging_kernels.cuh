@@ -51,7 +51,7 @@ __device__ __forceinline__ A fold_start() {
 
 // The factor on a member.
 template <Fold F, class A>
-__device__ __forceinline__ A member_factor(const Listed<A>& listed, int at, A sign) {
+__device__ __forceinline__ A member_factor(const TileMembers<A>& listed, int at, A sign) {
   return F == Fold::sum ? listed.weight_of(at) : F == Fold::amax ? sign : A(1);
 }
 
@@ -66,10 +66,10 @@ __device__ __forceinline__ void end_average(MergedRow<T>& row, acc_t<T> total) {
 // each of which folds every so-many-th member; slices are then folded in pairs, in a fixed order.
 template <Fold F, class T, int V>
 __device__ __forceinline__ void merge_long_row(const MergeParts<T>& args, const Tile& tile,
-                                               const Listed<acc_t<T>>& listed, MergedRow<T> row,
-                                               const Walk& start, const T* x, int64_t row_stride,
-                                               T* out, acc_t<T>* total, acc_t<T>* partial,
-                                               acc_t<T>* partial_weight) {
+                                               const TileMembers<acc_t<T>>& listed,
+                                               MergedRow<T> row, const Walk& start, const T* x,
+                                               int64_t row_stride, T* out, acc_t<T>* total,
+                                               acc_t<T>* partial, acc_t<T>* partial_weight) {
   using A = acc_t<T>;
   const int slices = start.step_rows, slice = start.row;
   const bool live = start.pack < tile.packs;
@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kThreads, kMergeBlocks<T>) merge_tiles(const M
   A* const partial_weight = partial + kThreads * V;                // [kThreads]
   A* const weights = partial_weight + kThreads;                    // [kStaged]
   MergedRow<T>* const rows = reinterpret_cast<MergedRow<T>*>(weights + kStaged);
-  const Listed<A> listed(args.map, args.weight, tile,
-                         reinterpret_cast<int32_t*>(rows + tiling.tile_rows), weights);
+  const TileMembers<A> listed(args.map, args.weight, tile,
+                              reinterpret_cast<int32_t*>(rows + tiling.tile_rows), weights);
 
   const bool weighs = F == Fold::sum && args.average && args.weight != nullptr;
   const int64_t first_row = tile.image * args.map.outputs + tile.row;

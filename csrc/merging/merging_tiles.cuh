@@ -186,14 +186,14 @@ struct alignas(16) MergedRow {
 // The members of a tile's rows, with their weights: in shared memory if all of them fit there, else
 // where they came from.
 template <class A>
-struct Listed {
+struct TileMembers {
   const int32_t* list;  // of the members from `begin` on
   const A* weight;      // of the same, or of tokens, or null
   int inputs, begin, count;
   bool staged;
 
-  __device__ __forceinline__ Listed(const Map& map, const A* weights, const Tile& tile,
-                                    int32_t* shared_list, A* shared_weights) {
+  __device__ __forceinline__ TileMembers(const Map& map, const A* weights, const Tile& tile,
+                                         int32_t* shared_list, A* shared_weights) {
     const int32_t* const members = map.members + tile.image * map.inputs;
     const Members last = map.members_of(tile.image, tile.row + tile.rows - 1);
     inputs = static_cast<int>(map.inputs);

@@ -154,7 +154,8 @@ def _search_fake(
 
 
 #: Similarity of each source to its best destination, sources in the order of the split, and the
-#: place of that one among the destinations in ascending order; -1 where there is none.
+#: place of that one among the destinations in ascending order; -1 where there is none. A token is
+#: listed once: what becomes of one that is listed twice may differ from backend to backend.
 register(
     "search(Tensor metric, SymInt num_prefix, Tensor? protected, Tensor? source_index,"
     " Tensor? destination_index, SymInt stride, str similarity) -> (Tensor score, Tensor choice)",
