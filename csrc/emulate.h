@@ -73,6 +73,7 @@ inline Thread& running() { return *current(); }
 struct Warp {
   Barrier barrier;
   alignas(16) char slots[kWarp][kSlot];
+  const char* calls[kWarp] = {};
 };
 
 struct Block {
@@ -184,14 +185,20 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_by
   }
 }
 
-// What a thread shows, seen by `look(slots)`: slots[lane] of the whole warp.
+// What a thread shows, seen by `look(slots)`: slots[lane] of the whole warp, all of which must be
+// in the same function, whose name `call` is.
 template <class T, class F>
-auto in_warp(const T& shown, F look) {
+auto in_warp(const T& shown, F look, const char* call = __builtin_FUNCTION()) {
   static_assert(sizeof(T) <= kSlot, "too much to show");
   Thread& self = running();
   Warp& warp = self.block->warp_of(self);
   std::memcpy(warp.slots[self.thread.x % kWarp], &shown, sizeof(T));
+  warp.calls[self.thread.x % kWarp] = call;
+  if (warp.barrier.expected != kWarp) fail("a function of the whole warp, after threads returned");
   wait(warp.barrier);
+  for (const char* other : warp.calls) {
+    if (std::strcmp(other, call) != 0) fail("threads of a warp are in different functions of it");
+  }
   const auto result = look([&](int lane) {
     T value;
     std::memcpy(&value, warp.slots[lane], sizeof(T));
