@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matching by Triton kernels under the interpreter: paths that only unusual inputs take."""
 
-import os
-
 import pytest
 import torch
 
 import tokenops
+from tokenops import _backend
 from tokenops.testing import assert_same_bits, exact_metric, nearest_regret, random_tokens
 from tokenops.testing import similarity_rounding as rounding
 
 pytest.importorskip("triton")
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs under the interpreter")
+interpreted = pytest.mark.skipif(not _backend._interpreting, reason="runs under the interpreter")
 
 
 @interpreted
