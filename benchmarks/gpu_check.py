@@ -105,13 +105,16 @@ def phases(out: Path, scale: float = 1.0) -> list[list[Step]]:
     bench = [python, "-m", "benchmarks.run", "--device", "cuda", "--no-memory", "--samples", "20"]
     bench += ["--dtype", "bfloat16", "--budget", "1", "--out"]
 
-    def checked(tool: str) -> Step:
+    def checked(tool: str, name: str = "", *, arguments: tuple[str, ...] = ()) -> Step:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         # PyTorch's own kernels leave padding unwritten; what counts are reads by ours.
         command += (
             ["--kernel-name-exclude", "kernel_substring=2at6native"] if tool == "initcheck" else []
         )
-        return Step(tool, [*command, *smoke, "float16"], 140 * scale, fresh)
+        return Step(name or tool, [*command, *smoke, "float16", *arguments], 140 * scale, fresh)
+
+    # Where the compiled library serves these, Triton's kernels are checked besides.
+    in_triton = "--backend", "triton", "--only", "match", "merging"
 
     one_each = [
         "vit-b-256",
@@ -133,6 +136,8 @@ def phases(out: Path, scale: float = 1.0) -> list[list[Step]]:
         [
             Step("tests", tests, 140 * scale, on_cuda),
             *map(checked, ("memcheck", "racecheck", "initcheck")),
+            checked("memcheck", "memcheck-triton", arguments=in_triton),
+            checked("racecheck", "racecheck-triton", arguments=in_triton),
         ],
         [Step("launches", [python, "-m", "benchmarks.count_launches"], 20 * scale)],
         [
