@@ -140,6 +140,8 @@ def phases(out: Path, scale: float = 1.0) -> list[list[Step]]:
             checked("racecheck", "racecheck-triton", arguments=in_triton),
         ],
         [Step("launches", [python, "-m", "benchmarks.count_launches"], 20 * scale)],
+        # Fails where one image of ViT-B/16 takes longer with merged tokens than without.
+        [Step("vit", [python, "-m", "benchmarks.vit"], 20 * scale)],
         [
             Step(
                 "graph",
@@ -158,7 +160,7 @@ def phases(out: Path, scale: float = 1.0) -> list[list[Step]]:
             Step(
                 "events",
                 [*bench, str(out / "cuda.csv"), "--rivals", "eager", "sdpa+bias"],
-                80 * scale,
+                60 * scale,
             )
         ],
         [

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_check, smoke
+from benchmarks import gpu_check, smoke, vit
 from benchmarks.gpu_check import Step, Table
 
 pytest.importorskip("triton")
@@ -35,6 +35,21 @@ def test_smoke_finds_garbage(monkeypatch):
     )
     with pytest.raises(AssertionError, match="of the largest entry"):
         smoke.CHECKS["merging"](torch.float32, torch.device("cpu"))
+
+
+def test_vit(capsys):
+    small = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--tokens", "20", "--r", "4"]
+    assert vit.main([*small, "--seconds", "0"]) in (0, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["dense", "tokenops"]
+
+
+def test_vit_without_merging_is_dense():
+    layers = torch.nn.ModuleList(vit.Layer(32, 2) for _ in range(3)).double()
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    with torch.no_grad():
+        dense, merged = (run() for run in vit.models(layers, x, 0).values())
+    torch.testing.assert_close(dense, merged)
 
 
 def test_steps(tmp_path):
