@@ -98,12 +98,17 @@ class Target {
 #if !defined(TOKENOPS_EMULATE)
   cudaStream_t stream() const { return stream_; }
 
-  void check(cudaError_t error) const {
+  void check(cudaError_t error, const Grid* grid = nullptr) const {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // it is told here, and must not meet the next launch
-    STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice, op_,
-                    ": the library was not compiled for this device; TOKENOPS_CUDA_ARCHS names "
-                    "what it is compiled for, tokenops.use_backend chooses another backend");
+    const bool unknown =
+        error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+    STD_TORCH_CHECK(!unknown, op_, ": the library was not compiled for this device; ",
+                    "TOKENOPS_CUDA_ARCHS names what it is compiled for, tokenops.use_backend "
+                    "chooses another backend");
+    STD_TORCH_CHECK(grid == nullptr, op_, ": ", shape(), ": launching ", grid->blocks,
+                    " blocks of ", grid->threads, " threads with ", grid->shared_bytes,
+                    " bytes of shared memory: ", cudaGetErrorString(error));
     STD_TORCH_CHECK(false, op_, ": ", shape(), ": ", cudaGetErrorString(error));
   }
 #endif
@@ -136,12 +141,7 @@ class Target {
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));
     config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
     config.stream = stream_;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(args)...);
-    if (error == cudaErrorNoKernelImageForDevice) check(error);
-    if (error != cudaSuccess) cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, op_, ": ", shape(), ": launching ", grid.blocks,
-                    " blocks of ", grid.threads, " threads with ", grid.shared_bytes,
-                    " bytes of shared memory: ", cudaGetErrorString(error));
+    check(cudaLaunchKernelEx(&config, kernel, P(args)...), &grid);
 #endif
   }
 
