@@ -13,10 +13,8 @@ from .... import _backend
 from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
 from .backward_keys import attend_backward_keys, sum_heads
 from .backward_rows import attend_backward_rows
+from .forward import BLOCK
 from .rows import MOST_ROWS, halves, precision, weigh_keys
-
-#: Keys that a program weighs, or sums up over heads, at a time. Biases are padded to as many.
-_BLOCK = 256
 
 #: Columns of gradients that a program sums: wider heads take several. Half precision has room for
 #: all the columns of heads up to this width.
@@ -130,10 +128,10 @@ def _plan(
     # Notes for one another: by row L, delta, and with eps its share by key and at the maximum; the
     # biases of the keys; by key and head what is to be summed over heads.
     stats_plane = batch * heads * queries
-    bias_at = ceil_div((4 if has_eps else 2) * stats_plane, _BLOCK) * _BLOCK
+    bias_at = ceil_div((4 if has_eps else 2) * stats_plane, BLOCK) * BLOCK
     per_head = policy is not None and len(policy[0]) == 3
     weight_heads = heads if per_head else 1
-    padded = ceil_div(keys, _BLOCK) * _BLOCK
+    padded = ceil_div(keys, BLOCK) * BLOCK
     plane = batch * weight_heads * padded if policy is not None else 0
     bias_end = bias_at + (plane + batch * weight_heads * padded if weights else 0)
     sums = batch * heads * keys
@@ -166,7 +164,7 @@ def _plan(
     if weights:
         weigh = Launch(
             weigh_keys,
-            (batch * weight_heads * (padded // _BLOCK),),
+            (batch * weight_heads * (padded // BLOCK),),
             (
                 keys,
                 weight_heads,
@@ -177,9 +175,9 @@ def _plan(
                 *size_strides,
                 *mask_strides,
             ),
-            Settings(1, _BLOCK),
+            Settings(1, BLOCK),
             TINY=tiny,
-            BLOCK=_BLOCK,
+            BLOCK=BLOCK,
         )
     rows = Launch(
         attend_backward_rows,
@@ -216,11 +214,11 @@ def _plan(
     if sum_policy or sum_size:
         sum_up = Launch(
             sum_heads,
-            (batch * ceil_div(keys, _BLOCK),),
+            (batch * ceil_div(keys, BLOCK),),
             (heads, keys, bias_end, size_sums_at, *policy_strides, *size_strides),
-            Settings(1, _BLOCK),
+            Settings(1, BLOCK),
             TINY=tiny,
-            BLOCK=_BLOCK,
+            BLOCK=BLOCK,
             SUM_POLICY=sum_policy,
             SUM_SIZE=sum_size,
             PER_HEAD=per_head,

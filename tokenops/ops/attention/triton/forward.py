@@ -21,8 +21,8 @@ MAX_WIDTH = {2: 256, 4: 128, 8: 128}
 #: Up to so many keys a program holds whole rows.
 MAX_SHORT = 256
 
-#: Keys that a program weighs at a time, and as many when it lists their tiles too. Biases are
-#: padded to whole blocks.
+#: Keys that a program weighs, or sums up over heads, at a time, and those where it lists tiles too.
+#: Biases are padded to whole blocks.
 BLOCK = 256
 LIST_BLOCK = 1024
 

@@ -12,12 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
-from .forward import Layout, Plan, plan, weigh
+from .forward import BLOCK, Layout, Plan, plan, weigh
 from .forward_tile import load_weights
 from .rows import LOG2E, crossing, halves, load_queries, load_tile, precision
-
-#: Keys that a program sums over heads.
-_BLOCK = 256
 
 #: Settings of the sums over rows, by bytes of an element and padded width. Rows are queries of a
 #: tile, columns are keys.
@@ -267,10 +264,10 @@ def _plan(
     if head_reduce != "none" and heads > 1:
         add = Launch(
             add_heads,
-            (batch * ceil_div(keys, _BLOCK),),
+            (batch * ceil_div(keys, BLOCK),),
             (heads, keys, float(heads) if head_reduce == "mean" else 1.0),
-            Settings(1, _BLOCK),
-            BLOCK=_BLOCK,
+            Settings(1, BLOCK),
+            BLOCK=BLOCK,
         )
     return _Plan(rows, launch, add)
 
