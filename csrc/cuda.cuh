@@ -44,7 +44,7 @@ class Target {
     check(cudaGetDevice(&previous_));
     if (previous_ != device_) check(cudaSetDevice(device_));
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream_function()(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream_function()(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
 #endif
   }

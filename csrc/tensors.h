@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <string>
 
 #define TOKENOPS_INLINE inline __attribute__((always_inline))
 
@@ -90,7 +91,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int3
     stride *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       device_index, &handle));
@@ -102,4 +103,30 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// ---- strings ----
+
+// A string argument of an operator. Operators do not take std::string: until PyTorch 2.14, the
+// conversion of an argument to that type leaks a string at each call.
+struct Text : std::string {
+  using std::string::string;
+};
+
 }  // namespace tokenops
+
+// The kernel owns the string that PyTorch made for the call: its characters are copied, then it is
+// deleted, also where there is no memory for the copy.
+template <>
+struct torch::stable::detail::ToImpl<tokenops::Text> {
+  static tokenops::Text call(StableIValue value, uint64_t, bool) {
+    struct Owned {
+      StringHandle handle;
+      ~Owned() { torch_delete_string(handle); }
+    };
+    const Owned owned{to<StringHandle>(value)};
+    size_t length = 0;
+    const char* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(owned.handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(owned.handle, &data));
+    return tokenops::Text(data, length);
+  }
+};

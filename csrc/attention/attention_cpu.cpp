@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -205,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_attention(
     const Tensor& q, const Tensor& k, const Tensor& v_in, const OptionalTensor& policy,
     const OptionalTensor& size, const OptionalTensor& key_padding_mask,
     const OptionalTensor& position, bool self_keep, bool exclude_self, double eps, bool is_causal,
-    const std::string&, double scale) {
+    const Text&, double scale) {
   const char* const op = "tokenops::policy_attention";
   const Inputs in(op, q, k, policy, size, key_padding_mask, position,
                   {self_keep, exclude_self, is_causal, eps, scale});
@@ -279,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
     const Tensor& v_in, const OptionalTensor& policy, const OptionalTensor& size,
     const OptionalTensor& key_padding_mask, const OptionalTensor& position, const Tensor& out_in,
     const Tensor& lse_in, const Tensor& floor_in, const Tensor& argmax_in, bool self_keep,
-    bool exclude_self, double eps, bool is_causal, const std::string& policy_grad, double scale,
+    bool exclude_self, double eps, bool is_causal, const Text& policy_grad, double scale,
     bool need_v, bool need_policy, bool need_size) {
   const char* const op = "tokenops::policy_attention_backward";
   const Inputs in(op, q, k, policy, size, key_padding_mask, position,
@@ -423,7 +422,7 @@ Tensor attention_scores(const Tensor& q, const Tensor& k, const OptionalTensor& 
                         const OptionalTensor& policy, const OptionalTensor& size,
                         const OptionalTensor& key_padding_mask, const OptionalTensor& position,
                         const OptionalTensor& lse_in, bool self_keep, bool exclude_self, double eps,
-                        bool is_causal, double scale, const std::string& head_reduce) {
+                        bool is_causal, double scale, const Text& head_reduce) {
   const char* const op = "tokenops::attention_scores";
   const Inputs in(op, q, k, policy, size, key_padding_mask, position,
                   {self_keep, exclude_self, is_causal, eps, scale});

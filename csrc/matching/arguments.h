@@ -2,8 +2,6 @@
 // What the matching operators of every device make of their arguments.
 #pragma once
 
-#include <string>
-
 #include "../tensors.h"
 
 namespace tokenops::matching {
@@ -15,7 +13,7 @@ inline void check_metric(const char* op, const Tensor& t) {
   STD_TORCH_CHECK(t.size(t.dim() - 2) <= int64_t{1} << 26, op, ": expected at most 2^26 tokens");
 }
 
-inline bool is_cosine(const char* op, const std::string& similarity) {
+inline bool is_cosine(const char* op, const Text& similarity) {
   STD_TORCH_CHECK(similarity == "cosine" || similarity == "dot", op,
                   ": expected similarity cosine or dot, got ", similarity);
   return similarity == "cosine";

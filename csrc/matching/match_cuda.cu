@@ -71,8 +71,8 @@ bool describe(const Tensor& metric, MetricRows* x) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> match(
     const Tensor& metric, int64_t r, int64_t num_prefix, const std::optional<Tensor>& is_protected,
     const std::optional<Tensor>& source_index, const std::optional<Tensor>& destination_index,
-    int64_t stride, const std::optional<double>& threshold, const std::string& order,
-    const std::string& similarity) {
+    int64_t stride, const std::optional<double>& threshold, const Text& order,
+    const Text& similarity) {
   const char* const op = "tokenops::match";
   check_metric(op, metric);
   const bool cosine = is_cosine(op, similarity);
@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
                                     torch::stable::detail::from(source_index),
                                     torch::stable::detail::from(destination_index),
                                     torch::stable::detail::from(stride),
-                                    torch::stable::detail::from(similarity)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+                                    torch::stable::detail::from(cosine)};
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("tokenops::search", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor score = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor choice = torch::stable::detail::to<Tensor>(stack[1]);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU operators tokenops::nearest and tokenops::match.
 
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -268,8 +267,7 @@ struct NearestJob {
 
 std::tuple<Tensor, Tensor> nearest(const Tensor& a, const Tensor& b,
                                    const std::optional<Tensor>& a_mask,
-                                   const std::optional<Tensor>& b_mask,
-                                   const std::string& similarity) {
+                                   const std::optional<Tensor>& b_mask, const Text& similarity) {
   const char* const op = "tokenops::nearest";
   check_metric(op, a);
   check_metric(op, b);
@@ -363,8 +361,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
     const Tensor& metric, int64_t r, int64_t num_prefix,
     const std::optional<Tensor>& protected_tokens, const std::optional<Tensor>& source_index,
     const std::optional<Tensor>& destination_index, int64_t stride,
-    const std::optional<double>& threshold, const std::string& order,
-    const std::string& similarity) {
+    const std::optional<double>& threshold, const Text& order, const Text& similarity) {
   const char* const op = "tokenops::match";
   check_metric(op, metric);
   const int64_t batch = metric.size(0), n = metric.size(metric.dim() - 2);

@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(
     const Tensor& score, const Tensor& choice, int64_t num_tokens, int64_t r, int64_t num_prefix,
     const std::optional<Tensor>& is_protected, const std::optional<Tensor>& source_index,
     const std::optional<Tensor>& destination_index, int64_t stride,
-    const std::optional<double>& threshold, const std::string& order) {
+    const std::optional<double>& threshold, const Text& order) {
   const char* const op = "tokenops::select";
   STD_TORCH_CHECK(score.dim() == 2 && choice.dim() == 2, op, ": expected score and choice [B, Ns]");
   const int64_t batch = score.size(0);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "../cuda.cuh"
@@ -16,7 +15,7 @@ inline Choice make_choice(const char* op, int64_t batch, int64_t tokens, int64_t
                           int64_t num_prefix, const std::optional<Tensor>& is_protected,
                           const std::optional<Tensor>& source_index,
                           const std::optional<Tensor>& destination_index, int64_t stride,
-                          const std::optional<double>& threshold, const std::string& order) {
+                          const std::optional<double>& threshold, const Text& order) {
   constexpr int64_t kMostTokens = int64_t{1} << 30;
   STD_TORCH_CHECK(0 <= tokens && tokens <= kMostTokens, op, ": expected at most 2^30 tokens, got ",
                   tokens);
@@ -91,6 +90,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(
     const Tensor& score, const Tensor& choice, int64_t num_tokens, int64_t r, int64_t num_prefix,
     const std::optional<Tensor>& is_protected, const std::optional<Tensor>& source_index,
     const std::optional<Tensor>& destination_index, int64_t stride,
-    const std::optional<double>& threshold, const std::string& order);
+    const std::optional<double>& threshold, const Text& order);
 
 }  // namespace tokenops::matching

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "merging.h"
@@ -101,7 +100,7 @@ T* output(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-inline Fold parse_fold(const char* op, const std::string& reduce, bool weighted) {
+inline Fold parse_fold(const char* op, const Text& reduce, bool weighted) {
   if (reduce == "sum") return weighted ? Fold::weighted_sum : Fold::sum;
   if (reduce == "mean") return Fold::sum;
   if (reduce == "amax") return Fold::amax;

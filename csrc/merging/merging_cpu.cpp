@@ -115,7 +115,7 @@ void run_merge(Fold fold, const MergeArgs<T>& args) {
 }
 
 Tensor merge(const Tensor& x, const Tensor& assign, const Tensor& offsets, const Tensor& members,
-             const OptionalTensor& weight, const OptionalTensor& scale, const std::string& reduce) {
+             const OptionalTensor& weight, const OptionalTensor& scale, const Text& reduce) {
   const char* op = "tokenops::merge";
   const Data data(op, "x", x);
   const MapTensors index(op, assign, offsets, members, data.batch, data.rows);
@@ -139,7 +139,7 @@ Tensor merge(const Tensor& x, const Tensor& assign, const Tensor& offsets, const
 
 std::vector<Tensor> merge_many(const std::vector<Tensor>& x, const Tensor& assign,
                                const Tensor& offsets, const Tensor& members,
-                               const OptionalTensor& weight, const std::string& reduce) {
+                               const OptionalTensor& weight, const Text& reduce) {
   std::vector<Tensor> out;
   for (const Tensor& t : x) {
     out.push_back(merge(t, assign, offsets, members, weight, std::nullopt, reduce));
@@ -235,7 +235,7 @@ Tensor pair_dot(const Tensor& x, const Tensor& y, const Tensor& assign, const Te
 
 Tensor merge_select_backward(const Tensor& grad, const Tensor& x, const Tensor& out,
                              const Tensor& assign, const Tensor& offsets, const Tensor& members,
-                             const std::string& reduce) {
+                             const Text& reduce) {
   const char* op = "tokenops::merge_select_backward";
   const Data data(op, "x", x), slope(op, "grad", grad), best(op, "out", out);
   const MapTensors index(op, assign, offsets, members, data.batch, data.rows);

@@ -163,7 +163,7 @@ void run_merge(const Target& target, const std::vector<Data>& x, const Map& map,
 std::vector<Tensor> merge_all(const char* op, const std::vector<Tensor>& x, const Tensor& assign,
                               const Tensor& offsets, const Tensor& members,
                               const OptionalTensor& weight, const OptionalTensor& scale,
-                              const std::string& reduce) {
+                              const Text& reduce) {
   std::vector<Tensor> out;
   if (x.empty()) return out;
   std::vector<Data> data;
@@ -199,13 +199,13 @@ std::vector<Tensor> merge_all(const char* op, const std::vector<Tensor>& x, cons
 }
 
 Tensor merge(const Tensor& x, const Tensor& assign, const Tensor& offsets, const Tensor& members,
-             const OptionalTensor& weight, const OptionalTensor& scale, const std::string& reduce) {
+             const OptionalTensor& weight, const OptionalTensor& scale, const Text& reduce) {
   return merge_all("tokenops::merge", {x}, assign, offsets, members, weight, scale, reduce)[0];
 }
 
 std::vector<Tensor> merge_many(const std::vector<Tensor>& x, const Tensor& assign,
                                const Tensor& offsets, const Tensor& members,
-                               const OptionalTensor& weight, const std::string& reduce) {
+                               const OptionalTensor& weight, const Text& reduce) {
   return merge_all("tokenops::merge_many", x, assign, offsets, members, weight, std::nullopt,
                    reduce);
 }
@@ -351,7 +351,7 @@ Tensor pair_dot(const Tensor& x, const Tensor& y, const Tensor& assign, const Te
 
 Tensor merge_select_backward(const Tensor& grad, const Tensor& x, const Tensor& out,
                              const Tensor& assign, const Tensor& offsets, const Tensor& members,
-                             const std::string& reduce) {
+                             const Text& reduce) {
   const char* op = "tokenops::merge_select_backward";
   const Data data(op, "x", x), slope(op, "grad", grad), best(op, "out", out);
   const MapTensors index(op, assign, offsets, members, data.batch, data.rows);

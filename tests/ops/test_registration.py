@@ -166,7 +166,7 @@ def kinds_of_arguments():
     for split, kind in (((None, None, 2), "rule"), (given_split, "split"), ((*each, 1), "each")):
         for taboo in (None, ~mask[0], ~mask):
             name = f"{kind}-{0 if taboo is None else taboo.dim()}"
-            arguments = plain_rows, 1, taboo, *split, "cosine"
+            arguments = plain_rows, 1, taboo, *split, True
             yield ops.search, arguments, f"search-{name}"
             score, choice = ops.search(*arguments)
             pairs = score, choice, N, 2, 1, taboo, *split

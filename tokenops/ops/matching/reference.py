@@ -41,7 +41,8 @@ def nearest(
 
     Differentiable by ordinary autograd through the score.
     """
-    a, b = _comparable(a, similarity), _comparable(b, similarity)
+    cosine = similarity == "cosine"
+    a, b = _comparable(a, cosine), _comparable(b, cosine)
     score, index = _search(a.detach(), b.detach(), b_mask)
     if a_mask is not None:
         score = score.masked_fill(~a_mask, -math.inf)
@@ -55,10 +56,10 @@ def nearest(
     return torch.where(chosen[..., 0], similar, score), index
 
 
-def _comparable(x: Tensor, similarity: str) -> Tensor:
+def _comparable(x: Tensor, cosine: bool) -> Tensor:
     """Rows [B, N, D] whose dot products are the similarities."""
     rows = metric_rows(x)
-    return unit_rows(rows)[0] if similarity == "cosine" else rows
+    return unit_rows(rows)[0] if cosine else rows
 
 
 def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,7 @@ def match(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bipartite matching; see the schema for the arguments and results."""
     split = source_index, destination_index, stride
-    score, choice = search(metric, num_prefix, protected, *split, similarity)
+    score, choice = search(metric, num_prefix, protected, *split, similarity == "cosine")
     tokens = metric.shape[-2]
     return select(score, choice, tokens, r, num_prefix, protected, *split, threshold, order)
 
@@ -114,10 +115,10 @@ def search(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
-    similarity: str,
+    cosine: bool,
 ) -> tuple[Tensor, Tensor]:
     """Best destination of each source; see the schema for the arguments and results."""
-    x = _comparable(metric, similarity)
+    x = _comparable(metric, cosine)
     batch, tokens, _ = x.shape
     split = common.sides(batch, tokens, source_index, destination_index, stride, x.device)
     closed = common.taboo(batch, tokens, num_prefix, protected, x.device)

@@ -142,7 +142,7 @@ def _search_fake(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
-    similarity: str,
+    cosine: bool,
 ) -> tuple[Tensor, Tensor]:
     tokens = metric.shape[-2]
     sources = tokens - tokens // stride if source_index is None else source_index.shape[-1]
@@ -158,7 +158,7 @@ def _search_fake(
 #: listed once: what becomes of one that is listed twice may differ from backend to backend.
 register(
     "search(Tensor metric, SymInt num_prefix, Tensor? protected, Tensor? source_index,"
-    " Tensor? destination_index, SymInt stride, str similarity) -> (Tensor score, Tensor choice)",
+    " Tensor? destination_index, SymInt stride, bool cosine) -> (Tensor score, Tensor choice)",
     reference=reference.search,
     fake=_search_fake,
     shared=("protected", "source_index", "destination_index"),

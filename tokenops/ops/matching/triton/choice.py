@@ -363,7 +363,7 @@ def match(
     tokens = metric.shape[-2]
     by_index = source_index, destination_index, stride
     if _is_large(metric, tokens):
-        score, choice = search(metric, num_prefix, protected, *by_index, similarity)
+        score, choice = search(metric, num_prefix, protected, *by_index, similarity == "cosine")
         return select(score, choice, tokens, r, num_prefix, protected, *by_index, threshold, order)
     _check(tokens, r, stride)
     split, slot, ascending = _find_split(metric, tokens, *by_index)
@@ -384,7 +384,7 @@ def search(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
-    similarity: str,
+    cosine: bool,
 ) -> tuple[Tensor, Tensor]:
     """Best destination of each source; see the operator's schema."""
     batch, tokens = metric.shape[0], metric.shape[-2]
@@ -395,13 +395,12 @@ def search(
         a = Side(listed.shape[1], _by_image(listed))
         b = Side(ascending.shape[1], _by_image(ascending))
         return find_best(
-            metric, metric, a, b, listed, ascending, None, protected, num_prefix, True,
-            similarity == "cosine",
+            metric, metric, a, b, listed, ascending, None, protected, num_prefix, True, cosine,
         )  # fmt: skip
     split, _, ordered = _find_split(metric, tokens, source_index, destination_index, stride)
     return find_best(
         metric, metric, split.sources, split.destinations, source_index, ordered, None, protected,
-        num_prefix, True, similarity == "cosine",
+        num_prefix, True, cosine,
     )  # fmt: skip
 
 
