@@ -33,9 +33,17 @@ def acc_dtype(x: Tensor) -> torch.dtype:
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Keep autocast from lowering the precision of a reference; not every device knows autocast."""
-    if torch.amp.is_autocast_available(device_type):
+    if _knows_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# torch.compile takes the answer for granted; PyTorch 2.11 cannot trace the question.
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def register(

@@ -274,15 +274,25 @@ def test_prod_has_derivatives_at_zeros(backend, device):
     call = functools.partial(tokenops.merge, token_map=token_map, reduce="prod")
     x.requires_grad_()
     assert torch.autograd.gradcheck(call, (x,))
-    if backend == "reference":  # PyTorch's own derivatives end here, and say so
-        with pytest.raises(RuntimeError, match="Double backward is unsupported"):
-            torch.autograd.gradgradcheck(call, (x,))
-    else:
-        assert torch.autograd.gradgradcheck(call, (x,))
+    assert torch.autograd.gradgradcheck(call, (x,))
     (gradient,) = torch.autograd.grad(call(x).sum(), x)
     assert gradient[0, 0, 0] == x[0, 1, 0]
     assert gradient[0, 2, 0] == 0  # another zero is left
     assert gradient[0, 5, 0] == 1
+
+
+def test_prod_under_functional_transforms():
+    """Forward over reverse and the other way round, at zeros too."""
+    token_map = TokenMap.from_assign(torch.tensor([[0, 0, 1, 1, 1, 2, -1]]), 3)
+    x = random_tokens(1, 7, 1, dtype=torch.float64)
+    x[0, 0] = x[0, 2] = x[0, 3] = 0
+    call = functools.partial(tokenops.merge, token_map=token_map, reduce="prod")
+    expected = torch.autograd.functional.jacobian(call, x)
+    assert torch.equal(torch.func.jacfwd(call)(x), expected)
+    assert torch.equal(torch.func.jacrev(call)(x), expected)
+    expected = torch.autograd.functional.hessian(lambda x: call(x).sum(), x)
+    assert expected[0, 2, 0, 0, 3, 0] == x[0, 4, 0]  # one zero by another
+    assert torch.equal(torch.func.hessian(lambda x: call(x).sum())(x), expected)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -261,7 +261,10 @@ class _Softmax(torch.autograd.Function):
             own
         )
         total = _nonzero(weight.sum(-1, keepdim=True) + eps)
-        return weight.add_(eps / max(attn.shape[-1], 1)).div_(total).to(attn.dtype)
+        # Not in place, nor by a conversion to its own dtype: PyTorch 2.11 compiles a function that
+        # ends so to one whose gradients are 0.
+        out = weight.add_(eps / max(attn.shape[-1], 1)) / total
+        return out if out.dtype == attn.dtype else out.to(attn.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
