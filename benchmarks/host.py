@@ -44,6 +44,7 @@ def without_device() -> None:
         self._ready = Ready()
 
     launch.Launch.__init__ = make_ready  # type: ignore[method-assign]
+    launch._direct = True
     torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]
     _backend._new_enough = lambda index: True  # type: ignore[assignment]
     _checks.values_visible = lambda value: False  # nobody reads values of CUDA tensors

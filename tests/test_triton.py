@@ -5,10 +5,13 @@ That they compute the right thing is shown by the tests of the operators, which 
 under Triton's interpreter (``make interpret``) and on CUDA devices.
 """
 
-import contextlib
 import importlib
 import os
 import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,41 +70,181 @@ def test_a_recorded_launch_is_not_made():
     assert recorded[0].tensors == (x, x)
 
 
-def test_a_launch_that_is_ready_goes_straight_to_the_driver():
-    calls = []
-    ready = doubling()
-    run = lambda *a: calls.append(a)  # noqa: E731
-    ready._ready[torch.float32, None] = run, "function", "metadata", (lambda d: d + 7), 3
+class Driver:
+    """Triton's driver, as a launch sees it."""
+
+    def get_current_device(self):
+        return 3
+
+    def get_current_stream(self, device):
+        return device + 7
+
+
+class Kernel:
+    """A kernel that launches nothing: it notes calls of Triton's own launcher and ones past it."""
+
+    __name__ = "kernel"
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.own, self.direct = [], []
+
+    def __getitem__(self, grid):
+        def call(*arguments, **options):
+            self.own.append((grid, arguments, options))
+            return self
+
+        return call
+
+    def run(self, *arguments):
+        self.direct.append(arguments)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(launch, "_direct", True)
+    return Kernel()
+
+
+def prepared(kernel, *tensors):
+    """A launch of a kernel after its first call."""
+    made = Launch(kernel, (2,), (100, 0.5), Settings(1, 64, 2, 3), BLOCK=64)
+    made(*tensors)
+    options = {"BLOCK": 64, "num_warps": 2, "num_stages": 3}
+    assert kernel.own == [((2, 1, 1), (*tensors, 100, 0.5), options)]
+    assert kernel.direct == []
+    return made
+
+
+def test_a_launch_that_is_ready_goes_straight_to_the_driver(kernel):
     x = torch.zeros(100)
-    ready(x, None)
-    assert calls == [(2, 1, 1, 10, "function", "metadata", None, None, None, x, None, 100, 64)]
+    again = prepared(kernel, x, None)
+    again(x, None)
+    assert len(kernel.own) == 1
+    assert kernel.direct == [
+        (2, 1, 1, 10, "function", "metadata", None, None, None, x, None, 100, 0.5, 64)
+    ]
 
 
-def test_what_a_launch_was_not_compiled_for_takes_the_long_way():
+def test_what_a_launch_was_not_compiled_for_takes_the_long_way(kernel):
     """Vector loads, dtypes and missing tensors are compiled in; the rest is Triton's to see to."""
-    used = []
+    x = torch.zeros(104)
+    made = prepared(kernel, x)
+    others = (x[1:], None, x.double(), x.int())
+    for other in others:
+        made(other)
+    assert [arguments[0] for _, arguments, _ in kernel.own[1:]] == [*others]
+    assert kernel.direct == []
+    for other in others:  # code for tensors that are not aligned serves no others
+        made(other)
+    assert len(kernel.own) == 6
+    assert len(kernel.direct) == 3
 
-    class Kernel:
-        __name__ = "kernel"
 
-        def __getitem__(self, grid):
-            def call(*arguments, **options):
-                used.append(grid)
-                return self
+def test_an_unverified_version_takes_the_ordinary_launcher(kernel, monkeypatch):
+    monkeypatch.setattr(launch, "_direct", False)
+    x = torch.zeros(100)
+    made = prepared(kernel, x)
+    made(x)
+    assert len(kernel.own) == 2
+    assert kernel.direct == []
+    assert made._ready == {}
 
-            return call
 
-    x = torch.zeros(101)
-    long_way = Launch(Kernel(), (3,), (), Settings(1, 1))
-    fast = (lambda *a: pytest.fail("compiled for another call")), None, None, (lambda d: 0), 0
-    long_way._ready[torch.float32,] = fast
-    with contextlib.suppress(RuntimeError):  # there may be no driver to ask afterwards
-        long_way(x[1:])
-    assert used == [(3, 1, 1)]
-    for other in (None, x.double(), x.int()):  # nor is code for one dtype code for another
-        with contextlib.suppress(RuntimeError):
-            long_way(other)
-    assert len(used) == 4
+def test_the_versions_that_are_verified():
+    assert launch.VERSION.count("+") == 0
+    is_one = torch.version.hip is None and launch.VERSION in launch.VERIFIED
+    assert launch._direct == (is_one and not launch.interpreting)
+
+
+@pytest.mark.parametrize("error", [TypeError("takes 3"), AttributeError("no x"), ValueError("y")])
+def test_a_refused_launch_takes_the_ordinary_launcher(kernel, error):
+    """One launch, one warning that names version and error; then no launch goes past it again."""
+
+    def refuse(*arguments):
+        raise error
+
+    x = torch.zeros(100)
+    made, other = prepared(kernel, x), Launch(kernel, (5,), (), Settings(1, 1))
+    other(x)
+    kernel.run = refuse
+    made._ready[torch.float32,] = refuse, *made._ready[torch.float32,][1:]
+    kernel.own.clear()
+    words = rf"kernel: Triton {re.escape(triton.__version__)} .*{type(error).__name__}: {error}"
+    with pytest.warns(RuntimeWarning, match=words):
+        made(x)
+    assert [grid for grid, _, _ in kernel.own] == [(2, 1, 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made(x)
+        other(x)
+    assert [grid for grid, _, _ in kernel.own] == [(2, 1, 1), (2, 1, 1), (5, 1, 1)]
+    assert kernel.direct == []
+
+
+def test_an_error_of_the_driver_passes(kernel):
+    """It may be that of an earlier kernel, or this one may have begun: no second launch."""
+    x = torch.zeros(100)
+    made = prepared(kernel, x)
+
+    def fail(*arguments):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    made._ready[torch.float32,] = fail, *made._ready[torch.float32,][1:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            made(x)
+    assert len(kernel.own) == 1
+    assert launch._direct
+
+
+def test_arguments_that_no_launcher_takes_are_not_blamed_on_a_version(kernel):
+    x = torch.zeros(100)
+    made = prepared(kernel, x)
+
+    def refuse(*arguments, **options):
+        raise ValueError("cpu tensor?")
+
+    made._ready[torch.float32,] = refuse, *made._ready[torch.float32,][1:]
+    made.kernel = {(2, 1, 1): refuse}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="cpu tensor"):
+            made(x)
+    assert launch._direct
+
+
+def test_code_that_is_not_as_known(kernel):
+    """It was launched, by Triton; that it cannot be launched another way is said once."""
+
+    class Other(Kernel):
+        @property
+        def packed_metadata(self):
+            raise AttributeError("no packed_metadata")
+
+    made = Launch(Other(), (2,), (), Settings(1, 1))
+    x = torch.zeros(100)
+    with pytest.warns(RuntimeWarning, match="AttributeError: no packed_metadata"):
+        made(x)
+    made(x)
+    assert len(made.kernel.own) == 2
+    assert made._ready == {}
+
+
+@compiled_here
+@pytest.mark.skipif(launch.VERSION not in launch.VERIFIED, reason="Triton's own launcher serves")
+def test_launches_on_the_real_launcher(tmp_path):
+    """Past the binder as through it; errors pass; see ``stand_in``, a process of its own."""
+    program = Path(__file__).parent / "stand_in.py"
+    environment = {**os.environ, "PYTHONPATH": str(program.parent.parent)}
+    run = subprocess.run(
+        [sys.executable, str(program), str(tmp_path)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "4 launches agree\n"
 
 
 @pytest.mark.skipif(not launch.interpreting, reason="needs TRITON_INTERPRET=1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,20 @@ interpreting: bool = bool(triton.knobs.runtime.interpret)
 
 #: Pointers that are divisible by so many bytes may be read in whole vectors.
 ALIGNMENT = 16
+
+#: Version of Triton, without the commit that vendors append: ``"3.7.1"``.
+VERSION = str(triton.__version__).partition("+")[0]
+
+#: Versions whose launcher for NVIDIA devices was seen to make the same launches past the binder as
+#: through it: grid, block, shared memory, stream, every pointer and every number.
+VERIFIED = ("3.6.0", "3.7.1")
+
+#: What a launcher raises at arguments that it does not take, before it calls the driver. Errors of
+#: the driver itself are RuntimeErrors; they are never hidden by a second try.
+_REFUSALS = (TypeError, AttributeError, ValueError)
+
+#: Whether launches that are ready go straight to the driver; ends with the first refusal.
+_direct = not interpreting and torch.version.hip is None and VERSION in VERIFIED
 
 _recording: list[Recorded] | None = None
 _recorded_arch: str | None = None
@@ -103,8 +118,9 @@ class Launch:
 
     The kernel's parameters are tensors (or None) first, then ``numbers``, then ``constants``, which
     are its ``tl.constexpr`` parameters in the order of their definition. To be made once for all
-    calls of one shape, dtype, layout and device: the first call compiles, the others go straight to
-    the driver.
+    calls of one shape, dtype, layout and device: the first call compiles. Under a verified version
+    of Triton the others go straight to the driver; all calls go through Triton's own launcher under
+    any other version, and after a launch that was refused on the way past it.
 
     Args:
         kernel: A function under ``triton.jit``.
@@ -142,16 +158,20 @@ class Launch:
             return
         kinds = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
         ready = self._ready.get(kinds)
-        if ready is not None and not _profiled():
+        refusal: Exception | None = None
+        if ready is not None and _direct and not _profiled():
             bits = 0
             for tensor in tensors:
                 if tensor is not None:
                     bits |= tensor.data_ptr()
             if bits % ALIGNMENT == 0:
                 run, function, metadata, stream, device = ready
-                run(*self.grid, stream(device), function, metadata, None, None, None,
-                    *tensors, *self._tail)  # fmt: skip
-                return
+                try:
+                    run(*self.grid, stream(device), function, metadata, None, None, None,
+                        *tensors, *self._tail)  # fmt: skip
+                    return
+                except _REFUSALS as error:
+                    refusal = error
         compiled = self.kernel[self.grid](
             *tensors,
             *self.numbers,
@@ -159,12 +179,37 @@ class Launch:
             num_warps=self.settings.warps,
             num_stages=self.settings.stages,
         )
-        if not interpreting and all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors):
-            driver = triton.runtime.driver.active
-            device = driver.get_current_device()
-            stream = driver.get_current_stream
-            metadata = compiled.packed_metadata
-            self._ready[kinds] = compiled.run, compiled.function, metadata, stream, device
+        if refusal is None and _direct and all(_aligned(tensor) for tensor in tensors):
+            try:
+                self._ready[kinds] = _prepare(compiled)
+            except _REFUSALS as error:
+                refusal = error
+        if refusal is not None:  # and Triton's own launcher took the same arguments
+            _give_up(self.kernel.__name__, refusal)
+
+
+def _aligned(tensor: Tensor | None) -> bool:
+    return tensor is None or tensor.data_ptr() % ALIGNMENT == 0
+
+
+def _prepare(compiled: Any) -> tuple[Any, ...]:
+    """What a later launch of the same code needs on the current device."""
+    driver = triton.runtime.driver.active
+    device, stream = driver.get_current_device(), driver.get_current_stream
+    return compiled.run, compiled.function, compiled.packed_metadata, stream, device
+
+
+def _give_up(kernel: str, refusal: Exception) -> None:
+    """Send all launches through Triton's own launcher from now on, and say why."""
+    global _direct
+    _direct = False
+    warnings.warn(
+        f"{kernel}: Triton {triton.__version__} refused a launch past its binder "
+        f"({type(refusal).__name__}: {refusal}); all launches take its own launcher from now on, "
+        "which costs the host more time",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _profiled() -> bool:

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches on Triton's real launcher without a GPU: ``python tests/stand_in.py FOLDER``.
+
+A stand-in for libcuda.so.1, compiled into the folder, takes launches and keeps what they were
+given. The launches of a few calls are made twice, by Triton's own launcher and past its binder, and
+must be the same; errors of the driver must pass, and after a refusal Triton's own launcher serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from benchmarks import launches
+from tokenops._triton import compile as ahead
+from tokenops._triton import launch
+from tokenops._triton.launch import Recorded, record
+
+SOURCE = Path(__file__).parent / "cpp" / "cuda_stand_in.cpp"
+
+#: Launches with and without missing tensors, of one to three axes, with integers that are 1, that
+#: 16 divides and that it does not, with floats, with shared memory.
+CASES = ("attention size bf16 N197 D64", "nearest bf16 D64", "merge sum factors f16 C768 B1024")
+
+_SIZES = {"i32": 4, "i64": 8, "fp32": 4}
+
+
+class Stand:
+    """The stand-in, loaded before Triton asks for libcuda, and Triton's driver on it."""
+
+    def __init__(self, folder: Path) -> None:
+        library = folder / "libcuda.so.1"
+        compiler = os.environ.get("CXX", "c++").split()
+        command = [*compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run([*command, str(SOURCE), "-o", str(library)], check=True)
+        os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+        os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
+        self._library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        self._kept = self._library.stand_in_kept
+        self._kept.restype = ctypes.POINTER(ctypes.c_uint64 * 76)
+        from triton.backends.nvidia.driver import CudaDriver
+
+        driver = CudaDriver()
+        driver.get_current_device = lambda: 0
+        driver.get_current_stream = lambda device: 0xABC0
+        driver.get_device_capability = lambda device=0: (9, 0)
+        triton.runtime.driver.set_active(driver)
+
+    def expect(self, sizes: list[int], error: int = 0) -> None:
+        """Say how many bytes the next launch's parameters have, and what it shall return."""
+        self._library.stand_in_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes), error)
+
+    @property
+    def launches(self) -> int:
+        """Number of launches so far, refused ones included."""
+        return int(self._kept().contents[0])
+
+    def last(self) -> list[int]:
+        """Grid, block, shared memory, attributes, stream, function and parameters."""
+        return list(self._kept().contents)[1:]
+
+
+def sizes(item: Recorded) -> list[int]:
+    """Bytes of each parameter of a recorded launch, the two scratch pointers last."""
+    signature = ahead.source(item).signature.values()
+    return [8 if s[0] == "*" else _SIZES[s] for s in signature if s != "constexpr"] + [8, 8]
+
+
+def recorded() -> list[tuple[Recorded, list[Any]]]:
+    """Launches of the cases with tensors that have memory, for it is its address that counts."""
+    found = []
+    for case in CASES:
+        with record("sm_90") as items:
+            launches.cases()[case]()
+        for item in items:
+            tensors = [None if t is None else torch.empty(64, dtype=t.dtype) for t in item.tensors]
+            found.append((item, tensors))
+    return found
+
+
+def check_same(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
+    """Both ways launch the same."""
+    seen = []
+    for _ in range(2):
+        before = stand.launches
+        stand.expect(sizes(item))
+        item.launch(*tensors)
+        assert stand.launches == before + 1
+        seen.append(stand.last())
+        assert len(item.launch._ready) == 1  # the second launch goes past the binder
+    assert seen[0] == seen[1], f"{item.launch.kernel.__name__}: {seen}"
+    pointers = [t.data_ptr() for t in tensors if t is not None]
+    assert [p for p in seen[1] if p in pointers], "no tensor reached the driver"
+
+
+def check_errors(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
+    """The driver's error passes: one launch, no second try, no warning."""
+    before = stand.launches
+    stand.expect(sizes(item), error=700)
+    with pytest.raises(RuntimeError, match="the stand-in refused"):
+        item.launch(*tensors)
+    assert stand.launches == before + 1
+    assert launch._direct
+
+
+def check_refusal(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
+    """A launcher that takes other arguments: one launch, by Triton's own way, and one warning."""
+    ((kinds, ready),) = item.launch._ready.items()
+    stand.expect(sizes(item))
+    item.launch(*tensors)
+    expected = stand.last()
+
+    def changed(grid: int, *, stream: int) -> None:
+        raise AssertionError("not reached")
+
+    item.launch._ready[kinds] = (changed, *ready[1:])
+    before = stand.launches
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            item.launch(*tensors)
+    assert stand.launches == before + 2
+    assert stand.last() == expected
+    (warning,) = caught
+    assert issubclass(warning.category, RuntimeWarning)
+    assert triton.__version__ in str(warning.message)
+    assert "TypeError" in str(warning.message)
+    assert not launch._direct
+
+
+def main() -> None:
+    stand = Stand(Path(sys.argv[1]))
+    launch._direct = True  # shows what a version does that is not among the verified ones
+    found = recorded()
+    for item, tensors in found:
+        check_same(stand, item, tensors)
+    check_errors(stand, *found[0])
+    check_refusal(stand, *found[0])
+    print(f"{len(found)} launches agree")
+
+
+if __name__ == "__main__":
+    main()
