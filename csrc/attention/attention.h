@@ -130,6 +130,7 @@ int64_t rows_together(int64_t columns, int64_t most) {
 }
 
 constexpr int64_t kMostRows = 48;
+constexpr int64_t kFewRows = 16;       // rows by one key head for which keys are not packed
 constexpr int64_t kMostQueries = 512;  // queries that a backward pass works on together
 
 // What the forward kernels need in memory.
@@ -137,9 +138,10 @@ template <class T>
 struct ForwardWork {
   using A = acc_t<T>;
 
-  ForwardWork(Layout& layout, int64_t keys, int64_t width, int64_t value_width)
+  ForwardWork(Layout& layout, int64_t keys, int64_t width, int64_t value_width,
+              int64_t most_rows = kMostRows)
       : keys(layout, keys),
-        group(rows_together<A>(keys, kMostRows)),
+        group(rows_together<A>(keys, most_rows)),
         stride(buffer_stride<A>(keys)),
         key_panels(layout.take<A>(row_words(keys) * width)),
         value_panels(layout.take<A>((keys + 1) * row_words(value_width))),
@@ -179,9 +181,10 @@ template <class A>
 struct ScoreRows {
   const int32_t* list;
   int64_t count;
-  const A* weight;  // [Nq] or null
-  const A* lse;     // [Nq] or null
-  A* score;         // [Nk], zeros
+  const A* products;  // [Nq][Nk], of queries and all keys, or null: yet to be multiplied
+  const A* weight;    // [Nq] or null
+  const A* lse;       // [Nq] or null
+  A* score;           // [Nk], zeros
 };
 
 // What comes into a backward pass for one head, beside the inputs.
@@ -269,6 +272,8 @@ struct Kernels {
   void (*pack)(const Head<T>&, ForwardWork<T>&, bool values);
   void (*attend)(const Head<T>&, const ForwardWork<T>&, int64_t begin, int64_t end,
                  const ForwardResult<T>&);
+  void (*multiply_few)(const T* const* rows, int64_t count, const Tokens<T>& keys, A* packed,
+                       A* out, int64_t stride);
   void (*score)(const Head<T>&, const ForwardWork<T>&, const ScoreRows<A>&);
   void (*backward)(const Head<T>&, const Gradient<T>&, BackwardWork<T>&, int64_t begin, int64_t end,
                    const BackwardResult<T>&);

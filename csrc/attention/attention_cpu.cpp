@@ -418,6 +418,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
 
 // ---- scores ----
 
+// Products of a few queries with all keys, [B, H, Nq, Nk]. Blocks of keys share out the work where
+// heads are few, and change no bit.
+template <class T>
+void multiply_few(const Inputs& in, const Kernels<T>& kernels, acc_t<T>* out) {
+  constexpr int64_t kBlock = 256;
+  const int64_t blocks = (in.keys + kBlock - 1) / kBlock, per_group = in.heads / in.groups;
+  const int64_t count = per_group * in.queries;
+  const double cost = double(count) * kBlock * double(in.width);
+  share_out(in.batch * in.groups * blocks, cost, [&](int64_t begin, int64_t end) {
+    const Scratch<acc_t<T>> packed(count * row_words(in.width));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % blocks * kBlock, group = task / blocks % in.groups;
+      const int64_t b = task / blocks / in.groups, h = group * per_group;
+      const T* rows[kFewRows];
+      for (int64_t i = 0; i < count; ++i) {
+        rows[i] = tokens_of<T>(in.q, b, h + i / in.queries).row(i % in.queries);
+      }
+      Tokens<T> keys = tokens_of<T>(in.k, b, group);
+      keys.data += first * keys.stride;
+      keys.count = std::min(kBlock, in.keys - first);
+      acc_t<T>* const to = out + (b * in.heads + h) * in.queries * in.keys + first;
+      kernels.multiply_few(rows, count, keys, packed.data(), to, in.keys);
+    }
+  });
+}
+
 Tensor attention_scores(const Tensor& q, const Tensor& k, const OptionalTensor& query_weight,
                         const OptionalTensor& policy, const OptionalTensor& size,
                         const OptionalTensor& key_padding_mask, const OptionalTensor& position,
@@ -448,14 +474,20 @@ Tensor attention_scores(const Tensor& q, const Tensor& k, const OptionalTensor& 
     in.log_sizes(log_size.data());
     const Scratch<A> scratch(all_heads ? 0 : in.batch * in.heads * in.keys);
     A* const sums = all_heads ? output<A>(score) : scratch.data();
-    const double cost = double(in.queries + 8) * double(in.keys) * double(in.width);
+    const bool few = in.queries * (in.heads / in.groups) <= kFewRows;
+    const Scratch<A> products(few ? in.batch * in.heads * in.queries * in.keys : 0);
+    if (few) multiply_few(in, kernels, products.data());
+    const int64_t packed_width = few ? 0 : in.width;
+    const int64_t most_rows = std::min(kMostRows, round_up(in.queries, kTile));
+    const double cost = double(in.queries + 8) * double(in.keys) * double(packed_width + 8);
     share_out(in.batch * in.heads, cost, [&](int64_t begin, int64_t end) {
       Layout measure(nullptr);
-      ForwardWork<T>(measure, in.keys, in.width, 0);
+      ForwardWork<T>(measure, in.keys, packed_width, 0, most_rows);
       const Scratch<char> memory(measure.used());
       const Scratch<int32_t> list(in.queries);
       Layout layout(memory.data());
-      ForwardWork<T> work(layout, in.keys, in.width, 0);
+      ForwardWork<T> work(layout, in.keys, packed_width, 0, most_rows);
+      Head<T> before = {};
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / in.heads, h = i % in.heads, row = i * in.queries;
         const Head<T> head = in.head<T>(in.k, log_size.data(), b, h);
@@ -467,10 +499,14 @@ Tensor attention_scores(const Tensor& q, const Tensor& k, const OptionalTensor& 
         }
         A* const to = sums + i * in.keys;
         std::memset(to, 0, in.keys * sizeof(A));
-        kernels.pack(head, work, false);
-        kernels.score(
-            head, work,
-            {list.data(), count, w, lse.has_value() ? data_of<A>(lse) + row : nullptr, to});
+        const bool same_list = head.policy == before.policy && head.log_size == before.log_size;
+        if (i == begin || !same_list || (!few && head.k.data != before.k.data)) {
+          few ? work.keys.fill(head, true, eps > 0) : kernels.pack(head, work, false);
+        }
+        before = head;
+        kernels.score(head, work,
+                      {list.data(), count, few ? products.data() + row * in.keys : nullptr, w,
+                       lse.has_value() ? data_of<A>(lse) + row : nullptr, to});
       }
     });
     if (!all_heads) {

@@ -407,5 +407,5 @@ void backward(const Head<T>& head, const Gradient<T>& gradient, BackwardWork<T>&
 
 template <class T>
 Kernels<T> kernels() {
-  return {&pack<T>, &attend<T>, &score<T>, &backward<T>, &write<T>};
+  return {&pack<T>, &attend<T>, &multiply_few<T>, &score<T>, &backward<T>, &write<T>};
 }

@@ -149,12 +149,32 @@ TOKENOPS_INLINE void multiply_keys(const Head<T>& head, const ForwardWork<T>& wo
       });
 }
 
+// Logits of a row from its products with all keys.
+template <class T, class A>
+TOKENOPS_INLINE void take_products(const Head<T>& head, const KeyList<A>& keys, const A* products,
+                                   int64_t limit, A* logits) {
+  using V = Vec<A>;
+  const A slope = head.slope();
+  if (keys.count < head.k.count) {
+    const int64_t columns = round_up(limit, V::W);
+    for (int64_t k = 0; k < columns; ++k) {
+      logits[k] = k < limit ? products[keys.list[k]] * slope + keys.bias[k] : -infinity<A>();
+    }
+    return;
+  }
+  for (int64_t k = 0; k < limit; k += V::W) {
+    const V x = load_some<V>(products + k, keys.count - k);
+    fma(x, V::set1(slope), V::load(keys.bias + k)).store(logits + k);
+  }
+}
+
 // Turn the queries x, a group at most, into weights in work.scores, of the type P: query i is
-// `first` + i or x.list[i]. With `lse` the weights are shares of their row at once. Returns up to
-// which key of the list rows see.
+// `first` + i or x.list[i]. With `lse` the weights are shares of their row at once, with
+// `products` [Nq][Nk] nothing is multiplied. Returns up to which key of the list rows see.
 template <class T, class P>
 int64_t weigh_group(const Head<T>& head, const ForwardWork<T>& work, const Tokens<T>& x,
-                    int64_t first, const acc_t<T>* lse, Row<acc_t<T>>* rows) {
+                    int64_t first, const acc_t<T>* lse, const acc_t<T>* products,
+                    Row<acc_t<T>>* rows) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const KeyList<A>& keys = work.keys;
@@ -166,13 +186,18 @@ int64_t weigh_group(const Head<T>& head, const ForwardWork<T>& work, const Token
     rows[i].own_key = empty ? -1 : head.own_dropped(rows[i].query);
     limit = rows[i].seen > limit ? rows[i].seen : limit;
   }
-  pack_rows(x, work.rows);
-  const int64_t tiles = (x.count + kTile - 1) / kTile;
-  multiply_keys(head, work, tiles, limit, !head.is_causal && lse == nullptr);
+  const bool tops = !head.is_causal && lse == nullptr && products == nullptr;
+  if (products == nullptr) {
+    pack_rows(x, work.rows);
+    multiply_keys(head, work, (x.count + kTile - 1) / kTile, limit, tops);
+  }
 
   for (int64_t i = 0; i < x.count; ++i) {
     Row<A>& row = rows[i];
     A* const logits = work.scores + i * work.stride;
+    if (products != nullptr) {
+      take_products(head, keys, products + row.query * head.k.count, limit, logits);
+    }
     const int64_t place = head.place_of(row.query);
     const bool is_key = place >= 0 && place < head.k.count;
     A own = -infinity<A>();
@@ -184,8 +209,7 @@ int64_t weigh_group(const Head<T>& head, const ForwardWork<T>& work, const Token
     if (lse != nullptr) {
       top = lse[row.query] * static_cast<A>(kLog2E);
     } else if (row.seen > 0) {
-      const A listed =
-          head.is_causal ? largest(logits, row.seen) : reduce_max(V::load(work.best + i * V::W));
+      const A listed = tops ? reduce_max(V::load(work.best + i * V::W)) : largest(logits, row.seen);
       top = listed > own || row.own_key < 0 ? listed : own;
     }
     const bool nothing = row.seen == 0 && row.own_key < 0;
@@ -221,7 +245,8 @@ void attend(const Head<T>& head, const ForwardWork<T>& work, int64_t begin, int6
     Tokens<T> x = head.q;
     x.data += g * x.stride;
     x.count = end - g < work.group ? end - g : work.group;
-    const int64_t limit = weigh_group<T, typename Packed<T>::type>(head, work, x, g, nullptr, rows);
+    const int64_t limit =
+        weigh_group<T, typename Packed<T>::type>(head, work, x, g, nullptr, nullptr, rows);
     for (int64_t t = 0; t * kTile < x.count; ++t) {
       for_each_panel(work.value_panels, depth, width, width,
                      [&](int64_t column, auto n, const A* panel) {
@@ -268,7 +293,7 @@ void score(const Head<T>& head, const ForwardWork<T>& work, const ScoreRows<acc_
     Tokens<T> x = head.q;
     x.list = rows.list + g;
     x.count = rows.count - g < work.group ? rows.count - g : work.group;
-    const int64_t limit = weigh_group<T, A>(head, work, x, 0, lse, row);
+    const int64_t limit = weigh_group<T, A>(head, work, x, 0, lse, rows.products, row);
     for (int64_t i = 0; i < x.count; ++i) {
       const A weight = rows.weight == nullptr ? 1 : rows.weight[row[i].query];
       factor[i] = row[i].total == 0 ? 0 : lse == nullptr ? weight / row[i].total : weight;

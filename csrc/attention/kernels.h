@@ -6,6 +6,8 @@
 
 #include "pack_kernels.h"
 
+#include "few_kernels.h"
+
 #include "forward_kernels.h"
 
 #include "backward_kernels.h"

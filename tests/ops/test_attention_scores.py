@@ -338,6 +338,73 @@ def test_precision_of_gradients(head_reduce, dtype, backend, device):
         assert_within_error_budget(got, plain, truth, name=name)
 
 
+# ---- few queries ----
+
+#: Heads, key heads and queries. The native kernels read the keys of up to 16 queries by one key
+#: head as they lie in memory, in tiles of one, two and four queries.
+FEW = [
+    (1, 1, 1), (2, 2, 2), (3, 1, 1), (2, 1, 2), (4, 2, 3), (7, 1, 1), (4, 1, 3), (1, 1, 15),
+    (4, 2, 8), (17, 1, 1), (2, 1, 9),
+]  # fmt: skip
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 64, 130])
+@pytest.mark.parametrize(("heads", "key_heads", "queries"), FEW)
+def test_few_queries(heads, key_heads, queries, width, backend, device):
+    common = {"key_heads": key_heads, "dtype": torch.float64, "device": device, "seed": 11}
+    w = weights("per head", heads, 2, queries, device=device)
+    for keys in (1, 18, 271):
+        inputs = scores_inputs(2, heads, queries, width, keys=keys, **common)
+        check(inputs, self_keep=False)
+        kinds = {"policy": "per-head", "padding": 0.3, "zero_sizes": 0.1}
+        inputs = scores_inputs(2, heads, queries, width, keys=keys, **common, **kinds)
+        for eps in (0.0, 1e-2):
+            check({**inputs, "query_weight": w}, self_keep=False, eps=eps, head_reduce="none")
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [5, 48, 64, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_precision_of_few_queries(dtype, width, layout, backend, device):
+    common = {"dtype": dtype, "device": device, "layout": layout, "seed": 12}
+    for heads, key_heads, rows in ((1, 1, 1), (6, 2, 1), (4, 2, 7)):
+        for kinds in ({}, {"policy": "hard", "padding": 0.2}):
+            inputs = scores_inputs(2, heads, 83, width, key_heads=key_heads, **common, **kinds)
+            options = {"query_index": range(83 - rows, 83)}
+            got = tokenops.attention_scores(**inputs, **options)
+            plain = oracle.recipe_scores(**inputs, **options)
+            wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+            truth = oracle.scores(**wide, **options)
+            assert_within_error_budget(got, plain, truth, magnitude=truth)
+
+
+@pytest.mark.isa
+@pytest.mark.native_only
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_query_has_the_same_bits_alone_and_among_few(dtype, backend):
+    """Whatever tile its products are in, and however many threads share the keys."""
+    kinds = {"key_heads": 2, "policy": "hard", "dtype": dtype}
+    inputs = scores_inputs(2, 4, 1100, 64, **kinds)
+    rows, before = [9, 1, 1099, 400, 7], torch.get_num_threads()
+    try:
+        for count in range(1, 6):
+            w = torch.eye(count)[:, None].expand(-1, 2, -1)  # one query at a time
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                for i in range(count):
+                    alone, among = (
+                        tokenops.attention_scores(
+                            **inputs, head_reduce="none", query_index=index, query_weight=weight
+                        )
+                        for index, weight in (([rows[i]], None), (rows[:count], w[i].double()))
+                    )
+                    assert_same_bits(among, alone, name=f"{i} of {count}, {threads} threads")
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---- layouts ----
 
 
