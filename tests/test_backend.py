@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import tokenops
-from tokenops import _backend, _library, _native
+from tokenops import TokenMap, _backend, _library, _native
 from tokenops.info import report
 from tokenops.testing import assert_same_bits, random_tokens
 
@@ -18,29 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def calls_of_the_reference(monkeypatch):
+def calls(monkeypatch):
     """Names of the operators that went to the reference by choice."""
-    from tokenops.ops.attention import reference as attention
-    from tokenops.ops.matching import reference as matching
-    from tokenops.ops.merging import reference as merging
-
     names = []
-    for module, name in (
-        (attention, "policy_attention"),
-        (attention, "attention_scores"),
-        (matching, "match"),
-        (matching, "nearest"),
-        (merging, "merge"),
-        (merging, "merge_wavg"),
-        (merging, "unmerge"),
-    ):
-        function = getattr(module, name)
+    for name, operator in _library.defined.items():
 
-        def spy(*args, _function=function, _name=name):
-            names.append(_name)
-            return _function(*args)
+        def spy(*args, _operator=operator):
+            names.append(_operator.name)
+            return _operator.reference(*args)
 
-        monkeypatch.setattr(module, name, spy)
+        monkeypatch.setitem(_library.defined, name, operator._replace(reference=spy))
     return names
 
 
@@ -54,12 +43,14 @@ def call_everything():
     tokenops.unmerge(tokenops.merge([x, x, x], token_map), token_map)
     tokenops.policy_attention(x[:, None], x[:, None], x[:, None])
     tokenops.attention_scores(x[:, None], x[:, None])
+    kept = tokenops.prune(x[:, :7, 0], 3)
+    TokenMap.from_assign(kept.assign, 3).compose(token_map)
 
 
-def test_the_choice_is_obeyed(backend, calls_of_the_reference):
+def test_the_choice_is_obeyed(backend, calls):
     call_everything()
-    expected = set(_library.operators)
-    assert set(calls_of_the_reference) == (expected if backend == "reference" else set())
+    expected = {*_library.operators, "invert", "compose"}
+    assert set(calls) == (expected if backend == "reference" else set())
 
 
 def test_use_backend_as_decorator():
@@ -115,10 +106,10 @@ def test_the_choice_holds_for_the_backward():
 def test_available_backends(backend):
     there = tokenops.available_backends()
     assert backend in (*there, "default")
-    assert there[-1] == "reference"
+    assert there[-2:] == ("composed", "reference")
     assert list(there) == [b for b in _backend.BACKENDS if b in there]
     assert tokenops.available_backends(torch.device("cpu")) == there
-    assert tokenops.available_backends("meta") == ("reference",)
+    assert tokenops.available_backends("meta") == ("composed", "reference")
 
 
 def test_why_not():
@@ -170,57 +161,36 @@ def test_backends_agree(backend, device):
         assert_same_bits(a, b)
 
 
-# ---- Triton beside compiled CUDA kernels ----
+# ---- overloads of one backend ----
 
 
-class Compiled:
-    """A kernel as the dispatcher gives it."""
+@pytest.mark.parametrize("name", ["composed", "triton"])
+def test_overloads_of_a_backend(name):
+    """Forward and backward are nodes of one backend, in graphs too."""
+    targets = []
 
-    def call_boxed(self, keys, *args):
-        return "compiled", keys, args
+    def record(graph, inputs):
+        targets.extend(str(n.target) for n in graph.graph.nodes if "tokenops" in str(n.target))
+        return make_boxed_func(graph.forward)
 
+    def function(x, token_map):
+        return token_map.unmerge(token_map.merge_wavg(x)[0])
 
-def in_triton(keys, *args):
-    return "triton", keys, args
-
-
-def test_triton_serves_while_it_is_chosen(monkeypatch):
-    serve = _backend._if_chosen(in_triton, Compiled())
-    for chosen in (None, "triton", "native", "triton", "reference", None):
-        monkeypatch.setattr(_backend, "_forced", chosen)
-        expected = "triton" if chosen == "triton" else "compiled"
-        assert serve("keys", 1, None, [2]) == (expected, "keys", (1, None, [2]))
-
-
-@pytest.fixture
-def implemented(monkeypatch):
-    """Kernels that were put in place of others, where merge alone has a compiled CUDA kernel."""
-    kernels = []
-
-    def implement(*args, **options):
-        kernels.append((*args, options))
-
-    def compiled_for(name):
-        return frozenset(["cpu", "cuda"] if name == "merge" else ["cpu"])
-
-    monkeypatch.setattr(_backend, "_let_in", [])
-    monkeypatch.setattr(_backend, "_compiled_for", compiled_for)
-    monkeypatch.setattr(_backend, "_on_cuda", lambda name, kernel: in_triton)
-    monkeypatch.setattr(_library, "implement", implement)
-    monkeypatch.setattr(torch.library, "get_kernel", lambda name, key: Compiled())
-    return kernels
-
-
-def test_triton_is_let_in_once_it_is_chosen(implemented):
-    for name in ("native", "reference", None):
-        with tokenops.use_backend(name):
-            assert implemented == []  # each call would pass through Python
-    for _ in range(2):
-        with tokenops.use_backend("triton"):
-            [(name, serve, key, options)] = implemented
-            assert serve("keys", 1) == ("triton", "keys", (1,))
-        assert serve("keys", 1) == ("compiled", "keys", (1,))
-    assert (name, key, options) == ("merge", "CUDA", {"instead": True})
+    x = random_tokens(2, 9, 4).requires_grad_()
+    token_map = tokenops.match(x, 2)
+    expected = torch.autograd.grad(function(x, token_map).square().sum(), x)
+    if name == "triton" and not _backend._interpreting:
+        _backend._overloads_of(name)
+        assert set(vars(_library.overloads[name])) == set(_backend._in_triton)
+        return
+    with tokenops.use_backend(name):
+        out = function(x, token_map).square().sum()
+        compiled = torch.compile(function, backend=aot_autograd(fw_compiler=record), fullgraph=True)
+        compiled_out = compiled(x, token_map).square().sum()
+    for result in (out, compiled_out):  # outside, where nobody has chosen
+        torch.testing.assert_close(torch.autograd.grad(result, x), expected)
+    nodes = ["merge_wavg", "unmerge", "merge", "unmerge"]
+    assert targets == [f"tokenops.{n}.{name}" for n in nodes]
 
 
 # ---- reports ----

@@ -45,7 +45,7 @@ def test_without_a_library():
     found = python(USE, TOKENOPS_LIBRARY="/nonexistent/_C.so")
     assert not found["loaded"]
     assert "/nonexistent/_C.so" in found["reason"]
-    assert found["backends"] == ["reference"]
+    assert found["backends"] == ["composed", "reference"]
     assert found["shape"] == [2, 7, 4]
     assert found["gradient"]
 
@@ -56,7 +56,7 @@ def test_with_a_broken_library(tmp_path):
     found = python(USE, TOKENOPS_LIBRARY=str(broken))
     assert not found["loaded"]
     assert "cannot be loaded" in found["reason"]
-    assert found["backends"] == ["reference"]
+    assert found["backends"] == ["composed", "reference"]
 
 
 def test_forcing_a_missing_library_says_why():

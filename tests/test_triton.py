@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import tokenops
 from tokenops import _backend, _library
 
 pytest.importorskip("triton")
@@ -287,27 +286,27 @@ def test_the_kernels_are_there():
 
 
 def test_unserved_arguments(monkeypatch):
-    """They go to the reference, unless Triton was chosen."""
+    """They go to plain PyTorch, unless Triton was chosen."""
 
     def unserved(*arguments):
         raise _backend.UnservedError("too strange")
 
     monkeypatch.setattr(_backend, "_new_enough", lambda index: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    serve = _backend._on_cuda("pair_dot", unserved)
+    pair_dot = _library.defined["pair_dot"].composed
     x = torch.ones(1, 2, 3)
     index = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([[0, 2]]), torch.tensor([[0, 1]])
+    serve = _backend._on_cuda("pair_dot", unserved, pair_dot)
     assert serve(None, x, x[:, :1], *index).tolist() == [[3.0, 3.0]]
-    with (
-        tokenops.use_backend("triton"),
-        pytest.raises(NotImplementedError, match=r"pair_dot: backend 'triton' .* too strange"),
-    ):
-        serve(None, x, x[:, :1], *index)
+    refuse = _backend._on_cuda("pair_dot", unserved)
+    with pytest.raises(NotImplementedError, match=r"pair_dot: backend 'triton' .* too strange"):
+        refuse(None, x, x[:, :1], *index)
 
 
-def test_old_devices_take_the_reference(monkeypatch):
+def test_old_devices_take_plain_pytorch(monkeypatch):
     monkeypatch.setattr(_backend, "_new_enough", lambda index: False)
-    serve = _backend._on_cuda("invert", lambda *a: pytest.fail("served"))
+    invert = _library.defined["invert"].composed
+    serve = _backend._on_cuda("invert", lambda *a: pytest.fail("served"), invert)
     offsets, _ = serve(None, torch.zeros(1, 2, dtype=torch.int32), 1)
     assert offsets.tolist() == [[0, 2]]
 

@@ -6,27 +6,64 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
-from collections.abc import Callable
-from types import TracebackType
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from types import ModuleType, TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from . import _library, _native
 from ._library import NAMESPACE, operators
 
 #: Every backend by name, the one that is preferred first.
-BACKENDS = ("native", "triton", "reference")
-
-_forced: str | None = None
+BACKENDS = ("native", "triton", "composed", "reference")
 
 # Triton runs its kernels as Python on CPU tensors then.
 _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 _in_triton: dict[str, Callable[..., Any]] = {}  # Triton kernels by operator
 _in_native: dict[str, frozenset[str]] = {}  # and by operator, where they have a compiled one
+#: Compiled CPU kernels that step aside for the composed functions unless "native" is chosen.
+_aside: dict[str, Any] = {}
+
+
+# ---- the choice ----
+
+
+class _Choice(NamedTuple):
+    owner: use_backend
+    name: str | None
+    entered: bool  # by a with statement, which will leave it
+
+
+_choices: ContextVar[tuple[_Choice, ...]] = ContextVar("tokenops_backend", default=())
+_default: str | None = None  # of the process: TOKENOPS_BACKEND
+
+#: Choices that functions make which torch.compile is tracing: it follows this variable and no other
+#: one, and no other code ever sees it filled.
+_traced: tuple[str | None, ...] = ()
+
+
+class _State(ModuleType):
+    """The choice as an attribute of a module.
+
+    torch.compile knows no context variables. It takes this attribute for a constant of a module,
+    and guards it: the compiled function reads it before each call, in the caller's context.
+    """
+
+    @property
+    def chosen(self) -> str | None:
+        choices = _choices.get()
+        return choices[-1].name if choices else _default
+
+
+_state = _State("tokenops._backend._state")
 
 
 def _check_name(where: str, name: object) -> None:
@@ -42,12 +79,24 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
 
     An explicit choice never falls back silently: an operator that the backend cannot serve raises
     ``NotImplementedError`` with the reason. ``None`` gives the choice back to tokenops, which takes
-    the fastest backend for the tensors' device. The environment variable ``TOKENOPS_BACKEND`` sets
-    the choice at import. The choice holds for the whole process; a function compiled by
-    ``torch.compile`` keeps the one it was compiled under or compiles again.
+    the fastest backend for the tensors' device.
+
+    The choice belongs to a thread and, within ``asyncio``, to a task: others do not see it, though
+    a task starts with the choice of the code that created it. A context takes back its own choice
+    and no other one, in whichever order contexts are left. As a function, it chooses for the rest
+    of the enclosing context. A decorated generator or coroutine makes the choice while its own code
+    runs; a plain ``with`` in a generator also affects the code that iterates over it. The
+    environment variable ``TOKENOPS_BACKEND`` is the choice of all who make none.
+
+    A backward runs on the backend of its forward, wherever it runs. A function compiled by
+    ``torch.compile`` keeps the choice that it was compiled under, or compiles again; within one,
+    choose by a ``with`` statement or a decorator. Activation checkpointing computes forwards
+    again during the backward: choose within the function that it calls.
 
     Args:
-        name: ``"native"``, ``"triton"``, ``"reference"`` or ``None``.
+        name: ``"native"``: compiled kernels. ``"triton"``: Triton's. ``"composed"``: plain PyTorch
+            that is made to be fast, which serves where there is no kernel. ``"reference"``: plain
+            PyTorch that reads like the formula, the oracle of all tests. Or ``None``.
 
     Raises:
         TypeError: If ``name`` is no string.
@@ -60,29 +109,26 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
     """
 
     def __init__(self, name: str | None) -> None:
-        global _forced
         _check_name("use_backend: name", name)
         self._name = name
-        self._previous = _forced
-        _forced = name
-        if name == "triton":
-            _let_triton_in()
+        if torch.compiler.is_dynamo_compiling():
+            return
+        # A call of the function form ends where the next one is made, but a with statement calls
+        # this too: the last choice stays beneath until the with statement is left.
+        choices = _choices.get()
+        if len(choices) > 1 and not choices[-1].entered and not choices[-2].entered:
+            choices = (*choices[:-2], choices[-1])
+        _choices.set((*choices, _Choice(self, name, entered=False)))
 
     def __enter__(self) -> None:
-        global _forced
-        _forced = self._name
-
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        global _forced
-        _forced = self._previous  # decorating a function is no choice yet
-        name = self._name
-
-        @functools.wraps(function)
-        def chosen_inside(*args: Any, **kwargs: Any) -> Any:
-            with use_backend(name):
-                return function(*args, **kwargs)
-
-        return chosen_inside
+        global _traced
+        if torch.compiler.is_dynamo_compiling():
+            _traced = (*_traced, self._name)
+            return
+        choices = _choices.get()
+        if choices and choices[-1].owner is self and not choices[-1].entered:
+            choices = choices[:-1]
+        _choices.set((*choices, _Choice(self, self._name, entered=True)))
 
     def __exit__(
         self,
@@ -90,21 +136,188 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        global _forced
-        _forced = self._previous
+        global _traced
+        if torch.compiler.is_dynamo_compiling():
+            _traced = _traced[:-1]
+            return
+        choices = _choices.get()
+        mine = [i for i, c in enumerate(choices) if c.owner is self and c.entered]
+        if mine:  # else it was entered in another thread or task, where it ends by itself
+            end = mine[-1] + 1
+            while end < len(choices) and not choices[end].entered:
+                end += 1  # calls of the function form hold until their context is left
+            _choices.set(choices[: mine[-1]] + choices[end:])
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        _choices.set(tuple(c for c in _choices.get() if c.owner is not self))  # no choice yet
+        return _choosing(function, self._name)
+
+
+def _choosing(function: Callable[..., Any], name: str | None) -> Callable[..., Any]:
+    """A function that runs under a choice: a plain one, a coroutine, or a generator of any kind."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with use_backend(name):
+            return function(*args, **kwargs)
+
+    async def await_it(*args: Any, **kwargs: Any) -> Any:
+        with use_backend(name):
+            return await function(*args, **kwargs)
+
+    def iterate(*args: Any, **kwargs: Any) -> Any:
+        generator = function(*args, **kwargs)
+        resume, argument = generator.send, None
+        try:
+            while True:
+                with use_backend(name):
+                    value = resume(argument)
+                try:
+                    resume, argument = generator.send, (yield value)
+                except GeneratorExit:
+                    raise
+                except BaseException as error:
+                    resume, argument = generator.throw, error
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            with use_backend(name):
+                generator.close()
+
+    async def iterate_async(*args: Any, **kwargs: Any) -> Any:
+        generator = function(*args, **kwargs)
+        resume, argument = generator.asend, None
+        try:
+            while True:
+                with use_backend(name):
+                    value = await resume(argument)
+                try:
+                    resume, argument = generator.asend, (yield value)
+                except GeneratorExit:
+                    raise
+                except BaseException as error:
+                    resume, argument = generator.athrow, error
+        except StopAsyncIteration:
+            return
+        finally:
+            with use_backend(name):
+                await generator.aclose()
+
+    for is_kind, wrapper in (
+        (inspect.iscoroutinefunction, await_it),
+        (inspect.isgeneratorfunction, iterate),
+        (inspect.isasyncgenfunction, iterate_async),
+    ):
+        if is_kind(function):
+            return functools.wraps(function)(wrapper)
+    return functools.wraps(function)(call)
 
 
 def chosen() -> str | None:
     """Name of the backend that was chosen explicitly, if any."""
-    return _forced
+    return _traced[-1] if _traced else _state.chosen
+
+
+# ---- who serves ----
+
+
+def serving(operator: str, tensor: Tensor) -> Callable[..., Any]:
+    """What serves a call: the operator, its overload of the chosen backend, or the reference.
+
+    Args:
+        operator: Name of the operator.
+        tensor: One of the call's tensors, on the device of all of them.
+
+    Raises:
+        NotImplementedError: If the chosen backend cannot serve the call.
+    """
+    backend = _traced[-1] if _traced else _state.chosen
+    if backend is None:
+        if _differentiated():
+            return _library.defined[operator].reference
+        return getattr(_library.overloads[None], operator)  # type: ignore[no-any-return]
+    obstacle = _obstacle(operator, backend, tensor.device.type)
+    if obstacle is not None:
+        raise NotImplementedError(
+            f"{operator}: backend {backend!r} was chosen but cannot serve it: {obstacle}"
+        )
+    if backend == "reference":
+        return _library.defined[operator].reference
+    return getattr(_library.overloads[_overloads_of(backend)], operator)  # type: ignore[no-any-return]
+
+
+def serves_reference(operator: str, tensor: Tensor) -> bool:
+    """Whether the reference serves a call; arguments and errors as those of :func:`serving`."""
+    return serving(operator, tensor) is _library.defined[operator].reference
+
+
+def _overloads_of(backend: str) -> str | None:
+    """Where the overloads of a chosen backend are, which are made when they are first wanted."""
+    if backend == "native" and not _aside:
+        return None  # the compiled kernels serve by default, where there are some
+    if backend not in _library.overloads:
+        with _making:
+            _library.add_overloads(backend, _kernels(backend))
+    return backend
+
+
+_making = threading.Lock()
+
+
+def _kernels(backend: str) -> Mapping[str, Mapping[str, Callable[..., Any]]]:
+    """Kernels of the overloads of a backend, by operator and dispatch key."""
+    if backend == "composed":
+        key = "CompositeExplicitAutograd"
+        return {n: {key: _library.dense(o.composed)} for n, o in _library.defined.items()}
+    if backend == "triton":
+        return {
+            name: {
+                "CUDA": _on_cuda(name, kernel),
+                **({"CPU": _interpreted(name, kernel)} if _interpreting else {}),
+            }
+            for name, kernel in _in_triton.items()
+        }
+    kernels: dict[str, dict[str, Callable[..., Any]]] = {}
+    for name in _library.defined:
+        kernels[name] = {}
+        for device in _compiled_for(name):
+            key = device.upper()
+            aside = _aside.get(name) if device == "cpu" else None
+            kernel = aside or torch.library.get_kernel(f"{NAMESPACE}::{name}", key)
+            kernels[name][key] = _boxed(kernel)
+    return kernels
+
+
+def _boxed(kernel: Any) -> Callable[..., Any]:
+    def serve(keys: Any, *args: Any) -> Any:
+        return kernel.call_boxed(keys, *args)
+
+    return serve
+
+
+def step_aside(*names: str) -> None:
+    """Let the composed functions serve operators on the CPU in place of compiled kernels.
+
+    For levels of vector instructions at which the compiled kernels are slower. They serve still
+    where ``"native"`` is chosen.
+
+    Args:
+        *names: Operators that are registered already.
+    """
+    for name in names:
+        if "cpu" in _compiled_for(name) and name not in _aside:
+            _aside[name] = torch.library.get_kernel(f"{NAMESPACE}::{name}", "CPU")
+            composed = _library.dense(_library.defined[name].composed)
+            _library.implement(name, lambda keys, *args, f=composed: f(*args), "CPU", instead=True)
 
 
 def _obstacle(operator: str, backend: str, device: str) -> str | None:
     """The reason why ``backend`` can't serve ``operator`` on ``device``; None when it can."""
     if backend == "reference":
         return None
-    if _transformed():
-        return "torch.func.grad, vjp and jvp differentiate plain PyTorch alone"
+    if _differentiated():
+        return "torch.func.grad, vjp, jvp and forward-mode AD differentiate the reference alone"
+    if backend == "composed":
+        return None
     if backend == "triton":
         return _triton_obstacle(operator, device)
     if not _native.loaded:
@@ -145,43 +358,15 @@ def _new_enough(index: int) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
 
 
-#: Operators whose compiled CUDA kernel steps aside when "triton" is chosen.
-_let_in: list[str] = []
-
-
-def _let_triton_in() -> None:
-    """Put Triton's kernels before compiled ones on CUDA devices, to serve while they are chosen.
-
-    Not before anybody chooses them, for each call then passes through Python.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return
-    for name, kernel in _in_triton.items():
-        if "cuda" in _compiled_for(name) and name not in _let_in:
-            compiled = torch.library.get_kernel(f"{NAMESPACE}::{name}", "CUDA")
-            serve = _if_chosen(_on_cuda(name, kernel), compiled)
-            _library.implement(name, serve, "CUDA", instead=True)
-            _let_in.append(name)
-
-
-def _if_chosen(in_triton: Callable[..., Any], compiled: Any) -> Callable[..., Any]:
-    def serve(keys: Any, *args: Any) -> Any:
-        if _forced == "triton":
-            return in_triton(keys, *args)
-        return compiled.call_boxed(keys, *args)
-
-    return serve
-
-
 class UnservedError(NotImplementedError):
-    """A kernel does not know such arguments; the reference does."""
+    """A kernel does not know such arguments; plain PyTorch does."""
 
 
 def serve_by_triton(package: str, *names: str) -> None:
     """Let the functions of a package's module ``triton`` serve the operators of the same names.
 
-    On CUDA tensors where the compiled library does not, and on CPU tensors under the interpreter
-    when ``"triton"`` is chosen. The module is imported by the first call.
+    On CUDA tensors where the compiled library does not, and wherever they can when ``"triton"`` is
+    chosen: also on CPU tensors under the interpreter. The module is imported by the first call.
 
     Args:
         package: Package of the operators, which has the module.
@@ -190,18 +375,9 @@ def serve_by_triton(package: str, *names: str) -> None:
     for name in names:
         there = _compiled_for(name)  # before what follows counts as one
         kernel = _in_triton[name] = _triton_kernel(f"{package}.triton", name)
-        if importlib.util.find_spec("triton") is None:
-            continue
-        if "cuda" not in there:
-            _library.implement(name, _on_cuda(name, kernel), "CUDA")
-        elif _forced == "triton":  # by TOKENOPS_BACKEND
-            _let_triton_in()
-        if _interpreting:
-            other = None
-            if "cpu" in there:
-                other = torch.library.get_kernel(f"{NAMESPACE}::{name}", "CPU")
-            kernel = _interpreted(name, kernel, other)
-            _library.implement(name, kernel, "CPU", instead=other is not None)
+        if "cuda" not in there and importlib.util.find_spec("triton") is not None:
+            otherwise = _library.dense(_library.defined[name].composed)
+            _library.implement(name, _on_cuda(name, kernel, otherwise), "CUDA")
 
 
 def _triton_kernel(module: str, name: str) -> Callable[..., Any]:
@@ -216,8 +392,13 @@ def _triton_kernel(module: str, name: str) -> Callable[..., Any]:
     return kernel
 
 
-def _on_cuda(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    reference = _library.references[name]
+def _on_cuda(
+    name: str, kernel: Callable[..., Any], otherwise: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The kernel on the device of its tensors; what it does not know goes to another function.
+
+    Without such a function, this is an error.
+    """
 
     def serve(keys: Any, first: Any, *rest: Any) -> Any:
         # The first argument is a tensor or a list of some.
@@ -230,40 +411,43 @@ def _on_cuda(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
             with torch.cuda.device(index):
                 return kernel(first, *rest)
         except UnservedError as obstacle:
-            _refuse_if_chosen(name, obstacle)
-            return reference(first, *rest)
+            if otherwise is None:
+                raise _refusal(name, obstacle) from None
+            return otherwise(first, *rest)
 
     return serve
 
 
-def _refuse_if_chosen(name: str, obstacle: UnservedError) -> None:
-    if _forced == "triton":
-        raise NotImplementedError(
-            f"{name}: backend 'triton' was chosen but cannot serve it: {obstacle}"
-        ) from None
+def _refusal(name: str, obstacle: UnservedError) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name}: backend 'triton' was chosen but cannot serve it: {obstacle}"
+    )
 
 
-def _interpreted(name: str, kernel: Callable[..., Any], other: Any) -> Callable[..., Any]:
+def _interpreted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel under the interpreter, which knows no bfloat16: it computes in float32 then."""
-    reference, fake = _library.references[name], _library.fakes[name]
+    fake = _library.defined[name].fake
 
     def widen(x: Tensor) -> Tensor:
         return x.float() if x.dtype == torch.bfloat16 else x
 
     def serve(keys: Any, *args: Any) -> Any:
-        if _forced != "triton":
-            return reference(*args) if other is None else other.call_boxed(keys, *args)
         try:
             results = kernel(*pytree.tree_map_only(Tensor, widen, args))
         except UnservedError as obstacle:
-            _refuse_if_chosen(name, obstacle)
+            raise _refusal(name, obstacle) from None
         return pytree.tree_map(lambda got, like: got.to(like.dtype), results, fake(*args))
 
     return serve
 
 
-def _transformed() -> bool:
-    """Whether torch.func.grad, vjp or jvp is at work, that no registered operator knows."""
+def _differentiated() -> bool:
+    """Whether torch.func.grad, vjp, jvp or forward-mode AD is at work.
+
+    No registered operator knows them; they differentiate the references.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     if not torch._C._are_functorch_transforms_active():
         return False
     transforms = torch._C._functorch.get_interpreter_stack() or ()
@@ -272,24 +456,9 @@ def _transformed() -> bool:
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler: torch.compile
 # takes the answers for granted while it traces, and guards on the transforms by itself.
-_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def forced_reference(operator: str, tensor: Tensor) -> bool:
-    """Whether this call must go to the reference, by an explicit choice or for want of another.
-
-    Raises:
-        NotImplementedError: If another backend was chosen and cannot serve the call.
-    """
-    if _forced is None:
-        return _transformed()
-    obstacle = _obstacle(operator, _forced, tensor.device.type)
-    if obstacle is not None:
-        raise NotImplementedError(
-            f"{operator}: backend {_forced!r} was chosen but cannot serve it: {obstacle}"
-        )
-    return _forced == "reference"
+_constants: tuple[Any, ...] = (_obstacle, _differentiated, _overloads_of)
+for _function in _constants:
+    _function._dynamo_marked_constant = True
 
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
@@ -299,7 +468,8 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
         device: Device or device type, ``"cpu"`` by default.
 
     Returns:
-        Names out of ``("native", "triton", "reference")``; the reference is always among them.
+        Names out of ``("native", "triton", "composed", "reference")``; the last two are always
+        among them.
 
     Example:
         >>> import torch, tokenops
@@ -341,5 +511,5 @@ def why_not(operator: str, *args: object) -> dict[str, str]:
     return {backend: reason for backend, reason in obstacles if reason is not None}
 
 
-_forced = os.environ.get("TOKENOPS_BACKEND") or None
-_check_name("TOKENOPS_BACKEND", _forced)
+_default = os.environ.get("TOKENOPS_BACKEND") or None
+_check_name("TOKENOPS_BACKEND", _default)

@@ -4,25 +4,41 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 NAMESPACE = "tokenops"
 
-#: Names of all operators, and of those that users call; the rest serve their backwards.
-defined: list[str] = []
+
+class Operator(NamedTuple):
+    """What an operator was registered with; :func:`register` says what each field means."""
+
+    name: str
+    signature: str  # arguments and results, as the schema has them
+    reference: Callable[..., Any]
+    composed: Callable[..., Any]
+    fake: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    setup_context: Callable[..., None] | None
+    shared: frozenset[str]
+
+
+#: All operators by name, and the names of those that users call; the rest serve backwards.
+defined: dict[str, Operator] = {}
 operators: list[str] = []
 
-#: Shapes and dtypes of each operator's results, as tracing sees them.
-fakes: dict[str, Callable[..., Any]] = {}
-references: dict[str, Callable[..., Any]] = {}
+#: The operators as attributes of their names: those that serve where nobody has chosen a backend,
+#: under None, and the overloads that a backend serves by itself, under its name. A formula of a
+#: backward gets the ones that its forward belongs to, so that both run on one backend.
+overloads: dict[str | None, SimpleNamespace] = {None: SimpleNamespace()}
 
-_shared: dict[str, frozenset[str]] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -33,17 +49,18 @@ def acc_dtype(x: Tensor) -> torch.dtype:
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Keep autocast from lowering the precision of a reference; not every device knows autocast."""
-    if _knows_autocast(device_type):
+    if knows_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
-def _knows_autocast(device_type: str) -> bool:
+def knows_autocast(device_type: str) -> bool:
+    """Whether there is autocast for a kind of device; to ask for its state is an error if not."""
     return torch.amp.is_autocast_available(device_type)
 
 
 # torch.compile takes the answer for granted; PyTorch 2.11 cannot trace the question.
-_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def register(
@@ -51,6 +68,7 @@ def register(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    composed: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     shared: Iterable[str] = (),
@@ -59,38 +77,128 @@ def register(
     """Define an operator in ``torch.ops.tokenops``.
 
     Compiled libraries add faster kernels per device afterwards; until they do, and on every other
-    device, the reference serves.
+    device, the composed function serves.
 
     Args:
         schema: Schema string without the namespace.
-        reference: Plain PyTorch implementation for any device.
+        reference: The formula in plain PyTorch, for any device: the oracle, which is differentiable
+            by autograd in every mode and may be slow.
         fake: Shape and dtype propagation for tracing.
-        backward: Backward formula, itself made of differentiable operators.
+        composed: The same in plain PyTorch that is made to be fast, for any device; it need not be
+            differentiable. The reference by default.
+        backward: Backward formula ``(ops, ctx, *grads)``, itself made of differentiable operators,
+            which are the attributes of ``ops``. ``ctx.needs`` says for each argument whether it
+            needs a gradient, for a list by its tensors.
         setup_context: Saves what ``backward`` needs.
         shared: Names of arguments that may come with one dimension only, meant for every image of
             the batch; all other tensor arguments and all outputs lead with the batch.
         public: Whether a public function of the same name calls it.
     """
-    name = schema.partition("(")[0]
-    defined.append(name)
+    name, _, signature = schema.partition("(")
+    operator = Operator(
+        *(name, "(" + signature, reference, composed or reference, fake),
+        *(backward, setup_context, frozenset(shared)),
+    )
+    defined[name] = operator
     if public:
         operators.append(name)
+    _define(operator, None)
+    _library.impl(name, dense(operator.composed), "CompositeExplicitAutograd")
+
+
+def add_overloads(backend: str, kernels: Mapping[str, Mapping[str, Callable[..., Any]]]) -> None:
+    """Define overloads of the operators that one backend serves by itself.
+
+    They have the backend's name, ``torch.ops.tokenops.merge.triton`` for example, so that the
+    choice becomes part of graphs and of backwards.
+
+    Args:
+        backend: Name of the backend.
+        kernels: By operator and by dispatch key. A kernel takes the operator's arguments, behind
+            the set of dispatch keys but for ``"CompositeExplicitAutograd"``.
+    """
+    if backend in overloads:
+        return
+    ops = SimpleNamespace()
+    for name, by_key in kernels.items():
+        _define(defined[name], backend, ops)
+        for key, kernel in by_key.items():
+            with_keyset = key != "CompositeExplicitAutograd"
+            _library.impl(f"{name}.{backend}", kernel, key, with_keyset=with_keyset)
+    overloads[backend] = ops  # at last: other threads see all of them or none
+
+
+def _define(operator: Operator, backend: str | None, ops: SimpleNamespace | None = None) -> None:
+    """Define one overload, with all that does not depend on a kernel."""
+    ops = overloads[None] if ops is None else ops
+    name = operator.name if backend is None else f"{operator.name}.{backend}"
     qualified = f"{NAMESPACE}::{name}"
-    fakes[name], references[name] = fake, _contiguous(reference)
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, references[name], "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=_library
-        )
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-    _shared[name] = frozenset(shared)
-    torch.library.register_vmap(qualified, _batch_rule(operator, _shared[name]), lib=_library)
+    _library.define(name + operator.signature, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(qualified, operator.fake, lib=_library)
+    packet = getattr(getattr(torch.ops, NAMESPACE), operator.name)
+    overload = getattr(packet, backend or "default")
+    if operator.backward is not None:
+        _library.impl(name, _autograd_rule(operator, overload, ops), "Autograd", with_keyset=True)
+    torch.library.register_vmap(qualified, _batch_rule(overload, operator.shared), lib=_library)
+    setattr(ops, operator.name, overload)
+
+
+def _autograd_rule(operator: Operator, overload: Any, ops: SimpleNamespace) -> Callable[..., Any]:
+    """Kernel for autograd: records the backward formula, and refuses tangents of forward mode.
+
+    As ``torch.library.register_autograd`` does, but for three things. The formula gets ``ops``.
+    ``ctx.needs`` says which arguments need a gradient, of a list each one of its tensors, before
+    and in the backward; it is never changed, while PyTorch changes ``ctx.needs_input_grad`` for a
+    moment, which other threads that go through the same graph would see. And tangents, which the
+    kernels would drop without a word, are an error.
+    """
+    setup_context: Any = operator.setup_context
+    formula: Any = operator.backward
+    takes_list = operator.signature.startswith("(Tensor[]")  # a list comes first or nowhere
+
+    def forward(ctx: Any, keys: Any, count: int, *args: Any) -> Any:
+        needs = ctx.needs_input_grad[2:]
+        if takes_list:
+            args = list(args[:count]), *args[count:]
+            needs = needs[:count], *needs[count:]
+        ctx.needs = needs
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        setup_context(ctx, args, output)
+        return tuple(output) if takes_list else output
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        first, *rest = formula(ops, ctx, *([grads] if takes_list else grads))
+        return (None, None, *(first if takes_list else [first]), *rest)
+
+    name = f"BackwardOf_{operator.name}"
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    recorded: Any = type(name, (torch.autograd.Function,), functions)
+
+    def kernel(keys: Any, first: Any, *rest: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(operator.name, first, rest)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(first, *rest):
+            if takes_list:
+                return list(recorded.apply(keys, len(first), *first, *rest))
+            return recorded.apply(keys, 1, first, *rest)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, first, *rest)
+
+    return kernel
+
+
+def _refuse_tangents(name: str, *args: Any) -> None:
+    for tensor in pytree.tree_leaves(args):
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"torch.ops.{NAMESPACE}.{name}: forward-mode AD is for the public functions, which "
+                f"the reference serves then, and for torch.func.jvp; got a tensor with a tangent"
+            )
 
 
 def implement(name: str, kernel: Callable[..., Any], key: str, *, instead: bool = False) -> None:
-    """Give an operator a kernel in Python for one kind of device.
+    """Give an operator a kernel in Python for one kind of device, for when nobody has chosen.
 
     Args:
         name: Name of the operator.
@@ -104,22 +212,22 @@ def implement(name: str, kernel: Callable[..., Any], key: str, *, instead: bool 
         _library.impl(name, kernel, key, with_keyset=True, **options)
 
 
-def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference with dense outputs, as the fakes promise and as compiled graphs rely on.
+def dense(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with dense outputs, as the fakes promise and as compiled graphs rely on.
 
     The registered backward differentiates the operator, so that nothing in it need be recorded.
     """
 
     def kernel(*args: Any) -> Any:
         with torch.no_grad():
-            return pytree.tree_map_only(Tensor, Tensor.contiguous, reference(*args))
+            return pytree.tree_map_only(Tensor, Tensor.contiguous, function(*args))
 
     return kernel
 
 
 def shared_arguments(name: str) -> frozenset[str]:
     """Arguments of an operator that may come with one dimension, meant for every image."""
-    return _shared[name]
+    return defined[name].shared
 
 
 def _pairs(argument: Any, dim: Any) -> Iterable[tuple[Any, Any]]:

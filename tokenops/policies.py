@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _backend, _checks
 from ._library import acc_dtype
 from .token_map import TokenMap
 
@@ -87,7 +87,7 @@ def prune(
         num_tokens, counts = tokens, (num_prefix + keep + (keep < free if fuse else 0)).int()
     else:
         num_tokens = num_prefix + keep + (1 if fuse and keep < free else 0)
-    offsets, members = torch.ops.tokenops.invert(assign, num_tokens)
+    offsets, members = _backend.serving("invert", assign)(assign, num_tokens)
     return TokenMap(assign, offsets, members, counts)
 
 

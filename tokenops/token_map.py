@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import _checks
+from . import _backend, _checks
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class TokenMap:
         # Clamp before the cast: a wild int64 must not wrap around into the valid range.
         assign = assign.clamp(-1, num_tokens).int()
         assign = torch.where(assign < num_tokens, assign, -1).contiguous()
-        offsets, members = torch.ops.tokenops.invert(assign, num_tokens)
+        offsets, members = _backend.serving("invert", assign)(assign, num_tokens)
         return TokenMap(assign, offsets, members, counts)
 
     @staticmethod
@@ -128,7 +128,7 @@ class TokenMap:
                 f"a map of {earlier.assign.shape[0]} images to {earlier.num_tokens} tokens",
             )
         _checks.check_same_device(name, "earlier", earlier.assign, self.assign)
-        compose = torch.ops.tokenops.compose.default
+        compose = _backend.serving("compose", self.assign)
         assign, offsets, members = compose(self.assign, earlier.assign, self.num_tokens)
         return TokenMap(assign, offsets, members, self.counts)
 

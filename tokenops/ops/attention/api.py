@@ -13,13 +13,10 @@ from torch import Tensor
 
 from ... import _backend, _checks
 from ..._library import acc_dtype
-from . import reference, schema  # noqa: F401 - registers the operators
+from . import schema  # noqa: F401 - registers the operators
 
 POLICY_GRADS = ("exact", "kept", "none")
 HEAD_REDUCTIONS = ("mean", "sum", "none")
-
-_policy_attention = torch.ops.tokenops.policy_attention.default
-_attention_scores = torch.ops.tokenops.attention_scores.default
 
 
 @overload
@@ -156,8 +153,7 @@ def policy_attention(
     self_keep = _self_keep(name, self_keep, policy, position, q, k)
     eps = _check_real(name, "eps", eps, minimum=0.0)
     scale = _scale(name, scale, q)
-    serve = reference.policy_attention if _backend.forced_reference(name, q) else _policy_attention
-    out, lse, _, _ = serve(
+    out, lse, _, _ = _backend.serving(name, q)(
         *(q, k, v, *weights, position, self_keep, False, eps, bool(is_causal), policy_grad, scale)
     )
     out = out.transpose(1, 2)
@@ -253,8 +249,7 @@ def attention_scores(
     _checks.check_choice(name, "head_reduce", head_reduce, HEAD_REDUCTIONS)
     eps = _check_real(name, "eps", eps, minimum=0.0)
     scale = _scale(name, scale, q)
-    serve = reference.attention_scores if _backend.forced_reference(name, q) else _attention_scores
-    score: Tensor = serve(
+    score: Tensor = _backend.serving(name, q)(
         *(q, k, query_weight, *weights, position, lse),
         *(self_keep, bool(exclude_self), eps, bool(is_causal), scale, head_reduce),
     )

@@ -12,12 +12,10 @@ from ... import _backend
 from ..._library import acc_dtype, register
 from . import reference
 
-_ops = torch.ops.tokenops
 
-
-def _backward_ops() -> Any:
+def _differentiable(ops: Any) -> Any:
     """The fused backward has no derivative of its own; the formula in PyTorch has."""
-    return reference if torch.is_grad_enabled() else _ops
+    return reference if torch.is_grad_enabled() else ops
 
 
 # ---- policy_attention ----
@@ -57,7 +55,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 
 def _attention_backward(
-    ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Tensor | None
+    ops: Any, ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Tensor | None
 ) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # once: checkpoints of activations do not give them twice
     tensors, (out, *rows) = saved[:7], saved[7:]
@@ -65,9 +63,9 @@ def _attention_backward(
         return (None,) * 13
     if grad is None:
         grad = torch.zeros_like(out)
-    needs = ctx.needs_input_grad
+    needs = ctx.needs
     need_policy = needs[3] and ctx.options[4] != "none"
-    dq, dk, dv, dpolicy, dsize = _backward_ops().policy_attention_backward(
+    dq, dk, dv, dpolicy, dsize = _differentiable(ops).policy_attention_backward(
         grad, grad_lse, *tensors, out, *rows, *ctx.options, needs[2], need_policy, needs[4]
     )
     return (
@@ -172,7 +170,7 @@ def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _scores_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _scores_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """As attention to the gradients, one number per key for its value.
 
     With ``v_j = grad_j`` the rows' outputs ``o_i = sum_j y_ij grad_j`` are the gradients of their
@@ -180,7 +178,7 @@ def _scores_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     gradient ``w_i``.
     """
     q, k, weight, *tensors = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+    needs = ctx.needs
     dtype = acc_dtype(q)  # half precision would round, or lose, the gradients of small attention
     (batch, heads, queries), groups = q.shape[:3], k.shape[1]
     keys, values = k.to(dtype), grad[:, None] if grad.dim() == 2 else grad
@@ -190,7 +188,7 @@ def _scores_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.head_reduce == "mean":
         values = values / heads
     inputs = (q.to(dtype), keys, values, *tensors)
-    rows = _ops.policy_attention(*inputs, *ctx.options)
+    rows = ops.policy_attention(*inputs, *ctx.options)
     dweight = None
     if needs[2]:
         dweight = rows[0][..., 0]  # [B, Nq, H]
@@ -201,7 +199,7 @@ def _scores_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     out_grad = out_grad.to(dtype).expand(batch, queries, heads)[..., None]
     dq = dk = dpolicy = dsize = None
     if needs[0] or needs[1] or needs[3] or needs[4]:
-        dq, dk, _, dpolicy, dsize = _backward_ops().policy_attention_backward(
+        dq, dk, _, dpolicy, dsize = _differentiable(ops).policy_attention_backward(
             out_grad, None, *inputs, *rows, *ctx.options, False, needs[3], needs[4]
         )
         dk = dk.unflatten(2, (groups, -1)).sum(3) if dk.shape[2] > groups else dk

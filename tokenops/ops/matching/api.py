@@ -12,13 +12,11 @@ from torch import Tensor
 from ... import _backend, _checks
 from ...splits import Explicit, ResolvedSplit, Split, Strided
 from ...token_map import TokenMap
-from . import reference, schema  # noqa: F401 - registers the operators
+from . import schema  # noqa: F401 - registers the operators
 
 SIMILARITIES = ("cosine", "dot")
 ORDERS = ("position", "tome")
 
-_nearest = torch.ops.tokenops.nearest.default
-_match = torch.ops.tokenops.match.default
 _ALTERNATE = Strided(2)
 
 
@@ -79,9 +77,7 @@ def nearest(
             _checks.check_bool("nearest", argument, mask)
             _checks.check_shape("nearest", argument, mask, [(rows.shape[0], rows.shape[-2])])
             _checks.check_same_device("nearest", argument, mask, a)
-    if _backend.forced_reference("nearest", a):
-        return reference.nearest(a, b, a_mask, b_mask, similarity)
-    score, index = _nearest(a, b, a_mask, b_mask, similarity)
+    score, index = _backend.serving("nearest", a)(a, b, a_mask, b_mask, similarity)
     return score, index
 
 
@@ -174,8 +170,7 @@ def match(
         order,
         similarity,
     )
-    serve = reference.match if _backend.forced_reference("match", metric) else _match
-    assign, offsets, members, counts = serve(*arguments)
+    assign, offsets, members, counts = _backend.serving("match", metric)(*arguments)
     return TokenMap(assign, offsets, members, None if threshold is None else counts)
 
 

@@ -14,9 +14,6 @@ from ..._library import acc_dtype, register
 from ..merging import schema as _merging  # noqa: F401 - registers what the backward calls
 from . import reference
 
-_ops = torch.ops.tokenops
-
-
 # ---- nearest ----
 
 
@@ -37,25 +34,25 @@ def _nearest_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(a, b, *output)
 
 
-def _nearest_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+def _nearest_backward(ops: Any, ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     a, b, score, index = ctx.saved_tensors
     index = torch.where(score == -math.inf, -1, index)  # no finite similarity, no gradient
     rows_a, rows_b = reference.metric_rows(a), reference.metric_rows(b)  # [B, Na, D], [B, Nb, D]
     # The chosen pairs are a token map from the rows of a to those of b.
-    pairs = index, *_ops.invert(index, rows_b.shape[1])
+    pairs = index, *ops.invert(index, rows_b.shape[1])
     if ctx.similarity == "cosine":
         unit_a, inverse_a = map(_finite, reference.unit_rows(rows_a))
         unit_b, inverse_b = map(_finite, reference.unit_rows(rows_b))
     else:
         unit_a, unit_b = _finite(rows_a), _finite(rows_b)
     grad_a = grad_b = None
-    if ctx.needs_input_grad[0]:
-        grad_a = _ops.unmerge(unit_b, *pairs, grad, None, None, False)
+    if ctx.needs[0]:
+        grad_a = ops.unmerge(unit_b, *pairs, grad, None, None, False)
         if ctx.similarity == "cosine":
             grad_a = _through_normalization(grad_a, unit_a, inverse_a)
         grad_a = _through_metric(grad_a, a)
-    if ctx.needs_input_grad[1]:
-        grad_b = _ops.merge(unit_a, *pairs, grad, None, "sum")
+    if ctx.needs[1]:
+        grad_b = ops.merge(unit_a, *pairs, grad, None, "sum")
         if ctx.similarity == "cosine":
             grad_b = _through_normalization(grad_b, unit_b, inverse_b)
         grad_b = _through_metric(grad_b, b)

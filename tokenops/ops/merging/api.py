@@ -12,15 +12,9 @@ from torch import Tensor
 from ... import _backend, _checks
 from ..._library import acc_dtype
 from ...token_map import TokenMap
-from . import reference, schema  # noqa: F401 - registers the operators
+from . import schema  # noqa: F401 - registers the operators
 
 REDUCTIONS = ("sum", "mean", "amax", "amin", "prod")
-
-_merge = torch.ops.tokenops.merge.default
-_merge_wavg = torch.ops.tokenops.merge_wavg.default
-_merge_many = torch.ops.tokenops.merge_many.default
-_unmerge = torch.ops.tokenops.unmerge.default
-_unmerge_many = torch.ops.tokenops.unmerge_many.default
 
 
 @overload
@@ -87,9 +81,7 @@ def merge(
         if reduce != "sum":
             x, weight = (x * weight[..., None]).to(x.dtype), None
     index = token_map.assign, token_map.offsets, token_map.members
-    if _backend.forced_reference("merge", x):
-        return reference.merge(x, *index, weight, None, reduce)
-    out: Tensor = _merge(x, *index, weight, None, reduce)
+    out: Tensor = _backend.serving("merge", x)(x, *index, weight, None, reduce)
     return out
 
 
@@ -202,9 +194,7 @@ def unmerge(
             dtype = torch.promote_types(y.dtype, residual.dtype)
             y, residual = y.to(dtype), residual.to(dtype)
     index = token_map.assign, token_map.offsets, token_map.members
-    if _backend.forced_reference("unmerge", y):
-        return reference.unmerge(y, *index, None, None, residual, False)
-    out: Tensor = _unmerge(y, *index, None, None, residual, False)
+    out: Tensor = _backend.serving("unmerge", y)(y, *index, None, None, residual, False)
     return out
 
 
@@ -218,7 +208,8 @@ def _merge_all(
     if weight is not None:
         weight = _per_token("merge", "weight", weight, x[0])
     index = token_map.assign, token_map.offsets, token_map.members
-    out: list[Tensor] = _merge_many(list(x), *index, weight, reduce)
+    serve = _backend.serving("merge_many", x[0])
+    out: list[Tensor] = serve(list(x), *index, weight, reduce)
     return out
 
 
@@ -227,7 +218,8 @@ def _unmerge_all(y: Sequence[Tensor], token_map: TokenMap) -> list[Tensor]:
     if _each_alone("unmerge", y):
         return [unmerge(t, token_map) for t in y]
     index = token_map.assign, token_map.offsets, token_map.members
-    out: list[Tensor] = _unmerge_many(list(y), *index, None, False)
+    serve = _backend.serving("unmerge_many", y[0])
+    out: list[Tensor] = serve(list(y), *index, None, False)
     return out
 
 
@@ -242,7 +234,7 @@ def _check_all(
 
 def _each_alone(name: str, tensors: Sequence[Tensor]) -> bool:
     """Whether tensors can't share a launch: other dtypes, the reference, or sharded ones."""
-    if len(tensors) < 2 or _backend.forced_reference(name, tensors[0]):
+    if len(tensors) < 2 or _backend.serves_reference(name, tensors[0]):
         return True
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     return not plain or any(t.dtype != tensors[0].dtype for t in tensors)
@@ -252,9 +244,7 @@ def _weighted_mean(
     name: str, x: Tensor, token_map: TokenMap, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     index = token_map.assign, token_map.offsets, token_map.members
-    if _backend.forced_reference(name, x):
-        return reference.merge_wavg(x, *index, weight)
-    out, total = _merge_wavg(x, *index, weight)
+    out, total = _backend.serving("merge_wavg", x)(x, *index, weight)
     return out, total
 
 

@@ -19,19 +19,16 @@ from ... import _backend
 from ..._library import acc_dtype, register
 from . import reference
 
-_ops = torch.ops.tokenops
 
-
-def _per_output(value: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
+def _per_output(ops: Any, value: Tensor, index: list[Tensor]) -> Tensor:
     """Spread a number per output token [B, M] to its members [B, N]."""
-    rows = value[..., None]
-    out: Tensor = _ops.unmerge(rows, assign, offsets, members, None, None, None, False)
+    out: Tensor = ops.unmerge(value[..., None], *index, None, None, None, False)
     return out[..., 0]
 
 
-def _per_input(value: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
+def _per_input(ops: Any, value: Tensor, index: list[Tensor]) -> Tensor:
     """Sum a number per input token [B, N] over each output token's members [B, M]."""
-    out: Tensor = _ops.merge(value[..., None], assign, offsets, members, None, None, "sum")
+    out: Tensor = ops.merge(value[..., None], *index, None, None, "sum")
     return out[..., 0]
 
 
@@ -87,40 +84,40 @@ def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.reduce = reduce
     selects = reduce in ("amax", "amin", "prod")
     # The backward of sum and mean needs x for the gradient of weight and scale alone.
-    keep_x = selects or any(ctx.needs_input_grad[4:6])
+    keep_x = selects or any(ctx.needs[4:6])
     ctx.save_for_backward(
         x if keep_x else None, output if selects else None, assign, offsets, members, weight, scale
     )
 
 
-def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _merge_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, out, *index, weight, scale = ctx.saved_tensors
-    needs_x, _, _, _, needs_weight, needs_scale, _ = ctx.needs_input_grad
+    needs = ctx.needs
     grad_x = grad_weight = grad_scale = None
     if ctx.reduce == "mean":
-        grad_x = _ops.unmerge(grad, *index, None, None, None, True)
+        grad_x = ops.unmerge(grad, *index, None, None, None, True)
     elif ctx.reduce == "sum":
-        if needs_x:
-            grad_x = _ops.unmerge(grad, *index, weight, scale, None, False)
-        if needs_weight or needs_scale:
-            grad_weight, grad_scale = _factor_grads(x, grad, index, weight, scale)
-    elif needs_x:
+        if needs[0]:
+            grad_x = ops.unmerge(grad, *index, weight, scale, None, False)
+        if needs[4] or needs[5]:
+            grad_weight, grad_scale = _factor_grads(ops, x, grad, index, weight, scale)
+    elif needs[0]:
         # The fused kernel has no derivative of its own; the formula in PyTorch has.
-        source: Any = reference if torch.is_grad_enabled() else _ops
+        source: Any = reference if torch.is_grad_enabled() else ops
         grad_x = source.merge_select_backward(grad, x, out, *index, ctx.reduce)
     return grad_x, None, None, None, grad_weight, grad_scale, None
 
 
 def _factor_grads(
-    x: Tensor, y: Tensor, index: list[Tensor], weight: Tensor | None, scale: Tensor | None
+    ops: Any, x: Tensor, y: Tensor, index: list[Tensor], weight: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Derivatives of the trilinear form with respect to weight [B, N] and scale [B, M]."""
-    dot = _ops.pair_dot(x, y, *index)  # [B, N]
+    dot = ops.pair_dot(x, y, *index)  # [B, N]
     grad_weight = grad_scale = None
     if weight is not None:
-        grad_weight = dot if scale is None else dot * _per_output(scale, *index)
+        grad_weight = dot if scale is None else dot * _per_output(ops, scale, index)
     if scale is not None:
-        grad_scale = _per_input(dot if weight is None else dot * weight, *index)
+        grad_scale = _per_input(ops, dot if weight is None else dot * weight, index)
     return grad_weight, grad_scale
 
 
@@ -174,20 +171,20 @@ def _unmerge_fake(
 def _unmerge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y, assign, offsets, members, weight, scale, _, mean = inputs
     ctx.mean = mean
-    keep_y = any(ctx.needs_input_grad[4:6])
+    keep_y = any(ctx.needs[4:6])
     ctx.save_for_backward(y if keep_y else None, assign, offsets, members, weight, scale)
 
 
-def _unmerge_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _unmerge_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     y, *index, weight, scale = ctx.saved_tensors
-    needs_y, _, _, _, needs_weight, needs_scale, needs_residual, _ = ctx.needs_input_grad
+    needs = ctx.needs
     grad_y = grad_weight = grad_scale = None
-    if needs_y:
+    if needs[0]:
         reduce = "mean" if ctx.mean else "sum"
-        grad_y = _ops.merge(grad, *index, weight, scale, reduce)
-    if needs_weight or needs_scale:
-        grad_weight, grad_scale = _factor_grads(grad, y, index, weight, scale)
-    grad_residual = grad if needs_residual else None
+        grad_y = ops.merge(grad, *index, weight, scale, reduce)
+    if needs[4] or needs[5]:
+        grad_weight, grad_scale = _factor_grads(ops, grad, y, index, weight, scale)
+    grad_residual = grad if needs[6] else None
     return grad_y, None, None, None, grad_weight, grad_scale, grad_residual, None
 
 
@@ -216,34 +213,29 @@ def _merge_many_fake(
     return [_merge_fake(t, assign, offsets, members, weight, None, reduce) for t in x]
 
 
-def _learns(weight: Tensor | None) -> bool:
-    """What needs_input_grad says, which counts the tensors of a list one by one at this point."""
-    return weight is not None and weight.requires_grad
-
-
 def _merge_many_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, assign, offsets, members, weight, reduce = inputs
     ctx.reduce, ctx.count = reduce, len(x)
     selects = reduce in ("amax", "amin", "prod")
     # As for one tensor: x for what selects, and for the gradient of the weights.
-    kept = x if selects or _learns(weight) else ()
+    kept = x if selects or ctx.needs[4] else ()
     ctx.save_for_backward(assign, offsets, members, weight, *kept, *(output if selects else ()))
 
 
-def _merge_many_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _merge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     assign, offsets, members, weight, *rest = ctx.saved_tensors
     index = assign, offsets, members
     x, out = rest[: ctx.count], rest[ctx.count :]
     grad_x, grad_weight = [None] * ctx.count, None
     if ctx.reduce == "mean":
-        grad_x = _ops.unmerge_many(grads, *index, None, True)
+        grad_x = ops.unmerge_many(grads, *index, None, True)
     elif ctx.reduce == "sum":
-        if any(ctx.needs_input_grad[0]):
-            grad_x = _ops.unmerge_many(grads, *index, weight, False)
-        if ctx.needs_input_grad[4]:
-            grad_weight = sum(_ops.pair_dot(t, g, *index) for t, g in zip(x, grads, strict=True))
+        if any(ctx.needs[0]):
+            grad_x = ops.unmerge_many(grads, *index, weight, False)
+        if ctx.needs[4]:
+            grad_weight = sum(ops.pair_dot(t, g, *index) for t, g in zip(x, grads, strict=True))
     else:
-        source: Any = reference if torch.is_grad_enabled() else _ops
+        source: Any = reference if torch.is_grad_enabled() else ops
         grad_x = [
             source.merge_select_backward(g, t, o, *index, ctx.reduce)
             for g, t, o in zip(grads, x, out, strict=True)
@@ -275,18 +267,18 @@ def _unmerge_many_fake(
 def _unmerge_many_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     y, assign, offsets, members, weight, mean = inputs
     ctx.mean = mean
-    kept = y if _learns(weight) else ()
+    kept = y if ctx.needs[4] else ()
     ctx.save_for_backward(assign, offsets, members, weight, *kept)
 
 
-def _unmerge_many_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _unmerge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     assign, offsets, members, weight, *y = ctx.saved_tensors
     index = assign, offsets, members
     grad_y, grad_weight = [None] * len(grads), None
-    if any(ctx.needs_input_grad[0]):
-        grad_y = _ops.merge_many(grads, *index, weight, "mean" if ctx.mean else "sum")
-    if ctx.needs_input_grad[4]:
-        grad_weight = sum(_ops.pair_dot(g, t, *index) for t, g in zip(y, grads, strict=True))
+    if any(ctx.needs[0]):
+        grad_y = ops.merge_many(grads, *index, weight, "mean" if ctx.mean else "sum")
+    if ctx.needs[4]:
+        grad_weight = sum(ops.pair_dot(g, t, *index) for t, g in zip(y, grads, strict=True))
     return grad_y, None, None, None, grad_weight, None
 
 
@@ -313,13 +305,13 @@ def _pair_dot_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _pair_dot_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _pair_dot_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, y, *index = ctx.saved_tensors
     grad_x = grad_y = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _ops.unmerge(y, *index, grad, None, None, False)
-    if ctx.needs_input_grad[1]:
-        grad_y = _ops.merge(x, *index, grad, None, "sum")
+    if ctx.needs[0]:
+        grad_x = ops.unmerge(y, *index, grad, None, None, False)
+    if ctx.needs[1]:
+        grad_y = ops.merge(x, *index, grad, None, "sum")
     return grad_x, grad_y, None, None, None
 
 
@@ -345,24 +337,26 @@ def _merge_wavg_fake(
 def _merge_wavg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, assign, offsets, members, size = inputs
     # Only the gradient of the sizes needs x, and without it sizes must not hold on to the graph.
-    needs_size = ctx.needs_input_grad[4]
+    needs_size = ctx.needs[4]
     if not needs_size:
         ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x if needs_size else None, output[1], assign, offsets, members, size)
 
 
-def _merge_wavg_backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
+def _merge_wavg_backward(ops: Any, ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
     x, total, *index, size = ctx.saved_tensors
     empty = total == 0
     scale = torch.where(empty, 0, 1 / torch.where(empty, 1, total))  # [B, M]
     grad_x = grad_size = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _ops.unmerge(grad, *index, size, scale, None, False)
-    if ctx.needs_input_grad[4]:
+    if ctx.needs[0]:
+        grad_x = ops.unmerge(grad, *index, size, scale, None, False)
+    if ctx.needs[4]:
         # d out / d size_n = (x_n - out) / total, with out from x again: the result was rounded.
-        dot = _ops.pair_dot(x, grad, *index)  # [B, N]
-        excess = _per_input(dot * size, *index) * scale * scale  # [B, M]
-        grad_size = dot * _per_output(scale, *index) + _per_output(grad_total - excess, *index)
+        dot = ops.pair_dot(x, grad, *index)  # [B, N]
+        excess = _per_input(ops, dot * size, index) * scale * scale  # [B, M]
+        grad_size = dot * _per_output(ops, scale, index) + _per_output(
+            ops, grad_total - excess, index
+        )
     return grad_x, None, None, None, grad_size
 
 
