@@ -79,7 +79,15 @@ CASES = {
     "match: r float": (match(r=2.0), TypeError, "match: r", "an int", "float"),
     "match: r bool": (match(r=True), TypeError, "match: r", "an int", "bool"),
     "match: r None": (match(r=None), TypeError, "match: r", "an int", "NoneType"),
-    "match: r tensor": (match(r=torch.tensor(2)), TypeError, "match: r", "an int"),
+    "match: r float tensor": (match(r=torch.tensor(2.0)), TypeError, "match: r", "float32"),
+    "match: r bool tensor": (match(r=torch.tensor(True)), TypeError, "match: r", "bool"),
+    "match: r 1-D": (match(r=torch.tensor([2])), TypeError, "match: r", "without dimensions"),
+    "match: r negative tensor": (match(r=torch.tensor(-1)), ValueError, "match: r", "int -1"),
+    "match: r NumPy bool": (match(r=np.True_), TypeError, "match: r", "an int"),
+    "match: r NumPy float": (match(r=np.float32(2)), TypeError, "match: r", "an int"),
+    "match: r array": (match(r=np.array([2])), TypeError, "match: r", "an int"),
+    "match: r meta": (match(r=torch.tensor(2, device="meta")), TypeError, "match: r", "meta"),
+    "match: NumPy": (match(METRIC.numpy()), TypeError, "match: metric", "ndarray"),
     "match: r str": (match(r="2"), TypeError, "match: r", "an int", "str"),
     "match: prefix negative": (match(num_prefix=-1), ValueError, "match: num_prefix", ">= 0"),
     "match: prefix > N": (match(num_prefix=9), ValueError, "match: num_prefix", "8", "9"),
@@ -413,6 +421,18 @@ CASES = {
     "counts: int": (from_assign(counts=3), TypeError, "from_assign: counts", "int 3"),
     "counts: shape": (from_assign(counts=SOURCES), ValueError, "from_assign: counts", "[2]"),
     "counts: 2-D": (from_assign(counts=LABELS), ValueError, "from_assign: counts", "1-D"),
+    "counts: negative": (
+        from_assign(counts=torch.tensor([-1, 5])), ValueError, "from_assign: counts", "[0, 6)",
+    ),
+    "counts: beyond": (
+        from_assign(counts=torch.tensor([5, 6])), ValueError, "from_assign: counts", "5 to 6",
+    ),
+    "counts: wrap": (
+        from_assign(counts=torch.tensor([5, 2**32])), ValueError, "counts", "4294967296",
+    ),
+    "counts: members of padding": (
+        from_assign(counts=torch.tensor([5, 3])), ValueError, "assign", "counts[1] is 3",
+    ),
     "compose: tensor": (lambda: MAP.compose(LABELS), TypeError, "TokenMap.compose: earlier"),
     "compose: order": (lambda: MAP.compose(MAP), ValueError, "compose: earlier", "8 tokens"),
     "compose: batch": (
@@ -482,6 +502,8 @@ def test_integers_of_other_libraries(backend, device):
     """Whatever can be an index is an int, as in Python itself."""
     token_map = tokenops.match(METRIC.to(device), np.int64(2), num_prefix=np.int32(1))
     assert token_map.num_tokens == N - 2
+    two = torch.tensor(2, dtype=torch.uint8, device=device)
+    assert tokenops.match(METRIC.to(device), two, num_prefix=two).num_tokens == N - 2
     assert TokenMap.from_assign(LABELS.to(device), np.int16(M)).num_tokens == M
     assert isinstance(tokenops.strided(np.int64(3)).k, int)
 

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import reprlib
 from collections.abc import Sequence
+from numbers import Real
 from operator import index
 from typing import Any
 
@@ -15,15 +18,58 @@ from torch import Tensor
 #: device under ``TOKENOPS_DEBUG=1``.
 DEBUG = os.environ.get("TOKENOPS_DEBUG", "0") not in ("", "0")
 
+FLOATING_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 INDEX_DTYPES = (torch.int32, torch.int64)
+
+_STRIDED = torch.strided
+_DENSE = "a dense tensor (torch.strided, not nested)"
+
+#: Characters that a message spends on a value at most.
+LONGEST = 80
+
+
+class _Brief(reprlib.Repr):
+    """Writes a few entries of a container and of these few levels; tensors by their shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = self.maxlong = LONGEST
+
+    def repr1(self, x: Any, level: int) -> str:
+        return describe_tensor(x) if isinstance(x, Tensor) else super().repr1(x, level)
+
+
+_brief = _Brief()
+
+
+def describe_tensor(x: Tensor) -> str:
+    """Dtype, layout, shape and device: nothing that would wait for the device."""
+    kind = str(x.dtype).removeprefix("torch.")
+    if x.is_nested:
+        kind = f"nested {kind}"
+    elif x.layout is not torch.strided:
+        kind = f"{str(x.layout).removeprefix('torch.')} {kind}"
+    # A nested tensor that is not jagged has no shape.
+    shape = "" if x.is_nested and x.layout is torch.strided else f" of shape {list(x.shape)}"
+    return f"a {kind} tensor{shape} on {x.device}"
+
+
+def brief(value: object) -> str:
+    """A value in one line of at most 80 characters."""
+    try:
+        text = _brief.repr(value)
+    except Exception:  # whatever a user's __repr__ raises, it must not hide the message
+        text = object.__repr__(value)
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def describe(value: object) -> str:
     """What came, in words: dtype, shape and device of a tensor, type and value of the rest."""
     if isinstance(value, Tensor):
-        kind = str(value.dtype).removeprefix("torch.")
-        return f"a {kind} tensor of shape {list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+        return describe_tensor(value)
+    return f"{type(value).__name__} {brief(value)}"
 
 
 def type_error(operator: str, argument: str, expected: str, got: object) -> TypeError:
@@ -39,20 +85,36 @@ def value_error(operator: str, argument: str, expected: str, got: object) -> Val
     return value_mismatch(operator, argument, expected, describe(got))
 
 
-def check_floating(operator: str, argument: str, value: object, dims: Sequence[int]) -> None:
-    """A floating-point tensor (half, bfloat16, single or double) of one of the given ranks."""
-    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-        raise type_error(operator, argument, "a floating-point tensor", value)
-    if value.dtype.itemsize == 1:
-        raise type_error(operator, argument, "float16, bfloat16, float32 or float64", value)
+def check_dense(operator: str, argument: str, value: Tensor) -> None:
+    """A tensor with strides: neither nested nor sparse."""
+    if value.is_nested or value.layout is not _STRIDED:
+        raise type_error(operator, argument, _DENSE, value)
+
+
+def check_rank(operator: str, argument: str, value: Tensor, dims: Sequence[int]) -> None:
     if value.dim() not in dims:
         ranks = " or ".join(f"{d}-D" for d in dims)
         raise value_error(operator, argument, ranks, value)
 
 
+def check_floating(operator: str, argument: str, value: object, dims: Sequence[int]) -> None:
+    """A floating-point tensor (half, bfloat16, single or double) of one of the given ranks."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATING_DTYPES:
+        expected = "a floating-point tensor"
+        if isinstance(value, Tensor) and value.dtype.is_floating_point:  # of eight bits or fewer
+            expected = "float16, bfloat16, float32 or float64"
+        raise type_error(operator, argument, expected, value)
+    if value.is_nested or value.layout is not _STRIDED:
+        raise type_error(operator, argument, _DENSE, value)
+    if value.dim() not in dims:
+        check_rank(operator, argument, value, dims)
+
+
 def check_bool(operator: str, argument: str, value: object) -> None:
-    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+    if not isinstance(value, Tensor) or value.dtype is not torch.bool:
         raise type_error(operator, argument, "a bool tensor", value)
+    if value.is_nested or value.layout is not _STRIDED:
+        raise type_error(operator, argument, _DENSE, value)
 
 
 def check_shape(
@@ -72,15 +134,49 @@ def check_same_device(operator: str, argument: str, value: Tensor, other: Tensor
         raise value_error(operator, argument, f"on {other.device}", value)
 
 
-def check_int(operator: str, argument: str, value: object, minimum: int = 0) -> int:
-    """An integer (NumPy's too, a symbolic one while tracing), not a bool, at least ``minimum``."""
+def check_int(operator: str, argument: str, value: object, minimum: int | None = 0) -> int:
+    """An integer that is no bool, at least ``minimum``; the rule for all counts of all operators.
+
+    That is an int, a NumPy integer, an integer tensor without dimensions, a symbolic integer, or
+    anything else with ``__index__``. A tensor on another device than the CPU is read, which waits
+    for that device; one whose value does not exist yet, since it is being traced, is an error.
+    """
     if type(value) is not int and not isinstance(value, torch.SymInt):
-        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-            raise type_error(operator, argument, "an int", value)
-        value = index(value)
-    if value < minimum:
+        value = _read_int(operator, argument, value)
+    if minimum is not None and value < minimum:
         raise value_error(operator, argument, f">= {minimum}", value)
     return value  # type: ignore[return-value]
+
+
+def _read_int(operator: str, argument: str, value: object) -> int:
+    expected = "an int"
+    if isinstance(value, Tensor):
+        dtype = value.dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or value.dim() > 0:
+            expected = "an int or an integer tensor without dimensions"
+            raise type_error(operator, argument, expected, value)
+        # Under torch.jit.trace the value is known, and becomes a constant.
+        expected = "an int while it is traced or transformed, where a tensor has no value"
+        if torch.compiler.is_compiling():
+            raise type_error(operator, argument, expected, value)
+    elif isinstance(value, bool):
+        raise type_error(operator, argument, expected, value)
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # of a NumPy bool; of fake and transformed tensors
+        raise type_error(operator, argument, expected, value) from None
+
+
+def check_real(operator: str, argument: str, value: object, minimum: float = -math.inf) -> float:
+    """A finite number that is no bool, at least ``minimum``."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
+        raise type_error(operator, argument, "a float", value)
+    number = float(value)
+    # Traced with a symbolic number, unlike math.isfinite.
+    if not (-math.inf < number < math.inf and number >= minimum):
+        expected = "finite" if minimum == -math.inf else f"finite and >= {minimum}"
+        raise value_error(operator, argument, expected, number)
+    return number
 
 
 def check_choice(operator: str, argument: str, value: object, choices: Sequence[str]) -> None:
@@ -108,10 +204,17 @@ def holds(condition: Tensor) -> bool:
     return read(condition) != 0
 
 
-def check_index(operator: str, argument: str, value: object, dims: Sequence[int]) -> None:
-    """An int32 or int64 tensor of one of the given ranks."""
+def check_index(operator: str, argument: str, value: object, dims: Sequence[int] | None) -> None:
+    """An int32 or int64 tensor of one of the given ranks, or of any."""
     if not isinstance(value, Tensor) or value.dtype not in INDEX_DTYPES:
         raise type_error(operator, argument, "an int32 or int64 tensor", value)
-    if value.dim() not in dims:
-        ranks = " or ".join(f"{d}-D" for d in dims)
-        raise value_error(operator, argument, ranks, value)
+    check_dense(operator, argument, value)
+    if dims is not None:
+        check_rank(operator, argument, value, dims)
+
+
+def check_range(operator: str, argument: str, value: Tensor, low: int, end: int) -> None:
+    """Integers in [low, end), where reading them neither waits nor fails."""
+    if values_visible(value) and not holds(((value >= low) & (value < end)).all()):
+        got = f"values from {int(value.min())} to {int(value.max())}"
+        raise value_mismatch(operator, argument, f"in [{low}, {end})", got)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -73,15 +72,13 @@ def prune(
     num_prefix = _check_scores("prune", scores, num_prefix)
     keep = _check_keep("prune", "keep", keep, scores, num_prefix)
     _checks.check_choice("prune", "order", order, ORDERS)
-    batch, tokens = scores.shape
+    tokens = scores.shape[1]
     free = tokens - num_prefix
-    limit = keep[:, None] if isinstance(keep, Tensor) else keep
-    rank = _ranks(scores, num_prefix)  # [B, N - P]
+    limit = num_prefix + (keep[:, None] if isinstance(keep, Tensor) else keep)
+    rank = _ranks(scores, num_prefix)  # [B, N]
     kept = rank < limit
-    place = rank if order == "score" else kept.cumsum(1) - 1
-    rest = num_prefix + limit if fuse else -1
-    prefix = torch.arange(num_prefix, device=scores.device).expand(batch, -1)
-    assign = torch.cat([prefix, torch.where(kept, num_prefix + place, rest)], dim=1).int()
+    place = rank if order == "score" else kept.cumsum(1, dtype=torch.int32) - 1
+    assign = torch.where(kept, place, limit if fuse else -1).int()
     counts = None
     if isinstance(keep, Tensor):
         num_tokens, counts = tokens, (num_prefix + keep + (keep < free if fuse else 0)).int()
@@ -143,7 +140,7 @@ def gumbel_keep(
         _checks.check_floating(name, "prev", prev, dims=(3,))
         _checks.check_shape(name, "prev", prev, [(batch, tokens, 1)])
         _checks.check_same_device(name, "prev", prev, logits)
-    tau = _check_real(name, "tau", tau)
+    tau = _checks.check_real(name, "tau", tau)
     if tau <= 0:
         raise _checks.value_error(name, "tau", "above 0", tau)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -194,7 +191,8 @@ def topk_keep(scores: Tensor, k: int | Tensor, *, num_prefix: int = 0) -> Tensor
     """
     num_prefix = _check_scores("topk_keep", scores, num_prefix)
     k = _check_keep("topk_keep", "k", k, scores, num_prefix)
-    kept = _ranks(scores, num_prefix) < (k[:, None] if isinstance(k, Tensor) else k)
+    limit = num_prefix + (k[:, None] if isinstance(k, Tensor) else k)
+    kept = (_ranks(scores, num_prefix) < limit)[:, num_prefix:]
     free = scores[:, num_prefix:]
     free = torch.where(free.isfinite(), free, 0)  # infinity minus infinity would be NaN
     decision = kept.to(scores.dtype) + (free - free.detach())
@@ -259,7 +257,7 @@ def keep_ratio_loss(
         _checks.check_floating(name, "decisions", decision, dims=(2, 3))
         if decision.dim() == 3:
             _checks.check_shape(name, "decisions", decision, [(*decision.shape[:2], 1)])
-        ratio = _check_real(name, "ratios", ratio)
+        ratio = _checks.check_real(name, "ratios", ratio)
         if not 0 <= ratio <= 1:
             raise _checks.value_error(name, "ratios", "in [0, 1]", ratio)
         shares = _mean(decision.flatten(1).to(acc_dtype(decision)), 1)  # [B]
@@ -276,12 +274,16 @@ def _mean(x: Tensor, dim: int) -> Tensor:
 
 
 def _ranks(scores: Tensor, num_prefix: int) -> Tensor:
-    """Place [B, N - P] of each token outside the prefix in descending order of scores."""
-    scores = scores.detach()[:, num_prefix:]
+    """Place of each token in descending order of scores, prefix first: int32 [B, N]."""
+    scores = scores.detach()
+    if num_prefix > 0:
+        first = torch.full_like(scores[:, :num_prefix], math.inf)
+        scores = torch.cat([first, scores[:, num_prefix:]], dim=1)
     # Ascending sorts put NaN last; where negation turned its sign, a radix sort might not.
     order = torch.where(scores.isnan(), math.nan, -scores).argsort(dim=1, stable=True)
-    place = torch.arange(order.shape[1], device=order.device)
-    return torch.empty_like(order).scatter(1, order, place.expand_as(order))
+    # The members of a map that is a permutation are the inverse permutation.
+    rank: Tensor = torch.ops.tokenops.invert(order.int(), order.shape[1])[1]
+    return rank
 
 
 def _gumbel_like(logits: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -309,7 +311,7 @@ def _check_keep(
 ) -> int | Tensor:
     """The number of tokens to keep, clamped to those there are."""
     free = scores.shape[1] - num_prefix
-    if not isinstance(keep, Tensor):
+    if not isinstance(keep, Tensor) or keep.dim() == 0:
         return min(_checks.check_int(name, argument, keep), free)
     _checks.check_index(name, argument, keep, dims=(1,))
     _checks.check_shape(name, argument, keep, [(scores.shape[0],)])
@@ -317,12 +319,3 @@ def _check_keep(
     if _checks.values_visible(keep) and not _checks.holds((keep >= 0).all()):
         raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"{int(keep.min())} in it")
     return keep.clamp(0, free)
-
-
-def _check_real(name: str, argument: str, value: object) -> float:
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
-        raise _checks.type_error(name, argument, "a float", value)
-    value = float(value)
-    if not -math.inf < value < math.inf:  # traced with a symbolic number, unlike math.isfinite
-        raise _checks.value_error(name, argument, "finite", value)
-    return value

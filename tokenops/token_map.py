@@ -71,28 +71,33 @@ class TokenMap:
 
         Raises:
             TypeError: If ``assign`` or ``counts`` is no integer tensor or ``num_tokens`` no int.
-            ValueError: If a shape is wrong or an index lies outside ``[-1, num_tokens)``. On
-                devices where reading values would synchronize, such an index drops the token
-                instead, unless ``TOKENOPS_DEBUG=1``.
+            ValueError: If a shape is wrong, a count lies outside ``[0, num_tokens]`` or an index
+                outside ``[-1, num_tokens)``, or, with counts, outside ``[-1, counts[b])``: padding
+                has no members. On devices where reading values would synchronize, such a count is
+                clamped and such an index drops the token, unless ``TOKENOPS_DEBUG=1``.
         """
         name = "TokenMap.from_assign"
         num_tokens = _checks.check_int(name, "num_tokens", num_tokens)
         _checks.check_index(name, "assign", assign, dims=(2,))
-        if _checks.values_visible(assign):
-            inside = ((assign >= -1) & (assign < num_tokens)).all()
-            if not _checks.holds(inside):
-                low, high = int(assign.min()), int(assign.max())
-                raise _checks.value_mismatch(
-                    name, "assign", f"in [-1, {num_tokens})", f"values from {low} to {high}"
-                )
+        limit: Tensor | int = num_tokens
         if counts is not None:
             _checks.check_index(name, "counts", counts, dims=(1,))
             _checks.check_shape(name, "counts", counts, [(assign.shape[0],)])
             _checks.check_same_device(name, "counts", counts, assign)
-            counts = counts.int()
-        # Clamp before the cast: a wild int64 must not wrap around into the valid range.
+            _checks.check_range(name, "counts", counts, 0, num_tokens + 1)
+            # Clamp before the cast: a wild int64 must not wrap around into the valid range.
+            counts = counts.clamp(0, num_tokens).int()
+            limit = counts[:, None]
+        _checks.check_range(name, "assign", assign, -1, num_tokens)
+        if counts is not None and _checks.values_visible(assign):
+            padding = assign >= limit
+            if not _checks.holds(~padding.any()):
+                image = int(padding.any(1).int().argmax())
+                expected = "below counts[b] in each image b, since padding has no members"
+                got = f"{int(assign[image].max())} where counts[{image}] is {int(counts[image])}"
+                raise _checks.value_mismatch(name, "assign", expected, got)
         assign = assign.clamp(-1, num_tokens).int()
-        assign = torch.where(assign < num_tokens, assign, -1).contiguous()
+        assign = torch.where(assign < limit, assign, -1).contiguous()
         offsets, members = _backend.serving("invert", assign)(assign, num_tokens)
         return TokenMap(assign, offsets, members, counts)
 
@@ -134,19 +139,36 @@ class TokenMap:
 
     def source_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense 0/1 matrix ``[B, M, N]`` of which input is in which output (ToMe's source)."""
-        index = torch.arange(self.num_tokens, dtype=torch.int32, device=self.assign.device)
-        return (self.assign[:, None, :] == index[None, :, None]).to(dtype)
+        return (self.assign[:, None, :] + 1 == self._places()[:, :, None]).to(dtype)
 
-    def to(self, device: torch.device | str) -> TokenMap:
-        """The same map on another device."""
-        return pytree.tree_map_only(Tensor, lambda t: t.to(device), self)  # type: ignore[no-any-return]
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> TokenMap:
+        """The same map on another device.
+
+        Args:
+            device: Where it goes.
+            non_blocking: Whether the copy may run beside the host, as in :meth:`torch.Tensor.to`.
+
+        Returns:
+            The map; its tensors are the same ones where they are there already.
+
+        Raises:
+            TypeError: If ``device`` is anything else, such as a dtype: a map stays int32.
+        """
+        if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
+            raise _checks.type_error("TokenMap.to", "device", "a device (maps stay int32)", device)
+        return pytree.tree_map_only(  # type: ignore[no-any-return]
+            Tensor, lambda t: t.to(device, non_blocking=non_blocking), self
+        )
 
     def key_mask(self) -> Tensor:
         """Bool ``[B, M]``: true for live output tokens, false for padding."""
-        index = torch.arange(self.num_tokens, dtype=torch.int32, device=self.assign.device)
         if self.counts is None:
-            return torch.ones_like(index, dtype=torch.bool).expand(self.assign.shape[0], -1)
-        return index < self.counts[:, None]
+            return torch.ones_like(self.offsets[:, 1:], dtype=torch.bool)
+        return self._places() <= self.counts[:, None]
+
+    def _places(self) -> Tensor:
+        """1 .. M for each image, int32 [B, M]; a DTensor where the map is one."""
+        return torch.ones_like(self.offsets[:, 1:]).cumsum(1, dtype=torch.int32)
 
     @overload
     def merge(self, x: Tensor, *, reduce: str = "mean", weight: Tensor | None = None) -> Tensor: ...
@@ -212,3 +234,6 @@ pytree.register_pytree_node(
     serialized_type_name="tokenops.TokenMap",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+
+# A saved map is data: torch.load(weights_only=True) takes it.
+torch.serialization.add_safe_globals([TokenMap])

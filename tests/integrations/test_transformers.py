@@ -191,7 +191,7 @@ def test_r_can_be_set_later():
     patch.r = (2, 1.0)
     assert patch.r == [0, 1, 2, 4]
     assert hidden(model, images()).shape[1] == 30
-    with pytest.raises(ValueError, match=r"r must be >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"r must be >= 0, got int -1"):
         patch.r = -1
 
 
@@ -419,7 +419,7 @@ def test_models_it_does_not_know():
 @pytest.mark.parametrize(
     ("r", "error", "message"),
     [
-        (-1, ValueError, "r must be >= 0, got -1"),
+        (-1, ValueError, "r must be >= 0, got int -1"),
         (2.5, TypeError, "r must be an int, got float 2.5"),
         (True, TypeError, "r must be an int, got bool"),
         ("8", TypeError, "r must be an int, got str"),
@@ -429,7 +429,7 @@ def test_models_it_does_not_know():
         ((4,), TypeError, r"got tuple \(4,\)"),
         ((4, "a"), TypeError, "got tuple"),
         ((2.0, 1.0), TypeError, r"r\[0\] must be an int"),
-        ((4, 2.0), ValueError, r"r\[1\] must be in \[-1, 1\], got 2.0"),
+        ((4, 2.0), ValueError, r"r\[1\] must be in \[-1, 1\], got float 2.0"),
         ((4, float("nan")), ValueError, r"r\[1\] must be in"),
     ],
 )
@@ -445,7 +445,7 @@ def test_bad_schedules(r, error, message):
     [
         ({"num_prefix": -1}, ValueError, "num_prefix must be >= 0"),
         ({"num_prefix": 1.0}, TypeError, "num_prefix must be an int"),
-        ({"order": "size"}, ValueError, "order must be 'tome' or 'position', got 'size'"),
+        ({"order": "size"}, ValueError, "order must be one of 'tome', 'position', got str 'size'"),
         ({"proportional": 1}, TypeError, "proportional must be a bool, got int 1"),
         ({"track_source": None}, TypeError, "track_source must be a bool"),
     ],

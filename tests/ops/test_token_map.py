@@ -90,7 +90,7 @@ def test_is_frozen_and_a_pytree():
     token_map = random_token_map(2, 6, 3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         token_map.assign = token_map.members
-    for given_map in (token_map, TokenMap.from_assign(token_map.assign, 3, torch.tensor([1, 2]))):
+    for given_map in (token_map, TokenMap.from_assign(token_map.assign, 4, torch.tensor([3, 4]))):
         leaves, spec = pytree.tree_flatten(given_map)
         assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
         back = pytree.tree_unflatten(leaves, spec)

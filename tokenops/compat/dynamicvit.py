@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import TokenMap, policy_attention, unmerge
+from .. import TokenMap, _checks, policy_attention, unmerge
 
 __all__ = [
     "attention_with_policy",
@@ -71,10 +71,10 @@ def softmax_with_policy(attn: Tensor, policy: Tensor, eps: float = 1e-6) -> Tens
         [[[[1.0, 0.0], [0.5, 0.5]]]]
     """
     name = "softmax_with_policy"
-    if not isinstance(attn, Tensor) or not attn.is_floating_point():
-        raise TypeError(f"{name}: attn must be a floating-point tensor, got {_kind(attn)}")
-    if attn.dim() != 4 or attn.shape[2] != attn.shape[3]:
-        raise ValueError(f"{name}: attn must be of shape [B, H, N, N], got {_kind(attn)}")
+    _checks.check_floating(name, "attn", attn, dims=(4,))
+    if attn.shape[2] != attn.shape[3]:
+        raise _checks.value_error(name, "attn", "of shape [B, H, N, N]", attn)
+    eps = _checks.check_real(name, "eps", eps, minimum=0.0)
     batch, _, tokens, _ = attn.shape
     policy = _as_column(name, policy, batch, tokens)
     out: Tensor = _Softmax.apply(attn, policy, eps)  # type: ignore[no-untyped-call]
@@ -150,8 +150,7 @@ def batch_index_select(x: Tensor, idx: Tensor) -> Tensor:
         [[7.0, 5.0]]
     """
     name = "batch_index_select"
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        raise ValueError(f"{name}: x must be of shape [B, N, ...], got {_kind(x)}")
+    _check_rows(name, "x", x)
     return _take(x, _check_index(name, "idx", idx, x.shape[0], x.shape[1]))
 
 
@@ -188,15 +187,13 @@ def batch_index_fill(x: Tensor, x1: Tensor, x2: Tensor, idx1: Tensor, idx2: Tens
         [2.0, 0.0, 1.0]
     """
     name = "batch_index_fill"
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        raise ValueError(f"{name}: x must be of shape [B, N, ...], got {_kind(x)}")
+    _check_rows(name, "x", x)
     batch, tokens = x.shape[:2]
     places = []
     for i, rows, idx in ((1, x1, idx1), (2, x2, idx2)):
         idx = _check_index(name, f"idx{i}", idx, batch, tokens)
-        if not isinstance(rows, Tensor) or rows.shape != (batch, idx.shape[1], *x.shape[2:]):
-            expected = [batch, idx.shape[1], *x.shape[2:]]
-            raise ValueError(f"{name}: x{i} must be of shape {expected}, got {_kind(rows)}")
+        _check_rows(name, f"x{i}", rows)
+        _checks.check_shape(name, f"x{i}", rows, [(batch, idx.shape[1], *x.shape[2:])])
         places.append(idx)
     # Each place names the row that it takes: its own, or the last one that goes there.
     place = torch.cat(places, dim=1)
@@ -236,10 +233,7 @@ def masked_mean(x: Tensor, policy: Tensor) -> Tensor:
         [2.0, 0.0]
     """
     name = "masked_mean"
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name}: x must be a floating-point tensor, got {_kind(x)}")
-    if x.dim() != 3:
-        raise ValueError(f"{name}: x must be of shape [B, N, C], got {_kind(x)}")
+    _checks.check_floating(name, "x", x, dims=(3,))
     policy = _as_column(name, policy, x.shape[0], x.shape[1])
     dtype = _sum_dtype(x)
     total = policy.sum(1, keepdim=True, dtype=dtype)  # [B, 1, 1]
@@ -333,39 +327,28 @@ def _take(x: Tensor, idx: Tensor) -> Tensor:
 
 def _check_index(name: str, argument: str, idx: Tensor, batch: int, tokens: int) -> Tensor:
     """Indices as int64 [B, M] in [0, N)."""
-    if not isinstance(idx, Tensor) or idx.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: {argument} must be an int32 or int64 tensor, got {_kind(idx)}")
-    if idx.dim() != 2 or idx.shape[0] not in (1, batch):
-        raise ValueError(f"{name}: {argument} must be of shape [{batch}, M], got {_kind(idx)}")
-    if outside(idx, tokens):
-        got = f"values from {int(idx.min())} to {int(idx.max())}"
-        raise ValueError(f"{name}: {argument} must be in [0, {tokens}), got {got}")
+    _checks.check_index(name, argument, idx, dims=(2,))
+    if idx.shape[0] not in (1, batch):
+        raise _checks.value_error(name, argument, f"of shape [{batch}, M]", idx)
+    _checks.check_range(name, argument, idx, 0, tokens)
     if tokens == 0 and idx.shape[1] > 0:
-        raise ValueError(f"{name}: {argument} must be empty without tokens, got {_kind(idx)}")
+        raise _checks.value_error(name, argument, "empty without tokens", idx)
     return idx.long().clamp(0, max(tokens - 1, 0)).expand(batch, -1)
 
 
-def outside(idx: Tensor, tokens: int) -> bool:
-    """Whether an index is not in [0, tokens); False where looking would wait or cannot be done."""
-    if idx.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    try:
-        return bool(((idx < 0) | (idx >= tokens)).any())
-    except RuntimeError:  # fake tensors and functional transforms have no values
-        return False
+def _check_rows(name: str, argument: str, x: Tensor) -> None:
+    """A tensor [B, N, ...] of any dtype."""
+    if not isinstance(x, Tensor):
+        raise _checks.type_error(name, argument, "a tensor", x)
+    _checks.check_dense(name, argument, x)
+    if x.dim() < 2:
+        raise _checks.value_error(name, argument, "of shape [B, N, ...]", x)
 
 
 def _as_column(name: str, policy: Tensor, batch: int, tokens: int) -> Tensor:
     """The policy as [B, N, 1]."""
     if not isinstance(policy, Tensor):
-        raise TypeError(f"{name}: policy must be a tensor, got {_kind(policy)}")
-    if tuple(policy.shape) not in ((batch, tokens, 1), (batch, tokens)):
-        expected = f"of shape [{batch}, {tokens}, 1] or [{batch}, {tokens}]"
-        raise ValueError(f"{name}: policy must be {expected}, got {_kind(policy)}")
+        raise _checks.type_error(name, "policy", "a tensor", policy)
+    _checks.check_dense(name, "policy", policy)
+    _checks.check_shape(name, "policy", policy, [(batch, tokens, 1), (batch, tokens)])
     return policy.reshape(batch, tokens, 1)
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"

@@ -23,9 +23,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import TokenMap, attention_scores, prune
+from .. import TokenMap, _checks, attention_scores, prune
 from .. import merge as _merge
-from .dynamicvit import outside
 
 __all__ = ["class_attention", "complement_idx", "drop_tokens"]
 
@@ -59,8 +58,7 @@ def class_attention(
         >>> class_attention(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8)).tolist()
         [[0.25, 0.25, 0.25]]
     """
-    if num_prefix < 0:
-        raise ValueError(f"class_attention: num_prefix must be >= 0, got {num_prefix!r}")
+    num_prefix = _checks.check_int("class_attention", "num_prefix", num_prefix)
     return attention_scores(q, k, query_index=[0], scale=scale)[:, num_prefix:]
 
 
@@ -89,14 +87,12 @@ def complement_idx(idx: Tensor, dim: int) -> Tensor:
         [[1, 2, 4]]
     """
     name = "complement_idx"
-    if not isinstance(idx, Tensor) or idx.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: idx must be an int32 or int64 tensor, got {idx!r}")
+    dim = _checks.check_int(name, "dim", dim)
+    _checks.check_index(name, "idx", idx, dims=None)
     if idx.dim() == 0 or idx.shape[-1] > dim:
-        expected = f"[..., K] with K at most dim = {dim}"
-        raise ValueError(f"{name}: idx must be of shape {expected}, got {list(idx.shape)}")
-    if outside(idx, dim):
-        got = f"values from {int(idx.min())} to {int(idx.max())}"
-        raise ValueError(f"{name}: idx must be in [0, {dim}), got {got}")
+        expected = f"of shape [..., K] with K at most dim = {dim}"
+        raise _checks.value_error(name, "idx", expected, idx)
+    _checks.check_range(name, "idx", idx, 0, dim)
     named = torch.zeros(*idx.shape[:-1], dim, dtype=torch.uint8, device=idx.device)
     named = named.scatter(-1, idx.long().clamp(0, max(dim - 1, 0)), 1)
     return named.argsort(dim=-1, stable=True)[..., : dim - idx.shape[-1]]
@@ -148,20 +144,20 @@ def drop_tokens(
         [1.0, 3.0, 0.5]
     """
     name = "drop_tokens"
-    if not isinstance(x, Tensor) or x.dim() != 3 or not 0 <= num_prefix <= x.shape[1]:
-        got = list(x.shape) if isinstance(x, Tensor) else repr(x)
-        expected = f"of shape [B, N, C] with a prefix of {num_prefix!r}"
-        raise ValueError(f"{name}: x must be {expected}, got {got}")
+    _checks.check_floating(name, "x", x, dims=(3,))
+    num_prefix = _checks.check_int(name, "num_prefix", num_prefix)
+    if num_prefix > x.shape[1]:
+        raise _checks.value_error(name, "num_prefix", f"at most N = {x.shape[1]}", num_prefix)
     batch, free = x.shape[0], x.shape[1] - num_prefix
-    if not isinstance(cls_attn, Tensor) or tuple(cls_attn.shape) != (batch, free):
-        got = list(cls_attn.shape) if isinstance(cls_attn, Tensor) else repr(cls_attn)
-        raise ValueError(f"{name}: cls_attn must be of shape {[batch, free]}, got {got}")
+    _checks.check_floating(name, "cls_attn", cls_attn, dims=(2,))
+    _checks.check_shape(name, "cls_attn", cls_attn, [(batch, free)])
     if tokens is None:
+        keep_rate = _checks.check_real(name, "keep_rate", keep_rate)
         if not 0 < keep_rate <= 1:
-            raise ValueError(f"{name}: keep_rate must be in (0, 1], got {keep_rate!r}")
+            raise _checks.value_error(name, "keep_rate", "in (0, 1]", keep_rate)
         tokens = math.ceil(keep_rate * free)
-    elif tokens < 1:
-        raise ValueError(f"{name}: tokens must be >= 1, got {tokens!r}")
+    else:
+        tokens = _checks.check_int(name, "tokens", tokens, minimum=1)
     if tokens >= free:
         return x, TokenMap.identity(batch, x.shape[1], x.device)
     scores = torch.nn.functional.pad(cls_attn, (num_prefix, 0))

@@ -26,7 +26,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .. import TokenMap, match, random, strided
+from .. import TokenMap, _checks, match, random, strided
 from .. import merge as _merge
 from .. import merge_wavg as _merge_wavg
 from .. import unmerge as _unmerge
@@ -44,22 +44,34 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """Reduces ``x`` ``[B, N, C]`` to ``[B, M, C]`` by a token map; see :func:`tokenops.merge`."""
+    """Reduces ``x`` ``[B, N, C]`` to ``[B, M, C]`` by a token map; see :func:`tokenops.merge`.
+
+    Integers and bools, which :func:`tokenops.merge` does not take, keep their dtype too: sums wrap
+    around, means round down, and of bools there are ``amax`` and ``sum``, any of them, and ``amin``
+    and ``prod``, all of them. An output token without members is 0.
+    """
 
     token_map: TokenMap
 
     def __call__(self, x: Tensor, mode: str = "mean") -> Tensor:
-        return _merge(x, _for_batch(self.token_map, x), reduce=mode)
+        token_map = _for_batch(self.token_map, x)
+        if _is_whole(x):
+            return _merge_whole(x, token_map, mode)
+        return _merge(x, token_map, reduce=mode)
 
 
 @dataclass(frozen=True, eq=False)
 class Unmerge:
-    """Spreads ``x`` ``[B, M, C]`` to ``[B, N, C]`` by a token map; see :func:`tokenops.unmerge`."""
+    """Spreads ``x`` ``[B, M, C]`` to ``[B, N, C]`` by a token map; see :func:`tokenops.unmerge`.
+
+    Integers and bools, which :func:`tokenops.unmerge` does not take, keep their dtype too.
+    """
 
     token_map: TokenMap
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _unmerge(x, _for_batch(self.token_map, x))
+        token_map = _for_batch(self.token_map, x)
+        return _unmerge_whole(x, token_map) if _is_whole(x) else _unmerge(x, token_map)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +132,16 @@ def bipartite_soft_matching(
         >>> merge(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])).flatten().tolist()
         [3.0, 1.5, 4.0]
     """
-    tokens = metric.shape[-2]
-    r = min(r, (tokens - bool(class_token) - bool(distill_token)) // 2)
+    name = "bipartite_soft_matching"
+    tokens = _num_tokens(name, metric)
+    # Negative for nothing, as the original takes it; sizes are tensors under torch.jit.trace.
+    r = _checks.check_int(name, "r", r, minimum=None)
+    prefix = int(bool(class_token)) + int(bool(distill_token))
+    r = min(r, (tokens - prefix) // 2)
     only_distill = distill_token and not class_token
     if r <= 0 or (only_distill and tokens < 4):
         return _nothing(metric)
     if not only_distill:
-        prefix = 1 + bool(distill_token) if class_token else 0
         return _pair(match(metric, r, num_prefix=prefix, order="tome"))
     is_distill = torch.arange(tokens, device=metric.device) == 1
     token_map = match(metric, r, protected=is_distill, order="tome")
@@ -163,14 +178,14 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
         >>> unmerge(merge(torch.arange(5.0)[None, :, None])).flatten().tolist()
         [1.0, 1.0, 1.0, 3.0, 0.0]
     """
+    name = "kth_bipartite_soft_matching"
+    tokens = _num_tokens(name, metric)
+    k = _checks.check_int(name, "k", k, minimum=None)
     if k <= 1:
         return _nothing(metric)
     split = strided(k)
-    tokens = metric.shape[-2]
     if tokens < k:
-        raise ValueError(
-            f"kth_bipartite_soft_matching: metric must have at least k = {k} tokens, got {tokens}"
-        )
+        raise _checks.value_error(name, "metric", f"of at least k = {k} tokens", metric)
     tail = tokens % k
     whole = metric[..., : tokens - tail, :]
     token_map = match(whole, tokens - tail - tokens // k, split=split, order="tome")
@@ -204,14 +219,13 @@ def random_bipartite_soft_matching(metric: Tensor, r: int) -> Matching:
     Source: ToMe's ``random_bipartite_soft_matching``, except that a token of zero length is similar
     to nothing.
     """
+    name = "random_bipartite_soft_matching"
+    tokens = _num_tokens(name, metric)
+    r = _checks.check_int(name, "r", r, minimum=None)
     if r <= 0:
         return _nothing(metric)
-    tokens = metric.shape[-2]
     if r >= tokens:
-        raise ValueError(
-            f"random_bipartite_soft_matching: r must be below the {tokens} tokens of metric, "
-            f"got {r}"
-        )
+        raise _checks.value_error(name, "r", f"below the {tokens} tokens of metric", r)
     return _pair(match(metric, r, split=random(r), order="tome"))
 
 
@@ -224,34 +238,56 @@ def merge_wavg(
         merge: What a matching function of tokenops returned, served by one fused pass; or any
             callable ``merge(x, mode="sum")``.
         x: Tokens ``[B, N, C]``.
-        size: Patches that each token stands for, ``[B, N, 1]``; ones when None.
+        size: Patches that each token stands for, ``[B, N, 1]``; when None, ones of the dtype of
+            ``x``.
 
     Returns:
-        The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]`` in float32
-        (float64 if ``x`` and ``size`` are). Outside autocast, cast their logarithm before you add
-        it to half precision attention.
+        The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]`` of the dtype that
+        sizes came in, so that a model in half precision stays in it. They are summed in float32 and
+        then rounded, but float16 counts exactly up to 2048 only, bfloat16 up to 256: one more than
+        that is the same number. Where single tokens merge into such large ones, let the first
+        sizes be ``x.new_ones(B, N, 1, dtype=torch.float32)``; all later ones are float32 then, and
+        attention adds ``size.log().to(q.dtype)``.
 
     Differentiable in: ``x`` and ``size``.
 
     Raises:
-        TypeError: If ``x`` or ``size`` is no floating-point tensor.
+        TypeError: If ``x`` or ``size`` is no tensor of numbers.
         ValueError: If a shape does not fit.
 
-    Source: ToMe's ``merge_wavg``, except that sizes do not take the dtype of ``x``: float16 counts
-    exactly up to 2048 only, bfloat16 up to 256.
+    Source: ToMe's ``merge_wavg``, except that half types are summed in float32, and that sizes of a
+    wider type do not widen ``x``.
     """
-    nothing = isinstance(merge, DoNothing)
-    token_map = None if nothing else getattr(merge, "token_map", None)
-    if isinstance(token_map, TokenMap):
-        return _merge_wavg(x, _for_batch(token_map, x), size)
     if size is None:
-        size = torch.ones_like(x[..., :1], dtype=torch.float32)
-    elif not size.dtype == x.dtype == torch.float64:
-        size = size.float()
-    if nothing:
-        return x, size
+        size_dtype = x.dtype
+    else:
+        if not isinstance(size, Tensor):
+            raise _checks.type_error("merge_wavg", "size", "a tensor or None", size)
+        size_dtype = size.dtype
+    if _is_whole(x) or size_dtype not in _checks.FLOATING_DTYPES:
+        return _wavg_of_integers(merge, x, size)
+    if isinstance(merge, DoNothing):
+        return x, torch.ones_like(x[..., :1]) if size is None else size
+    token_map = getattr(merge, "token_map", None)
+    if isinstance(token_map, TokenMap):
+        token_map = _for_batch(token_map, x)
+        out, total = _merge_wavg(x, token_map, size)
+        if size is not None and size_dtype == torch.float64 != x.dtype:  # summed in the type of x
+            total = _merge(size, token_map, reduce="sum")
+        return out, total.to(size_dtype)
+    size = torch.ones_like(x[..., :1]) if size is None else size
+    size = size.to(torch.promote_types(size_dtype, torch.float32))
     total = merge(size, mode="sum")
-    return (merge(size * x, mode="sum") / total).to(x.dtype), total
+    return (merge(size * x, mode="sum") / total).to(x.dtype), total.to(size_dtype)
+
+
+def _wavg_of_integers(
+    merge: Callable[..., Tensor], x: Tensor, size: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The weighted mean where tokens or sizes are integers: sums are exact, means floating."""
+    size = torch.ones_like(x[..., :1]) if size is None else size
+    total = merge(size, mode="sum")
+    return merge(x * size, mode="sum") / total, total
 
 
 def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None = None) -> Tensor:
@@ -268,7 +304,7 @@ def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None 
         ``[B, N0]`` integers.
 
     Raises:
-        TypeError: If ``source`` is no floating-point tensor.
+        TypeError: If ``source`` is no tensor of numbers.
         ValueError: If a shape does not fit.
 
     Source: ToMe's ``merge_source``.
@@ -315,13 +351,63 @@ def _nothing(metric: Tensor) -> Matching:
     return nothing, nothing
 
 
+def _num_tokens(name: str, metric: Tensor) -> int:
+    _checks.check_floating(name, "metric", metric, dims=(3, 4))
+    return metric.shape[-2]
+
+
+def _is_whole(x: object) -> bool:
+    """Whether it is a tensor of integers or bools."""
+    if not isinstance(x, Tensor) or x.dtype in _checks.FLOATING_DTYPES:
+        return False
+    return not (x.dtype.is_floating_point or x.dtype.is_complex)
+
+
+def _merge_whole(x: Tensor, token_map: TokenMap, mode: str) -> Tensor:
+    name = "merge"
+    _checks.check_choice(name, "mode", mode, ("sum", "mean", "amax", "amin", "prod"))
+    shape = (*token_map.assign.shape, x.shape[-1])
+    _check_tokens(name, x, shape)
+    if x.dtype == torch.bool:
+        if mode == "mean":
+            raise _checks.type_error(name, "x", "a tensor of numbers for a mean", x)
+        mode = {"sum": "amax", "prod": "amin"}.get(mode, mode)
+        return _merge_whole(x.to(torch.uint8), token_map, mode).to(torch.bool)
+    # One row more than there are outputs takes the dropped tokens.
+    place = torch.where(token_map.assign < 0, token_map.num_tokens, token_map.assign).long()
+    out = x.new_zeros(shape[0], token_map.num_tokens + 1, shape[2])
+    out = out.scatter_reduce(1, place[..., None].expand(shape), x, mode, include_self=False)
+    return out[:, : token_map.num_tokens]
+
+
+def _unmerge_whole(x: Tensor, token_map: TokenMap) -> Tensor:
+    _check_tokens("unmerge", x, (x.shape[0], token_map.num_tokens, x.shape[-1]))
+    assign = token_map.assign[..., None].long()  # [B, N, 1]
+    if x.shape[1] == 0:  # nothing to take, whatever the index
+        return x.new_zeros(*token_map.assign.shape, x.shape[2])
+    rows = x.gather(1, assign.clamp(min=0).expand(-1, -1, x.shape[2]))
+    return torch.where(assign < 0, torch.zeros_like(rows), rows)
+
+
+def _check_tokens(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    _checks.check_dense(name, "x", x)
+    _checks.check_rank(name, "x", x, (3,))
+    _checks.check_shape(name, "x", x, [shape])
+
+
 def _for_batch(token_map: TokenMap, x: Tensor) -> TokenMap:
     """The map itself; one that was made from a single image serves a batch of any size."""
+    if token_map.assign.shape[0] != 1 or not isinstance(x, Tensor) or x.dim() == 0:
+        return token_map
     batch = x.shape[0]
-    if token_map.assign.shape[0] != 1 or batch == 1:
+    if batch == 1:
         return token_map
     assign, offsets, members = (
         index.expand(batch, -1).contiguous()
         for index in (token_map.assign, token_map.offsets, token_map.members)
     )
     return TokenMap(assign, offsets, members)
+
+
+# A saved pair is data: torch.load(weights_only=True) takes it once this module is imported.
+torch.serialization.add_safe_globals([Merge, Unmerge, DoNothing])

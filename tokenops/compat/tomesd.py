@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import grid, match
-from .tome import Matching, _nothing, _pair, do_nothing
+from .. import _checks, grid, match
+from .tome import Matching, _nothing, _num_tokens, _pair, do_nothing
 
 __all__ = ["bipartite_soft_matching_random2d", "do_nothing"]
 
@@ -66,6 +66,8 @@ def bipartite_soft_matching_random2d(
         >>> u(m(torch.arange(4.0)[None, :, None])).flatten().tolist()
         [1.5, 1.5, 1.5, 1.5]
     """
+    _num_tokens("bipartite_soft_matching_random2d", metric)
+    r = _checks.check_int("bipartite_soft_matching_random2d", "r", r, minimum=None)
     if r <= 0:
         return _nothing(metric)
     if no_rand:

@@ -20,20 +20,23 @@ Example:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import TokenMap, match, merge_wavg, policy_attention, why_not
+from .. import TokenMap, _checks, match, merge_wavg, policy_attention, why_not
 from ..compat.tome import parse_r
 
 Schedule = int | list[int] | tuple[int, float]
 
-#: Where a patched base model keeps its patch; an ordinary attribute, so not in the state_dict.
+#: Where a patched base model keeps its patch, and a layer its place; ordinary attributes, so not in
+#: the state_dict.
 _ATTRIBUTE = "_tokenops_patch"
+_PLACE = "_tokenops_place"
 
 #: What the patch needs to find in a layer and in its attention.
 _LAYER_PARTS = ("attention", "layernorm_before", "layernorm_after", "mlp", "dropout")
@@ -78,7 +81,8 @@ class MergePatch:
         order: Order of the tokens after each layer.
         proportional: Whether attention counts each token by its size.
         track_source: Whether traces hold ``sources``.
-        trace: :class:`MergeTrace` of the last forward pass; None before the first.
+        trace: :class:`MergeTrace` of the last forward pass; None before the first. Of replicas that
+            :class:`torch.nn.DataParallel` runs at once, that of the one that ended last.
     """
 
     def __init__(
@@ -191,12 +195,11 @@ def apply_patch(
         raise ValueError("apply_patch: model is patched already, call remove_patch(model) first")
     if num_prefix is None:
         num_prefix = default_prefix
-    _check_int("num_prefix", num_prefix)
-    if order not in ("tome", "position"):
-        raise ValueError(f"apply_patch: order must be 'tome' or 'position', got {order!r}")
+    num_prefix = _checks.check_int("apply_patch", "num_prefix", num_prefix)
+    _checks.check_choice("apply_patch", "order", order, ("tome", "position"))
     for argument, flag in (("proportional", proportional), ("track_source", track_source)):
         if not isinstance(flag, bool):
-            raise _type_error(argument, "a bool", flag)
+            raise _checks.type_error("apply_patch", argument, "a bool", flag)
     for layer in base.layers:
         _check_layer(layer)
     patch = MergePatch(len(base.layers), r, num_prefix, order, proportional, track_source)
@@ -204,9 +207,11 @@ def apply_patch(
         base.register_forward_pre_hook(patch._before_forward, with_kwargs=True),
         base.register_forward_hook(patch._after_forward, with_kwargs=True),
     ]
-    for index, layer in enumerate(base.layers):
-        layer.forward = partial(_layer_forward, layer, index)
-        layer.attention.forward = partial(_attention_forward, layer.attention)
+    for place, layer in enumerate(base.layers):
+        setattr(layer, _PLACE, place)
+        for part, mixin in ((layer, _MergingLayer), (layer.attention, _MergingAttention)):
+            kind: Any = type(part)
+            part.__class__ = _merging(mixin, kind)
     setattr(base, _ATTRIBUTE, patch)
     return patch
 
@@ -219,14 +224,22 @@ def remove_patch(model: nn.Module) -> None:
 
     Raises:
         TypeError: If ``model`` is of a class that the patch does not know.
-        ValueError: If the model is not patched.
+        ValueError: If the model is not patched, or its layers have changed their class since.
     """
     base, patch = _patched(model, "remove_patch")
+    parts = [part for layer in base.layers for part in (layer, layer.attention)]
+    kinds = [vars(type(part)).get("_kind") for part in parts]
+    if None in kinds:
+        raise ValueError(
+            "remove_patch: model's layers must be of the classes that apply_patch gave them, got "
+            "one that something else has changed since"
+        )
     for hook in patch._hooks:
         hook.remove()
+    for part, kind in zip(parts, kinds, strict=True):
+        part.__class__ = kind
     for layer in base.layers:
-        del layer.forward
-        del layer.attention.forward
+        delattr(layer, _PLACE)
     delattr(base, _ATTRIBUTE)
 
 
@@ -249,25 +262,47 @@ def last_trace(model: nn.Module) -> MergeTrace:
     return patch.trace
 
 
-def _layer_forward(
-    layer: Any,
-    index: int,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    merge_trace: MergeTrace | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Replaces ``forward`` of a layer; a layer that is called by itself computes as ever."""
-    out: Tensor
-    if merge_trace is None:
-        out = type(layer).forward(layer, hidden_states, attention_mask, **kwargs)
-    elif getattr(layer, "gradient_checkpointing", False) and layer.training:
-        run = partial(_merge_in_layer, layer, index, merge_trace)
-        out = layer._gradient_checkpointing_func(run, hidden_states)
-    else:
-        out = _merge_in_layer(layer, index, merge_trace, hidden_states)
-    return out
+class _Merging:
+    """What modules of a patched model become: a subclass of their class, under its name.
+
+    A forward that stood in the module itself would be bound to it, and go on computing with its
+    weights in the replicas that :class:`torch.nn.DataParallel` makes.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        mixin, kind = type(self).__bases__
+        # Such a class cannot be found by its name.
+        return _unpickle, (mixin, kind), self.__getstate__()  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _merging(mixin: Any, kind: Any) -> Any:
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_kind": kind}
+    return type(kind.__name__, (mixin, kind), names)
+
+
+def _unpickle(mixin: Any, kind: Any) -> Any:
+    merging = _merging(mixin, kind)
+    return merging.__new__(merging)
+
+
+class _MergingLayer(_Merging):
+    """A layer that merges tokens; called by itself, without a trace, it computes as ever."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        merge_trace: MergeTrace | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        out: Tensor
+        if merge_trace is None:
+            out = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        else:
+            out = _merge_in_layer(self, getattr(self, _PLACE), merge_trace, hidden_states)
+        return out
 
 
 def _merge_in_layer(layer: Any, index: int, trace: MergeTrace, x: Tensor) -> Tensor:
@@ -302,27 +337,35 @@ def _merge_tokens(index: int, trace: MergeTrace, x: Tensor) -> Tensor:
     return x
 
 
-def _attention_forward(
-    attention: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    merge_trace: MergeTrace | None = None,
-    key_size: Tensor | None = None,
-    **kwargs: Any,
+class _MergingAttention(_Merging):
+    """An attention that leaves its keys in the trace and weights keys by size."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        merge_trace: MergeTrace | None = None,
+        key_size: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        out: tuple[Tensor, Tensor | None]
+        if merge_trace is None:
+            out = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        else:
+            out = _attend_by_size(self, hidden_states, merge_trace, key_size)
+        return out
+
+
+def _attend_by_size(
+    attention: Any, hidden_states: Tensor, trace: MergeTrace, key_size: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Replaces ``forward`` of an attention: leaves its keys in the trace, weights keys by size."""
-    if merge_trace is None:
-        plain: tuple[Tensor, Tensor | None] = type(attention).forward(
-            attention, hidden_states, attention_mask, **kwargs
-        )
-        return plain
     batch, tokens, _ = hidden_states.shape
     per_head = (batch, tokens, -1, attention.head_dim)
     query = attention.q_proj(hidden_states).view(per_head).transpose(1, 2)  # [B, H, N, D]
     key = attention.k_proj(hidden_states).view(per_head).transpose(1, 2)
     value = attention.v_proj(hidden_states).view(per_head).transpose(1, 2)
-    merge_trace._key = key
+    trace._key = key
     weights = None
     if key_size is not None and _has_kernel(attention, query):
         out = policy_attention(query, key, value, size=key_size, scale=attention.scaling)
@@ -373,6 +416,7 @@ def _key_bias(size: Tensor, query: Tensor) -> Tensor:
 
 def _base_model(model: nn.Module, function: str) -> tuple[Any, int]:
     """The module that holds the layers, and how many prefix tokens its kind has."""
+    import transformers
     from transformers.models.deit import modeling_deit as deit
     from transformers.models.vit import modeling_vit as vit
 
@@ -385,7 +429,13 @@ def _base_model(model: nn.Module, function: str) -> tuple[Any, int]:
     }
     for kind, prefix in known.items():
         if isinstance(model, kind):
-            return model.base_model, prefix
+            base = model.base_model
+            if not hasattr(base, "layers"):
+                raise TypeError(
+                    f"{function}: model must have layers, as in transformers 5.x, got "
+                    f"{type(base).__name__} of transformers {transformers.__version__}"
+                )
+            return base, prefix
     names = ", ".join(kind.__name__ for kind in known)
     raise TypeError(f"{function}: model must be one of {names}, got {type(model).__name__}")
 
@@ -407,7 +457,8 @@ def _check_layer(layer: Any) -> None:
             f"apply_patch: a layer of model must have {', '.join(missing)}, as in transformers "
             f"5.x, got {type(layer).__name__}"
         )
-    if "forward" in vars(layer) or "forward" in vars(layer.attention):
+    parts = (layer, layer.attention)
+    if any("forward" in vars(part) or isinstance(part, _Merging) for part in parts):
         raise ValueError(
             "apply_patch: model's layers must compute by their class's forward, got one that "
             "something else has replaced"
@@ -416,33 +467,19 @@ def _check_layer(layer: Any) -> None:
 
 def _parse_schedule(schedule: Schedule, num_layers: int) -> list[int]:
     """Tokens to merge away in each layer, checked."""
+    name = "apply_patch"
     if isinstance(schedule, tuple):
-        if len(schedule) != 2 or not isinstance(schedule[1], (int, float)):
-            raise _type_error("r", "an int, a list of ints or (int, float)", schedule)
-        _check_int("r[0]", schedule[0])
+        if len(schedule) != 2 or isinstance(schedule[1], bool) or not isinstance(schedule[1], Real):
+            expected = "an int, a list of ints or (int, float)"
+            raise _checks.type_error(name, "r", expected, schedule)
         if not -1 <= schedule[1] <= 1:
-            raise ValueError(f"apply_patch: r[1] must be in [-1, 1], got {schedule[1]}")
+            raise _checks.value_error(name, "r[1]", "in [-1, 1]", schedule[1])
+        schedule = (_checks.check_int(name, "r[0]", schedule[0]), float(schedule[1]))
     elif isinstance(schedule, list):
-        for index, value in enumerate(schedule):
-            _check_int(f"r[{index}]", value)
         if len(schedule) > num_layers:
-            raise ValueError(
-                f"apply_patch: r must be at most {num_layers} long, one for each layer, got "
-                f"{len(schedule)} of them"
-            )
+            expected = f"at most {num_layers} long, one for each layer"
+            raise _checks.value_mismatch(name, "r", expected, f"{len(schedule)} of them")
+        schedule = [_checks.check_int(name, f"r[{i}]", value) for i, value in enumerate(schedule)]
     else:
-        _check_int("r", schedule)
+        schedule = _checks.check_int(name, "r", schedule)
     return parse_r(num_layers, schedule)
-
-
-def _check_int(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _type_error(argument, "an int", value)
-    if value < 0:
-        raise ValueError(f"apply_patch: {argument} must be >= 0, got {value}")
-
-
-def _type_error(argument: str, expected: str, got: object) -> TypeError:
-    return TypeError(
-        f"apply_patch: {argument} must be {expected}, got {type(got).__name__} {got!r}"
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
@@ -151,7 +150,7 @@ def policy_attention(
         position = _check_position(name, "query_position", query_position, q)
     _checks.check_choice(name, "policy_grad", policy_grad, POLICY_GRADS)
     self_keep = _self_keep(name, self_keep, policy, position, q, k)
-    eps = _check_real(name, "eps", eps, minimum=0.0)
+    eps = _checks.check_real(name, "eps", eps, minimum=0.0)
     scale = _scale(name, scale, q)
     out, lse, _, _ = _backend.serving(name, q)(
         *(q, k, v, *weights, position, self_keep, False, eps, bool(is_causal), policy_grad, scale)
@@ -235,6 +234,7 @@ def attention_scores(
     if lse is not None:
         if not isinstance(lse, Tensor) or lse.dtype != acc_dtype(q):
             raise _checks.type_error(name, "lse", f"a {acc_dtype(q)} tensor", lse)
+        _checks.check_dense(name, "lse", lse)
         _checks.check_shape(name, "lse", lse, [(batch, heads, queries)])
         _checks.check_same_device(name, "lse", lse, q)
         lse = lse.detach()
@@ -247,7 +247,7 @@ def attention_scores(
     if query_weight is not None:
         query_weight = _check_weight(name, query_weight, q, (batch, heads, queries))
     _checks.check_choice(name, "head_reduce", head_reduce, HEAD_REDUCTIONS)
-    eps = _check_real(name, "eps", eps, minimum=0.0)
+    eps = _checks.check_real(name, "eps", eps, minimum=0.0)
     scale = _scale(name, scale, q)
     score: Tensor = _backend.serving(name, q)(
         *(q, k, query_weight, *weights, position, lse),
@@ -297,7 +297,9 @@ def _key_weights(
     dtype = acc_dtype(q)
     rows, column, per_head = (batch, keys), (batch, keys, 1), (batch, heads, keys)
     if policy is not None:
-        if not isinstance(policy, Tensor) or policy.dtype != torch.bool:
+        if isinstance(policy, Tensor) and policy.dtype == torch.bool:
+            _checks.check_dense(name, "policy", policy)
+        else:
             _check_weight_dtype(name, "policy", policy, "a bool or floating-point tensor")
         # The likely shape first: a comparison of symbolic sizes that fails is a guard for ever.
         is_column = policy.dim() == 3 and policy.shape[2] == 1 and policy.shape[1] == keys
@@ -324,6 +326,7 @@ def _key_weights(
 def _check_weight_dtype(name: str, argument: str, value: object, expected: str) -> None:
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         raise _checks.type_error(name, argument, expected, value)
+    _checks.check_dense(name, argument, value)
 
 
 def _check_not_negative(name: str, argument: str, value: Tensor) -> None:
@@ -379,11 +382,7 @@ def _select(
     if query_index.dim() == 2:
         _checks.check_shape(name, "query_index", query_index, [(q.shape[0], query_index.shape[1])])
     _checks.check_same_device(name, "query_index", query_index, q)
-    if _checks.values_visible(query_index):
-        inside = (query_index >= -queries) & (query_index < queries)
-        if not _checks.holds(inside.all()):
-            got = f"values from {int(query_index.min())} to {int(query_index.max())}"
-            raise _checks.value_mismatch(name, "query_index", expected(), got)
+    _checks.check_range(name, "query_index", query_index, -queries, queries)
     from_start = torch.where(query_index < 0, query_index + queries, query_index)
     position = from_start.clamp(0, max(queries - 1, 0)).int()
     index = position.long().expand(q.shape[0], -1)[:, None].expand(-1, q.shape[1], -1)  # [B, H, R]
@@ -415,18 +414,7 @@ def _self_keep(
     return True
 
 
-def _check_real(name: str, argument: str, value: object, minimum: float = -math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise _checks.type_error(name, argument, "a float", value)
-    value = float(value)
-    # Traced with a symbolic number, unlike math.isfinite.
-    if not (-math.inf < value < math.inf and value >= minimum):
-        expected = "finite" if minimum == -math.inf else f"finite and >= {minimum}"
-        raise _checks.value_error(name, argument, expected, value)
-    return value
-
-
 def _scale(name: str, scale: float | None, q: Tensor) -> float:
     if scale is not None:
-        return _check_real(name, "scale", scale)
+        return _checks.check_real(name, "scale", scale)
     return 1 / math.sqrt(q.shape[3]) if q.shape[3] > 0 else 1.0

@@ -78,8 +78,8 @@ def merge(
         weight = _per_token("merge", "weight", weight, x)
         if reduce == "mean":
             return _weighted_mean("merge", x, token_map, weight)[0]
-        if reduce != "sum":
-            x, weight = (x * weight[..., None]).to(x.dtype), None
+        if reduce != "sum":  # in the type of sums, rounded once: products tie there or nowhere
+            return merge(x * weight[..., None], token_map, reduce=reduce).to(x.dtype)
     index = token_map.assign, token_map.offsets, token_map.members
     out: Tensor = _backend.serving("merge", x)(x, *index, weight, None, reduce)
     return out

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .... import _backend
+
 #: Rows or keys of a tile at most; offsets within one have 32 bits.
 MOST_ROWS = 256
 
@@ -29,6 +31,8 @@ def precision(arch: str, dtype: torch.dtype) -> str:
 
 def halves(number: float) -> tuple[float, float]:
     """A number as the sum of two that float32 holds: kernels take no double."""
+    if abs(number) > torch.finfo(torch.float32).max:
+        raise _backend.UnservedError(f"the kernels take no number beyond float32, as {number:g}")
     high: float = struct.unpack("f", struct.pack("f", number))[0]
     return high, number - high
 
