@@ -282,7 +282,7 @@ def _ranks(scores: Tensor, num_prefix: int) -> Tensor:
     # Ascending sorts put NaN last; where negation turned its sign, a radix sort might not.
     order = torch.where(scores.isnan(), math.nan, -scores).argsort(dim=1, stable=True)
     # The members of a map that is a permutation are the inverse permutation.
-    rank: Tensor = torch.ops.tokenops.invert(order.int(), order.shape[1])[1]
+    rank: Tensor = _backend.serving("invert", order)(order.int(), order.shape[1])[1]
     return rank
 
 
