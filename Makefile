@@ -24,13 +24,13 @@ NATIVE := tokenops/_build_info.json
 SANITIZED := build/sanitize/tokenops/_C.abi3.so
 EMULATED := build/emulate/tokenops/_C.abi3.so
 
-.PHONY: help demo train test bench docs lint format sanitize emulate cuda interpret gpu-check native clean FORCE
+.PHONY: help demo train test bench docs lint format sanitize emulate cuda interpret gpu-check gpu-cache native clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo | train | test | bench | docs | lint | format | sanitize | emulate | cuda |"
-	@echo "     interpret | gpu-check | native | clean"
+	@echo "     interpret | gpu-check | gpu-cache | native | clean"
 
 demo: $(READY)/demo $(NATIVE)
 	$(PY) examples/demo.py $(ARGS)
@@ -94,9 +94,14 @@ interpret: $(READY)/test $(NATIVE)
 	TRITON_INTERPRET=1 TOKENOPS_TEST_BACKENDS=triton TOKENOPS_TEST_SHARE=$(SHARE) \
 		HYPOTHESIS_PROFILE=quick $(PY) -m pytest tests/ops tests/test_triton.py $(ARGS)
 
-# All that needs a GPU; installs nothing, so that it runs where nothing can be fetched.
+# All that needs a GPU, in eight minutes; installs nothing, so that it runs where nothing can be
+# fetched. ARGS="--resume" goes on, ARGS="--device cpu" rehearses it without a GPU.
 gpu-check:
 	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
+
+# Triton's kernels for that check, compiled without a GPU, to be carried there: docs/gpu.md.
+gpu-cache:
+	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_cache $(ARGS)
 
 native: $(NATIVE)
 

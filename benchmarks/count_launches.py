@@ -2,17 +2,23 @@
 """How many kernels a call launches, by the profiler: ``python -m benchmarks.count_launches``.
 
 One image of ViT-B/16 at 224 pixels on a CUDA device, forward, beside the recipes that tokenops
-replaces.
+replaces. A *layer* is the token work of one layer with merging: match, merge_wavg, and tracking of
+sources.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+import tokenops
 
 from . import rivals
 from .host import calls
@@ -48,20 +54,46 @@ def eager_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     }
 
 
-def main() -> int:
-    """Print a table."""
+def layer(device: torch.device) -> Callable[[], Any]:
+    """The token work of one layer of ToMe."""
+    x = torch.randn(1, 197, 768, device=device).half()
+    metric, size = x[..., :64], torch.ones(1, 197, 1, device=device)
+    track = tokenops.TokenMap.identity(1, 197, device)
+
+    def work() -> Any:
+        token_map = tokenops.match(metric, 13, num_prefix=1)
+        return tokenops.merge_wavg(x, token_map, size), token_map.compose(track)
+
+    return work
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a table; a call that fails does not keep the others from being counted."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.count_launches")
+    parser.add_argument("--out", type=Path, help="JSON file of numbers of kernels")
+    options = parser.parse_args(arguments)
     device = torch.device("cuda")
     recipes = eager_calls(device)
+    found: dict[str, int] = {}
+    failures = 0
     with torch.inference_mode():
-        for name, call in calls(device).items():
-            ours = kernels(call)
+        for name, call in {**calls(device), "layer": layer(device)}.items():
+            try:
+                ours = kernels(call)
+            except Exception as error:
+                print(f"{name:<28}{type(error).__name__}: {error}")
+                failures += 1
+                continue
+            found[name] = len(ours)
             text = f"{name:<28}{len(ours):3d}"
             if name in recipes:
                 text += f"   the recipe {len(kernels(recipes[name])):3d}"
             print(text)
             for kernel in ours:
                 print(f"    {kernel[:90]}")
-    return 0
+            if options.out:
+                options.out.write_text(json.dumps(found), encoding="utf-8")
+    return failures
 
 
 if __name__ == "__main__":

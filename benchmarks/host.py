@@ -27,6 +27,16 @@ from . import machine
 BAR = 25.0
 
 
+def serve_by_triton() -> None:
+    """Let the Triton kernels serve CPU tensors in this process."""
+    torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]
+    _backend._new_enough = lambda index: True  # type: ignore[assignment]
+    _checks.values_visible = lambda value: False  # nobody reads values of CUDA tensors
+    for name, kernel in _backend._in_triton.items():
+        serve = _backend._on_cuda(name, kernel)
+        _library.implement(name, serve, "CPU", instead="cpu" in _backend._compiled_for(name))
+
+
 def without_device() -> None:
     """Let the Triton kernels serve CPU tensors in this process, with launches that do nothing."""
 
@@ -45,12 +55,7 @@ def without_device() -> None:
 
     launch.Launch.__init__ = make_ready  # type: ignore[method-assign]
     launch._direct = True
-    torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]
-    _backend._new_enough = lambda index: True  # type: ignore[assignment]
-    _checks.values_visible = lambda value: False  # nobody reads values of CUDA tensors
-    for name, kernel in _backend._in_triton.items():
-        serve = _backend._on_cuda(name, kernel)
-        _library.implement(name, serve, "CPU", instead="cpu" in _backend._compiled_for(name))
+    serve_by_triton()
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], Any]]:

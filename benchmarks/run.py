@@ -3,12 +3,14 @@
 
 All rivals of a case run in one process and in turns, in an order drawn anew each round, after a
 warm-up that includes compilation and after a check that they compute the same thing. Figures are
-medians over samples during which the system did not take the processor away.
+medians over samples during which the system did not take the processor away. A case in which
+tokenops itself fails gets a row that says so, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import sys
 import time
@@ -23,9 +25,21 @@ from tqdm import tqdm
 
 from . import machine, memory, store
 from .cases import DTYPES, RIVALS, YARDSTICKS, Case, Work
+from .gpu.record import POISONED, is_cuda_error
 from .registry import all_cases, operators, select
 from .store import Row, number
-from .timing import QUICK, Call, CpuTimer, CudaTimer, Policy, Rival, Series, Timer, interleave
+from .timing import (
+    QUICK,
+    REHEARSAL,
+    Call,
+    CpuTimer,
+    CudaTimer,
+    Policy,
+    Rival,
+    Series,
+    Timer,
+    interleave,
+)
 
 Progress = Callable[[int, int], None]
 
@@ -55,7 +69,8 @@ def run_case(case: Case, dtype: str, settings: Settings, progress: Progress) -> 
     work = case.prepare(DTYPES[dtype], settings.device)
     names = ["tokenops", *(n for n in (*settings.rivals, *YARDSTICKS) if n in work.rivals)]
     rows = {name: _new_row(case, dtype, name, work, settings) for name in names}
-    torch.compiler.reset()  # each shape counts towards a limit of recompilations
+    if {"compile", "flex"} & work.rivals.keys() & {*settings.rivals}:
+        torch.compiler.reset()  # each shape counts towards a limit of recompilations
     with torch.inference_mode(work.inference):
         ready = _make_ready(case, work, rows, settings)
         moved, ready["copy"] = _copy_rival(work, settings)
@@ -69,7 +84,7 @@ def run_case(case: Case, dtype: str, settings: Settings, progress: Progress) -> 
     return list(rows.values())
 
 
-def _new_row(case: Case, dtype: str, rival: str, work: Work, settings: Settings) -> Row:
+def _named_row(case: Case, dtype: str, rival: str, settings: Settings) -> Row:
     row = dict.fromkeys(store.COLUMNS, "")
     row.update(settings.environment)
     row.update(
@@ -79,13 +94,25 @@ def _new_row(case: Case, dtype: str, rival: str, work: Work, settings: Settings)
         dtype=dtype,
         rival=rival,
         status="ok",
-        bytes=str(work.bytes),
-        flops=str(work.flops),
         threads=str(settings.threads),
         timer=settings.timer_name,
         mode=settings.mode,
-        backend=machine.backend_of(case.public, work.tensor) if rival == "tokenops" else "",
     )
+    return row
+
+
+def _new_row(case: Case, dtype: str, rival: str, work: Work, settings: Settings) -> Row:
+    row = _named_row(case, dtype, rival, settings)
+    row.update(bytes=str(work.bytes), flops=str(work.flops))
+    if rival == "tokenops":
+        row["backend"] = machine.backend_of(case.public, work.tensor)
+    return row
+
+
+def failed_row(case: Case, dtype: str, settings: Settings, error: Exception) -> Row:
+    """The row of a case in which tokenops itself failed."""
+    row = _named_row(case, dtype, "tokenops", settings)
+    row.update(status="failed", note=explain(error))
     return row
 
 
@@ -103,7 +130,7 @@ def _make_ready(
         try:
             rival = work.rivals[name]()
             with rival.context():
-                result = _warm_up(rival.call, settings.device)
+                result = _warm_up(rival.call, settings)
                 rival = replace(rival, call=settings.timer.prepare(rival.call))
         except Exception as error:  # whatever a compiler may throw; tokenops itself must run
             if name == "tokenops":
@@ -135,15 +162,15 @@ def explain(error: BaseException) -> str:
     return re.sub(r"(?:/[^\s/:'\"]+)+/", "", text)[:200]
 
 
-def _warm_up(call: Call, device: torch.device, seconds: float = 0.1) -> Any:
+def _warm_up(call: Call, settings: Settings) -> Any:
     """Call at least three times and, after the first call that may compile, for a while."""
     result = call()
-    end, calls = time.perf_counter() + seconds, 1
+    end, calls = time.perf_counter() + settings.policy.warm_up, 1
     while calls < 3 or time.perf_counter() < end:
         result = call()
         calls += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if settings.device.type == "cuda":
+            torch.cuda.synchronize(settings.device)
     return result
 
 
@@ -156,7 +183,7 @@ def _copy_rival(work: Work, settings: Settings) -> tuple[int, Rival]:
     def copy() -> Tensor:
         return target.copy_(source)
 
-    _warm_up(copy, settings.device)
+    _warm_up(copy, settings)
     return 8 * count, Rival(settings.timer.prepare(copy))
 
 
@@ -217,6 +244,8 @@ def _add_memory(row: Row, case: Case, dtype: str, settings: Settings) -> None:
 def summary(rows: list[Row]) -> str:
     """One line about a case."""
     ours = rows[0]
+    if ours["status"] == "failed":
+        return f"{ours['operator']} {ours['case']} {ours['dtype']}: failed: {ours['note']}"
     words = [f"{ours['operator']} {ours['case']} {ours['dtype']}: {ours['median_us']} us"]
     words += [f"({ours['backend']}, {float(ours['bound_share']):.0%} of bound)"]
     for row in rows[1:]:
@@ -249,6 +278,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help=text)
     p.add_argument("--no-memory", action="store_true", help="don't measure memory")
     p.add_argument("--out", type=Path, help="CSV file; benchmarks/results/DEVICE.csv by default")
+    p.add_argument("--resume", action="store_true", help="leave out cases that the file has")
+    text = "the cases of a GPU at sizes that take no time, to rehearse a run; needs --out"
+    p.add_argument("--rehearse", action="store_true", help=text)
     p.add_argument("--list", action="store_true", help="print the cases and leave")
     return p
 
@@ -259,7 +291,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks.run: --device cuda, but torch sees no CUDA device")
-    policy = QUICK if arguments.quick else Policy()
+    policy = REHEARSAL if arguments.rehearse else QUICK if arguments.quick else Policy()
     if arguments.samples is not None:
         policy = replace(policy, samples=arguments.samples)
     if arguments.budget is not None:
@@ -267,7 +299,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     graph = arguments.cuda_graph and device.type == "cuda"
     timer = CudaTimer(graph) if device.type == "cuda" else CpuTimer()
     timer_name = "wall clock" if device.type == "cpu" else "graph" if graph else "events"
-    seconds = 0.2 if arguments.quick else 2.0
+    seconds = 0.2 if arguments.quick else min(2.0, max(0.05, policy.budget))
     return Settings(
         device=device,
         threads=arguments.threads,
@@ -275,34 +307,33 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         policy=policy,
         timer=timer,
         timer_name=timer_name,
-        mode="quick" if arguments.quick else "full",
+        mode="quick" if arguments.quick or arguments.rehearse else "full",
         measure_memory=not (arguments.quick or arguments.no_memory),
         ceilings=machine.ceilings(device, arguments.threads, arguments.dtype, seconds),
         environment=machine.environment(device),
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
-    arguments = parser().parse_args(argv)
-    cases = select(arguments.op, arguments.case, arguments.device)
+def cases_of(arguments: argparse.Namespace) -> list[Case]:
+    """The cases that the command line names."""
+    device = "cuda" if arguments.rehearse else arguments.device
+    cases = select(arguments.op, arguments.case, device)
     if arguments.cuda_graph:  # autograd launches on the stream of the forward, not the captured one
         cases = [case for case in cases if not case.operator.endswith("_backward")]
     if not cases:
         raise SystemExit("benchmarks.run: no case of these operators has such a name")
-    if arguments.list:
-        for case in cases:
-            print(f"{case.operator:<33} {case.name:<20} {case.sizes}")
-        return
-    out = arguments.out
-    if out is None and not arguments.quick:
-        out = store.RESULTS / f"{arguments.device}.csv"
-    settings = settings_of(arguments)
-    for name in arguments.dtype:
-        rates = settings.ceilings.peak[name], settings.ceilings.mm[name]
-        print(f"{name}: peak {rates[0]:.0f} GFLOP/s ({settings.ceilings.source}), "
-              f"torch.mm {rates[1]:.0f}")  # fmt: skip
-    jobs = [(case, dtype) for case in cases for dtype in arguments.dtype]
+    return [case.tiny() for case in cases] if arguments.rehearse else cases
+
+
+def run_all(jobs: list[tuple[Case, str]], settings: Settings, out: Path | None) -> int:
+    """Measure cases in their dtypes, one after the other.
+
+    Returns:
+        How many failed. After a CUDA error, which makes the process useless, it ends with
+        :data:`POISONED`, and a second start with ``--resume`` goes on.
+    """
+    failures = 0
+    gc.freeze()  # what is there already need not be looked through before each case
     with tqdm(total=len(jobs), unit="case", file=sys.stderr, disable=None) as bar:
         for done, (case, dtype) in enumerate(jobs):
 
@@ -311,14 +342,48 @@ def main(argv: list[str] | None = None) -> None:
                 bar.refresh()
 
             bar.set_description(f"{case.operator} {case.name} {dtype}")
-            rows = run_case(case, dtype, settings, progress)
+            poisoned = False
+            try:
+                rows = run_case(case, dtype, settings, progress)
+            except Exception as error:  # the other cases have nothing to do with it
+                rows = [failed_row(case, dtype, settings, error)]
+                failures, poisoned = failures + 1, is_cuda_error(error)
             bar.n = done + 1
             bar.refresh()
             tqdm.write(summary(rows), file=sys.stdout)
             if out is not None:
                 store.merge(out, rows)
+            if poisoned:
+                raise SystemExit(POISONED)
+            if rows[0]["status"] == "failed" and settings.device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()  # it may have failed for want of memory
+    return failures
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the command line asks for; the result counts the cases that failed."""
+    arguments = parser().parse_args(argv)
+    cases = cases_of(arguments)
+    if arguments.list:
+        for case in cases:
+            print(f"{case.operator:<33} {case.name:<20} {case.sizes}")
+        return 0
+    out = arguments.out
+    if out is None and not (arguments.quick or arguments.rehearse):
+        out = store.RESULTS / f"{arguments.device}.csv"
+    settings = settings_of(arguments)
+    for name in arguments.dtype:
+        rates = settings.ceilings.peak[name], settings.ceilings.mm[name]
+        print(f"{name}: peak {rates[0]:.0f} GFLOP/s ({settings.ceilings.source}), "
+              f"torch.mm {rates[1]:.0f}")  # fmt: skip
+    jobs = [(case, dtype) for case in cases for dtype in arguments.dtype]
+    if arguments.resume and out is not None:
+        have = {(row["operator"], row["case"], row["dtype"]) for row in store.read(out)}
+        jobs = [(c, dtype) for c, dtype in jobs if (c.operator, c.name, dtype) not in have]
+    return min(64, run_all(jobs, settings, out))
 
 
 if __name__ == "__main__":
     machine.run_again_with_tuned_malloc("benchmarks.run", sys.argv[1:])
-    main()
+    sys.exit(main())

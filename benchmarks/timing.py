@@ -79,6 +79,7 @@ class Policy:
         budget: Seconds after which a case ends whatever it has.
         rounds: Rounds that are run even beyond the budget.
         sample_seconds: Length of a sample; short calls are repeated to fill it.
+        warm_up: Seconds of calls before the first sample.
         seed: Seed of the order of rivals.
     """
 
@@ -87,10 +88,12 @@ class Policy:
     budget: float = 60.0
     rounds: int = 3
     sample_seconds: float = 1e-3
+    warm_up: float = 0.1
     seed: int = 0
 
 
 QUICK = Policy(samples=5, enough=2, budget=3.0, rounds=2, sample_seconds=2e-4)
+REHEARSAL = Policy(samples=1, enough=1, budget=0.0, rounds=1, sample_seconds=0.0, warm_up=0.0)
 
 
 @dataclass

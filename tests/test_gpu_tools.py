@@ -1,125 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs on a GPU alone, as far as it can be tried without one."""
 
-import csv
-import sys
+import json
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, smoke, vit
-from benchmarks.gpu_check import Step, Table
+from benchmarks import smoke, vit
+from benchmarks.gpu import record
 
 pytest.importorskip("triton")
 
 from benchmarks import tune
 from tokenops._triton.launch import Settings
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("check", smoke.CHECKS)
 def test_smoke(check, backend):
-    [(name, problem)] = smoke.run(torch.device("cpu"), ["float32"], [check])
-    assert (name, problem) == (f"{check} float32", "")
+    problems = dict(smoke.run(CPU, ["float32"], [check]))
+    assert set(problems.values()) == {None}
+    assert all(case.startswith(f"{check} float32 ") for case in problems)
 
 
 def test_smoke_finds_garbage(monkeypatch):
-    monkeypatch.setitem(smoke.CHECKS, "match", lambda dtype, device: 1 / 0)
-    assert list(smoke.run(torch.device("cpu"), ["float16"], ["match"])) == [
-        ("match float16", "ZeroDivisionError: division by zero")
-    ]
     factor = {torch.float32: 1.1, torch.float64: 1.0}
     monkeypatch.setattr(
         smoke.tokenops,
         "unmerge",
         lambda y, token_map, residual: residual * factor[y.dtype] * y.sum(),
     )
-    with pytest.raises(AssertionError, match="of the largest entry"):
-        smoke.CHECKS["merging"](torch.float32, torch.device("cpu"))
+    problems = dict(smoke.run(CPU, ["float32"], ["merging"]))
+    wrong = {case for case, problem in problems.items() if problem is not None}
+    assert wrong == {"merging float32 unmerge"}
+    assert "of the largest entry" in str(problems["merging float32 unmerge"])
 
 
-def test_vit(capsys):
+def three_cases(error):
+    """A check whose second case fails."""
+
+    def fail():
+        raise error
+
+    def check(dtype, device):
+        yield "first", lambda: None
+        yield "second", fail
+        yield "third", lambda: None
+
+    return check
+
+
+def test_a_smoke_case_that_fails_leaves_the_others_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(smoke.CHECKS, "match", three_cases(ValueError("odd")))
+    path = tmp_path / "record.csv"
+    command = ["--dtype", "float16", "--only", "match", "--record", str(path)]
+    assert smoke.main(command) == 1
+    rows = {row.case.split()[-1]: row for row in record.read(path).values()}
+    assert {name: row.result for name, row in rows.items()} == {
+        "first": "passed", "second": "failed", "third": "passed",
+    }  # fmt: skip
+    assert rows["second"].message == "ValueError: odd"
+    capsys.readouterr()
+    assert smoke.main(command) == 1  # knows them all
+    assert capsys.readouterr().out == "1 failed\n"
+
+
+def test_smoke_goes_on_after_a_cuda_error_in_another_process(monkeypatch, tmp_path):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setitem(smoke.CHECKS, "match", three_cases(error))
+    path = tmp_path / "record.csv"
+    command = ["--dtype", "float16", "--only", "match", "--record", str(path)]
+    assert smoke.main(command) == record.POISONED
+    assert len(record.read(path)) == 2
+    assert smoke.main(command) == 1
+    results = [row.result for row in record.read(path).values()]
+    assert results == ["passed", "failed", "passed"]
+
+
+def test_smoke_tells_of_inputs_that_cannot_be_made(monkeypatch):
+    def check(dtype, device):
+        raise ValueError("no inputs")
+        yield
+
+    monkeypatch.setitem(smoke.CHECKS, "match", check)
+    [(name, problem)] = smoke.run(CPU, ["float16"], ["match"])
+    assert (name, str(problem)) == ("match float16 inputs", "no inputs")
+
+
+def test_vit(capsys, tmp_path):
     small = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--tokens", "20", "--r", "4"]
-    assert vit.main([*small, "--seconds", "0"]) in (0, 1)
+    out = tmp_path / "vit.json"
+    assert vit.main([*small, "--seconds", "0", "--out", str(out)]) in (0, 1)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["dense", "tokenops"]
+    assert [line.split()[0] for line in lines[1:]] == ["dense", "tokenops", "slicing"]
+    assert all(value > 0 for value in json.loads(out.read_text()).values())
 
 
 def test_vit_without_merging_is_dense():
     layers = torch.nn.ModuleList(vit.Layer(32, 2) for _ in range(3)).double()
     x = torch.randn(2, 9, 32, dtype=torch.float64)
     with torch.no_grad():
-        dense, merged = (run() for run in vit.models(layers, x, 0).values())
+        dense, merged, sliced = (run() for run in vit.models(layers, x, 0).values())
     torch.testing.assert_close(dense, merged)
+    torch.testing.assert_close(dense, sliced)
 
 
-def test_steps(tmp_path):
-    def python(code):
-        return [sys.executable, "-c", code]
-
-    steps = [
-        Step("good", python("print('first'); print('last'); print()"), 30),
-        Step("bad", python("import os; print(os.environ['WORD']); raise SystemExit(3)"), 30,
-             {"WORD": "hello"}),
-        Step("slow", python("import time; time.sleep(60)"), 1),
-        Step("missing", ["no-such-program"], 1),
-    ]  # fmt: skip
-    found = {o.name: o for o in gpu_check.run(steps, tmp_path)}
-    assert (found["good"].result, found["good"].last) == ("ok", "last")
-    assert (found["bad"].result, found["bad"].last) == ("failed (3)", "hello")
-    assert found["slow"].result == "stopped after its time"
-    assert found["missing"].result == "left out: no no-such-program here"
-    assert (tmp_path / "good.log").read_text().startswith("first")
-
-
-def test_phases_stay_within_eight_minutes(tmp_path):
-    phases = gpu_check.phases(tmp_path)
-    assert sum(max(step.seconds for step in steps) for steps in phases) <= 480
-    names = [step.name for steps in phases for step in steps]
-    assert len(set(names)) == len(names)
-
-
-def write(path, rows):
-    columns = ("operator", "case", "rival", "dtype", "median_us", "bound_share")
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
-    return Table(path)
-
-
-def test_summary_says_what_was_reached(tmp_path):
-    write(
-        tmp_path / "cuda-graph.csv",
-        [
-            ("match", "vit-b-256", "tokenops", "bfloat16", "6", "0.4"),
-            ("match", "vit-b-256", "eager", "bfloat16", "18", ""),
-            ("match", "vit-b-256", "tokenops", "float32", "99", "0.4"),
-        ],
-    )
-    lines = gpu_check.summary([], tmp_path).splitlines()
-    assert "| match vit-b-256, graph, us | 6 | <= 8 | reached |" in lines
-    assert "| match vit-b-256, eager / ours | 3 | >= 4 | MISSED |" in lines
-    assert "| match vit-l-512-32, graph, us | not measured | <= 8 | |" in lines
-
-
-def test_bars_name_cases_that_exist(tmp_path):
-    """A bar about a case that is never timed would be missed by nobody."""
-
-    class Everything(Table):
-        def __init__(self):
-            self.asked = set()
-
-        def _number(self, operator, case, rival, column):
-            self.asked.add((operator, case, rival))
-            return float(len(self.asked))
-
-    graph, events = Everything(), Everything()
-    gpu_check.bars(graph, events)
-    from benchmarks.registry import find
-
-    for operator, case, _ in graph.asked | events.asked:
-        assert find(operator, case).device == "cuda"
-    assert not [operator for operator, *_ in graph.asked if operator.endswith("_backward")]
+def test_slicing_leaves_as_many_tokens_as_merging():
+    layer = vit.Layer(32, 2)
+    x, size = torch.randn(2, 20, 32), None
+    with torch.no_grad():
+        sliced, sizes = layer.slicing(x, 3, size)
+        merged, merged_size, _ = layer.merging(x, 3, size, None)
+        assert sliced.shape == merged.shape == (2, 17, 32)
+        assert layer.slicing(sliced, 3, sizes)[1].shape == (2, 14)
+        assert layer.merging(merged, 3, merged_size, None)[0].shape == (2, 14, 32)
 
 
 def test_walk_finds_the_best():

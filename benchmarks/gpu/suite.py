@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tests of one backend on one device in one process: ``python -m benchmarks.gpu.suite``.
+
+Only tests of that device's tensors run: none of the host's. Each test is recorded at once. After a
+CUDA error the process is of no use; it then ends with a status that asks for another start, which
+goes on after the test that failed. So a GPU's tests need no pytest-xdist: a few such processes run
+side by side, each with a share of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .record import LEFT_OUT, POISONED, Row, append, is_cuda_error, settled
+
+
+class Recorder:
+    """pytest plugin: chooses tests of a device, records them, and leaves after a CUDA error.
+
+    Args:
+        path: CSV file of records. Tests that it has already do not run again.
+        backend: Tests of this backend run; ``"default"``: those that choose none.
+        device: Kind of device.
+    """
+
+    def __init__(self, path: Path, backend: str, device: str) -> None:
+        self.path, self.backend, self.device = path, backend, device
+        self.known = settled(path)
+
+    def wanted(self, item: pytest.Item) -> bool:
+        """Whether a test is of this backend and device, and has not run."""
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        device = parameters.get("device")
+        if device is None and item.get_closest_marker("cuda") is not None:
+            device = "cuda"
+        backend = parameters.get("backend", "default")
+        return (backend, device) == (self.backend, self.device) and item.nodeid not in self.known
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
+        config.hook.pytest_deselected(items=[item for item in items if not self.wanted(item)])
+        items[:] = filter(self.wanted, items)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        append(self.path, Row(nodeid, "started"))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            message = "" if report.passed else report.longreprtext[-1500:]
+            append(self.path, Row(report.nodeid, report.outcome, report.duration, message))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if call.excinfo is not None and is_cuda_error(call.excinfo.value):
+            self.pytest_runtest_logreport(report)
+            print(f"\n{item.nodeid}\n{report.longreprtext[-3000:]}", flush=True)
+            os._exit(POISONED)  # whatever is torn down in an orderly way may hang
+        return report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tests; the result is pytest's, 0 if there are none left."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.suite", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="default")
+    parser.add_argument("--share", default="1/1", help="2/5: the second of five parts")
+    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("paths", nargs="+")
+    options = parser.parse_args(arguments)
+    if options.backend == "native":
+        from tokenops import _native
+
+        if not _native.loaded:
+            print(_native.reason)
+            return LEFT_OUT
+    os.environ["TOKENOPS_TEST_DEVICES"] = options.device
+    os.environ["TOKENOPS_TEST_SHARE"] = options.share
+    os.environ["HYPOTHESIS_PROFILE"] = "quick"
+    # Tests without a choice of a backend are collected beside those of some backend.
+    chosen = "reference" if options.backend == "default" else options.backend
+    os.environ["TOKENOPS_TEST_BACKENDS"] = chosen
+    settings = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider"]
+    # torch 2.11 says under deterministic algorithms that it may add in another order.
+    settings += ["-W", "ignore:scatter_reduce_cuda_prod_"]
+    plugin = Recorder(options.record, options.backend, options.device)
+    code = pytest.main([*settings, *options.paths], plugins=[plugin])
+    return 0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
