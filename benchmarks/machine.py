@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import tokenops
-from tokenops import _native
+from tokenops import _backend, _native
 
 from .timing import usage
 
@@ -125,7 +125,7 @@ def _isa() -> str:
 def backend_of(operator: str, tensor: torch.Tensor) -> str:
     """Backend that serves an operator by default."""
     obstacles = tokenops.why_not(operator.removesuffix("_backward"), tensor)
-    return next(name for name in ("native", "triton", "reference") if name not in obstacles)
+    return next(name for name in _backend.BACKENDS if name not in obstacles)
 
 
 @dataclass(frozen=True)
