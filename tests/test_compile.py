@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.compile(fullgraph=True) and torch.export: one graph, the same results and gradients."""
 
+import threading
+
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
@@ -189,6 +191,56 @@ def test_choosing_a_backend_compiles_again():
         torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(compiled(x), expected)
     assert ["tokenops.match.default" in g for g in graphs] == [True, False]
+
+
+def test_a_compiled_function_follows_the_thread_that_calls_it():
+    """Each thread's choice, also one that is made inside of the function."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append([str(n.target) for n in graph.graph.nodes if "tokenops" in str(n.target)])
+        return graph.forward
+
+    @tokenops.use_backend("composed")
+    def decorated(x, token_map):
+        return token_map.merge(x)
+
+    def function(x, token_map):
+        with tokenops.use_backend("reference"):
+            y = token_map.merge(x)
+        return y + token_map.merge(x) + decorated(x, token_map)
+
+    compiled = torch.compile(function, fullgraph=True, backend=record)
+    x = random_tokens(2, 8, 4)
+    token_map = tokenops.match(x, 2)
+    expected = function(x, token_map)
+
+    def call(name):
+        with tokenops.use_backend(name):
+            torch.testing.assert_close(compiled(x, token_map), expected)
+
+    for name in ("composed", None, "composed"):
+        thread = threading.Thread(target=call, args=(name,))
+        thread.start()
+        thread.join()
+    call(None)
+    assert graphs == [
+        ["tokenops.merge.composed", "tokenops.merge.composed"],
+        ["tokenops.merge.default", "tokenops.merge.composed"],
+    ]
+
+
+def test_floats_compile_anew():
+    """Each value of eps and scale, as in PyTorch's own attention; the results follow them."""
+    q, policy = random_tokens(2 * 2, 8, 4).view(2, 2, 8, 4), torch.ones(2, 8)
+
+    def function(eps, scale):
+        out = tokenops.policy_attention(q, q, q, policy, eps=eps, scale=scale)
+        return out, tokenops.attention_scores(q, q, policy=policy, eps=eps, scale=scale)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for eps, scale in ((0.0, 0.5), (1e-3, 0.5), (1e-2, 0.25)):
+        torch.testing.assert_close(compiled(eps, scale), function(eps, scale))
 
 
 def test_several_tensors_are_one_node():

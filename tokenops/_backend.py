@@ -8,8 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import os
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -29,8 +28,7 @@ BACKENDS = ("native", "triton", "composed", "reference")
 _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 _in_triton: dict[str, Callable[..., Any]] = {}  # Triton kernels by operator
 _in_native: dict[str, frozenset[str]] = {}  # and by operator, where they have a compiled one
-#: Compiled CPU kernels that step aside for the composed functions unless "native" is chosen.
-_aside: dict[str, Any] = {}
+_served_natively: set[str] = set()  # operators with an overload for their compiled kernels
 
 
 # ---- the choice ----
@@ -242,56 +240,14 @@ def serving(operator: str, tensor: Tensor) -> Callable[..., Any]:
         )
     if backend == "reference":
         return _library.defined[operator].reference
-    return getattr(_library.overloads[_overloads_of(backend)], operator)  # type: ignore[no-any-return]
+    if backend not in _library.overloads:
+        backend = None  # compiled kernels serve by default, where none of them steps aside
+    return getattr(_library.overloads[backend], operator)  # type: ignore[no-any-return]
 
 
 def serves_reference(operator: str, tensor: Tensor) -> bool:
     """Whether the reference serves a call; arguments and errors as those of :func:`serving`."""
     return serving(operator, tensor) is _library.defined[operator].reference
-
-
-def _overloads_of(backend: str) -> str | None:
-    """Where the overloads of a chosen backend are, which are made when they are first wanted."""
-    if backend == "native" and not _aside:
-        return None  # the compiled kernels serve by default, where there are some
-    if backend not in _library.overloads:
-        with _making:
-            _library.add_overloads(backend, _kernels(backend))
-    return backend
-
-
-_making = threading.Lock()
-
-
-def _kernels(backend: str) -> Mapping[str, Mapping[str, Callable[..., Any]]]:
-    """Kernels of the overloads of a backend, by operator and dispatch key."""
-    if backend == "composed":
-        key = "CompositeExplicitAutograd"
-        return {n: {key: _library.dense(o.composed)} for n, o in _library.defined.items()}
-    if backend == "triton":
-        return {
-            name: {
-                "CUDA": _on_cuda(name, kernel),
-                **({"CPU": _interpreted(name, kernel)} if _interpreting else {}),
-            }
-            for name, kernel in _in_triton.items()
-        }
-    kernels: dict[str, dict[str, Callable[..., Any]]] = {}
-    for name in _library.defined:
-        kernels[name] = {}
-        for device in _compiled_for(name):
-            key = device.upper()
-            aside = _aside.get(name) if device == "cpu" else None
-            kernel = aside or torch.library.get_kernel(f"{NAMESPACE}::{name}", key)
-            kernels[name][key] = _boxed(kernel)
-    return kernels
-
-
-def _boxed(kernel: Any) -> Callable[..., Any]:
-    def serve(keys: Any, *args: Any) -> Any:
-        return kernel.call_boxed(keys, *args)
-
-    return serve
 
 
 def step_aside(*names: str) -> None:
@@ -301,13 +257,34 @@ def step_aside(*names: str) -> None:
     where ``"native"`` is chosen.
 
     Args:
-        *names: Operators that are registered already.
+        *names: Operators that are registered already, before :func:`serve_by_triton` for them.
     """
+    if "native" not in _library.overloads:
+        _library.add_overloads("native")
+    for name in _library.defined:
+        _serve_natively(name)
     for name in names:
-        if "cpu" in _compiled_for(name) and name not in _aside:
-            _aside[name] = torch.library.get_kernel(f"{NAMESPACE}::{name}", "CPU")
+        if "cpu" in _compiled_for(name):
             composed = _library.dense(_library.defined[name].composed)
-            _library.implement(name, lambda keys, *args, f=composed: f(*args), "CPU", instead=True)
+
+            def serve(keys: Any, *args: Any, composed: Any = composed) -> Any:
+                return composed(*args)
+
+            _library.implement(name, serve, "CPU", instead=True)
+
+
+def _serve_natively(name: str) -> None:
+    """Let the compiled kernels serve the overload of an operator that is for them alone."""
+    if name in _served_natively:
+        return
+    _served_natively.add(name)
+    for device in _compiled_for(name):
+        compiled = torch.library.get_kernel(f"{NAMESPACE}::{name}", device.upper())
+
+        def serve(keys: Any, *args: Any, compiled: Any = compiled) -> Any:
+            return compiled.call_boxed(keys, *args)
+
+        _library.implement(f"{name}.native", serve, device.upper())
 
 
 def _obstacle(operator: str, backend: str, device: str) -> str | None:
@@ -374,7 +351,12 @@ def serve_by_triton(package: str, *names: str) -> None:
     """
     for name in names:
         there = _compiled_for(name)  # before what follows counts as one
+        if "native" in _library.overloads:
+            _serve_natively(name)
         kernel = _in_triton[name] = _triton_kernel(f"{package}.triton", name)
+        _library.implement(f"{name}.triton", _on_cuda(name, kernel), "CUDA")
+        if _interpreting:
+            _library.implement(f"{name}.triton", _interpreted(name, kernel), "CPU")
         if "cuda" not in there and importlib.util.find_spec("triton") is not None:
             otherwise = _library.dense(_library.defined[name].composed)
             _library.implement(name, _on_cuda(name, kernel, otherwise), "CUDA")
@@ -456,7 +438,7 @@ def _differentiated() -> bool:
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler: torch.compile
 # takes the answers for granted while it traces, and guards on the transforms by itself.
-_constants: tuple[Any, ...] = (_obstacle, _differentiated, _overloads_of)
+_constants: tuple[Any, ...] = (_obstacle, _differentiated)
 for _function in _constants:
     _function._dynamo_marked_constant = True
 

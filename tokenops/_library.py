@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
+
+from . import _flops
 
 NAMESPACE = "tokenops"
 
@@ -28,6 +30,7 @@ class Operator(NamedTuple):
     backward: Callable[..., Any] | None
     setup_context: Callable[..., None] | None
     shared: frozenset[str]
+    flops: Callable[..., int]
 
 
 #: All operators by name, and the names of those that users call; the rest serve backwards.
@@ -35,9 +38,12 @@ defined: dict[str, Operator] = {}
 operators: list[str] = []
 
 #: The operators as attributes of their names: those that serve where nobody has chosen a backend,
-#: under None, and the overloads that a backend serves by itself, under its name. A formula of a
-#: backward gets the ones that its forward belongs to, so that both run on one backend.
-overloads: dict[str | None, SimpleNamespace] = {None: SimpleNamespace()}
+#: under None, and the overloads that one backend serves by itself, under its name, for example
+#: torch.ops.tokenops.merge.triton. A formula of a backward gets the ones that its forward belongs
+#: to. So a choice becomes part of graphs and of backwards, and changes nothing for anybody else.
+overloads: dict[str | None, SimpleNamespace] = {
+    backend: SimpleNamespace() for backend in (None, "composed", "triton")
+}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -45,6 +51,11 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 def acc_dtype(x: Tensor) -> torch.dtype:
     """Type of sums, weights and similarities: float64 for double data, float32 for all other."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def differentiates() -> bool:
+    """Whether a backward may be differentiated itself, in reverse or in forward mode."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -72,6 +83,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     shared: Iterable[str] = (),
+    flops: Callable[..., int] | None = None,
     public: bool = False,
 ) -> None:
     """Define an operator in ``torch.ops.tokenops``.
@@ -92,45 +104,40 @@ def register(
         setup_context: Saves what ``backward`` needs.
         shared: Names of arguments that may come with one dimension only, meant for every image of
             the batch; all other tensor arguments and all outputs lead with the batch.
+        flops: Floating-point operations of matrix products, of the operator's arguments with shapes
+            in place of tensors; none by default, as counters have it of all else.
         public: Whether a public function of the same name calls it.
     """
     name, _, signature = schema.partition("(")
     operator = Operator(
         *(name, "(" + signature, reference, composed or reference, fake),
-        *(backward, setup_context, frozenset(shared)),
+        *(backward, setup_context, frozenset(shared), flops or _no_flops),
     )
     defined[name] = operator
     if public:
         operators.append(name)
-    _define(operator, None)
-    _library.impl(name, dense(operator.composed), "CompositeExplicitAutograd")
+    for backend in overloads:
+        _define(operator, backend)
+    for overload in (name, f"{name}.composed"):
+        _library.impl(overload, dense(operator.composed), "CompositeExplicitAutograd")
+    _flops.register(name, operator.flops)
 
 
-def add_overloads(backend: str, kernels: Mapping[str, Mapping[str, Callable[..., Any]]]) -> None:
-    """Define overloads of the operators that one backend serves by itself.
-
-    They have the backend's name, ``torch.ops.tokenops.merge.triton`` for example, so that the
-    choice becomes part of graphs and of backwards.
-
-    Args:
-        backend: Name of the backend.
-        kernels: By operator and by dispatch key. A kernel takes the operator's arguments, behind
-            the set of dispatch keys but for ``"CompositeExplicitAutograd"``.
-    """
-    if backend in overloads:
-        return
-    ops = SimpleNamespace()
-    for name, by_key in kernels.items():
-        _define(defined[name], backend, ops)
-        for key, kernel in by_key.items():
-            with_keyset = key != "CompositeExplicitAutograd"
-            _library.impl(f"{name}.{backend}", kernel, key, with_keyset=with_keyset)
-    overloads[backend] = ops  # at last: other threads see all of them or none
+def _no_flops(*args: Any) -> int:
+    return 0
 
 
-def _define(operator: Operator, backend: str | None, ops: SimpleNamespace | None = None) -> None:
+def add_overloads(backend: str) -> None:
+    """Let a backend have an overload of each operator, also of those that are defined later."""
+    overloads[backend] = SimpleNamespace()
+    for operator in defined.values():
+        _define(operator, backend)
+        _flops.register(operator.name, operator.flops)  # PyTorch hashes operators by overloads
+
+
+def _define(operator: Operator, backend: str | None) -> None:
     """Define one overload, with all that does not depend on a kernel."""
-    ops = overloads[None] if ops is None else ops
+    ops = overloads[backend]
     name = operator.name if backend is None else f"{operator.name}.{backend}"
     qualified = f"{NAMESPACE}::{name}"
     _library.define(name + operator.signature, tags=(torch.Tag.pt2_compliant_tag,))
@@ -198,10 +205,10 @@ def _refuse_tangents(name: str, *args: Any) -> None:
 
 
 def implement(name: str, kernel: Callable[..., Any], key: str, *, instead: bool = False) -> None:
-    """Give an operator a kernel in Python for one kind of device, for when nobody has chosen.
+    """Give an operator, or an overload of it, a kernel in Python for one kind of device.
 
     Args:
-        name: Name of the operator.
+        name: Name of the operator, with that of the backend for an overload: ``"merge.triton"``.
         kernel: Takes the operator's arguments, behind the set of dispatch keys.
         key: ``"CPU"`` or ``"CUDA"``.
         instead: Whether it takes the place of another kernel.

@@ -158,6 +158,26 @@ def test_query_index_is_a_choice_of_weights(backend, device):
         torch.testing.assert_close(tensor, got)
 
 
+@pytest.mark.parametrize("query_index", [None, [0], [-1], torch.tensor([0])], ids=str)
+@pytest.mark.parametrize("eps", [0.0, 1e-2])
+def test_one_query_among_several_keys(query_index, eps, backend, device):
+    """Nobody knows which key is its own: no key is kept."""
+    inputs = random_attention(2, 4, 9, 8, policy="hard", key_heads=2, device=device)
+    q, k, policy = (inputs[n] for n in ("q", "k", "policy"))
+    row = q[:, :, :1]
+    index = query_index.to(device) if isinstance(query_index, torch.Tensor) else query_index
+    got = tokenops.attention_scores(row, k, query_index=index, policy=policy, eps=eps)
+    double = {"policy": policy.double(), "eps": eps, "self_keep": False}
+    expected = oracle.scores(row.double(), k.double(), **double)
+    torch.testing.assert_close(got, expected.float())
+    one = tokenops.attention_scores(q[:, :, :1], k[:, :, :1], policy=policy[:, :1], eps=eps)
+    torch.testing.assert_close(one, torch.ones_like(one))  # one query and one key: its own
+    with pytest.raises(ValueError, match=r"attention_scores: self_keep must be False unless"):
+        tokenops.attention_scores(q[:, :, :2], k, policy=policy)
+    with pytest.raises(ValueError, match=r"policy_attention: self_keep .* or a query_position"):
+        tokenops.policy_attention(row, k, k, policy)
+
+
 @pytest.mark.isa
 @pytest.mark.parametrize("width", [1, 5, 32, 64, 80])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 17, 64, 197])

@@ -414,7 +414,6 @@ def test_batched_gradients():
         torch.testing.assert_close(batched, torch.stack(singly))
 
 
-@pytest.mark.xfail(strict=True, reason="this vmap of PyTorch's has no fallback for lists")
 def test_batched_gradients_of_several():
     for reduce in ("sum", "mean", "amax", "prod"):
         x = rows(N), rows(N, seed=7)

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from .._library import NAMESPACE, defined, shared_arguments
+from .._library import overloads, shared_arguments
 
 
-def _register(name: str) -> None:
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+def _register(name: str, operator: Any) -> None:
     shared = shared_arguments(name)
     names = [argument.name for argument in operator._schema.arguments]
     outputs = len(operator._schema.returns)
@@ -41,5 +39,6 @@ def _register(name: str) -> None:
         ]
 
 
-for _name in defined:
-    _register(_name)
+for _ops in overloads.values():
+    for _name, _operator in vars(_ops).items():
+        _register(_name, _operator)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
-from ..._library import acc_dtype
+from ..._library import acc_dtype, knows_autocast
 from . import schema  # noqa: F401 - registers the operators
 
 POLICY_GRADS = ("exact", "kept", "none")
@@ -114,12 +114,17 @@ def policy_attention(
 
     Differentiable in: ``q``, ``k``, ``v``, ``policy``, ``size``, also through ``L``; twice. The
     gradient of a policy is computed in float32 and then takes the policy's dtype: keep policies in
-    float32, since a dropped key that would dominate its rows has a gradient beyond float16.
+    float32, since a dropped key that would dominate its rows has a gradient beyond float16. Where
+    its logit lies more than 44 (double: 354) above the largest of the kept ones, its share
+    ``exp(s_ij + log z_j - L_i)`` is capped at ``2^64`` (``2^512``), and its gradient with it.
 
     Determinism: the same bits from run to run, for any number of threads.
 
     Autocast lowers the precision of ``q``, ``k`` and ``v`` as for
     :func:`torch.nn.functional.scaled_dot_product_attention`.
+
+    Under ``torch.compile``, each value of ``eps`` and ``scale`` compiles anew, as for PyTorch's own
+    attention.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -191,7 +196,8 @@ def attention_scores(
             last token is ``[-1]`` (FastV). Only these rows are computed.
         policy: As in :func:`policy_attention`.
         size: As in :func:`policy_attention`.
-        self_keep: As in :func:`policy_attention`.
+        self_keep: As in :func:`policy_attention`, where ``Nq == Nk``. Off for a ``q`` of one row
+            and several keys, as a cache has them: which key is the row's own is unknown.
         eps: As in :func:`policy_attention`.
         head_reduce: ``"mean"`` or ``"sum"`` over heads, or ``"none"``.
         exclude_self: Leave out what tokens give to themselves (PoWER-BERT), ``i = j``. Their
@@ -259,9 +265,13 @@ def attention_scores(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Lower the precision where autocast is on, as PyTorch does for attention."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    device = first.device.type
+    known = device in ("cpu", "cuda") or knows_autocast(device)
+    if not known or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
 
     def lower(t: Any) -> Any:
         eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
@@ -405,13 +415,14 @@ def _self_keep(
     """Whether own keys are kept, which only a policy calls for."""
     if policy is None or not self_keep:
         return False
-    if position is None and q.shape[2] != k.shape[2]:
-        got = f"{q.shape[2]} queries and {k.shape[2]} keys"
-        where = " or a query_position" if name == "policy_attention" else ""
-        raise _checks.value_mismatch(
-            name, "self_keep", f"False without as many queries as keys{where}", got
-        )
-    return True
+    if position is not None or q.shape[2] == k.shape[2]:
+        return True
+    if name == "attention_scores" and q.shape[2] == 1:
+        return False  # nobody says which key is the query's own
+    got = f"{q.shape[2]} queries and {k.shape[2]} keys"
+    where = " or a query_position" if name == "policy_attention" else ""
+    expected = f"False unless there are as many queries as keys{where}"
+    raise _checks.value_mismatch(name, "self_keep", expected, got)
 
 
 def _scale(name: str, scale: float | None, q: Tensor) -> float:

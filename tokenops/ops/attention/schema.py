@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._library import acc_dtype, register
+from ..._library import acc_dtype, differentiates, register
 from . import reference
 
 
 def _differentiable(ops: Any) -> Any:
     """The fused backward has no derivative of its own; the formula in PyTorch has."""
-    return reference if torch.is_grad_enabled() else ops
+    return reference if differentiates() else ops
 
 
 # ---- policy_attention ----
@@ -44,6 +44,16 @@ def _attention_fake(
         q.new_empty(batch, heads, rows, dtype=acc_dtype(q)),
         q.new_empty(batch, heads, rows, dtype=torch.int32),
     )
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any) -> int:
+    return _product_flops(q, k, q[3] + v[3])
+
+
+def _product_flops(q: Any, k: Any, width: int) -> int:
+    """Of products with maps of queries by keys, of so many columns together."""
+    batch, heads, queries, _ = q
+    return int(2 * batch * heads * queries * k[2] * width)
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -87,6 +97,7 @@ register(
     fake=_attention_fake,
     backward=_attention_backward,
     setup_context=_attention_setup,
+    flops=_attention_flops,
     shared=("position",),
     public=True,
 )
@@ -127,6 +138,12 @@ def _attention_backward_fake(
     )
 
 
+def _attention_backward_flops(grad: Any, grad_lse: Any, q: Any, k: Any, v: Any, *rest: Any) -> int:
+    *_, need_v, _, _ = rest
+    # Logits again, dq and dk; gradients of attention, and dv.
+    return _product_flops(q, k, 3 * q[3] + (2 if need_v else 1) * v[3])
+
+
 register(
     "policy_attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v,"
     " Tensor? policy, Tensor? size, Tensor? key_padding_mask, Tensor? position, Tensor out,"
@@ -135,6 +152,7 @@ register(
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dpolicy, Tensor dsize)",
     reference=reference.policy_attention_backward,
     fake=_attention_backward_fake,
+    flops=_attention_backward_flops,
     shared=("position",),
 )
 
@@ -222,6 +240,7 @@ register(
     fake=_scores_fake,
     backward=_scores_backward,
     setup_context=_scores_setup,
+    flops=lambda q, k, *_: _product_flops(q, k, q[3]),
     shared=("position",),
     public=True,
 )

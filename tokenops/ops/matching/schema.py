@@ -74,6 +74,10 @@ def _through_metric(grad: Tensor, x: Tensor) -> Tensor:
     return grad.to(x.dtype)
 
 
+def _nearest_flops(a: Any, b: Any, *_: Any) -> int:
+    return int(2 * a[0] * a[-2] * b[-2] * a[-1])
+
+
 register(
     "nearest(Tensor a, Tensor b, Tensor? a_mask, Tensor? b_mask, str similarity)"
     " -> (Tensor score, Tensor index)",
@@ -81,6 +85,7 @@ register(
     fake=_nearest_fake,
     backward=_nearest_backward,
     setup_context=_nearest_setup,
+    flops=_nearest_flops,
     public=True,
 )
 
@@ -118,12 +123,17 @@ def _map_fake(
     )
 
 
+def _match_flops(metric: Any, r: int, *rest: Any) -> int:
+    return _search_flops(metric, *rest)
+
+
 register(
     "match(Tensor metric, SymInt r, SymInt num_prefix, Tensor? protected, Tensor? source_index,"
     " Tensor? destination_index, SymInt stride, float? threshold, str order, str similarity)"
     " -> (Tensor assign, Tensor offsets, Tensor members, Tensor counts)",
     reference=reference.match,
     fake=_match_fake,
+    flops=_match_flops,
     shared=("protected", "source_index", "destination_index"),
     public=True,
 )
@@ -150,6 +160,21 @@ def _search_fake(
     )
 
 
+def _search_flops(
+    metric: Any,
+    num_prefix: int,
+    protected: Any,
+    source_index: Any,
+    destination_index: Any,
+    stride: int,
+    *_: Any,
+) -> int:
+    tokens = metric[-2]
+    destinations = tokens // stride if destination_index is None else destination_index[-1]
+    sources = tokens - destinations if source_index is None else source_index[-1]
+    return int(2 * metric[0] * sources * destinations * metric[-1])
+
+
 #: Similarity of each source to its best destination, sources in the order of the split, and the
 #: place of that one among the destinations in ascending order; -1 where there is none. A token is
 #: listed once: what becomes of one that is listed twice may differ from backend to backend.
@@ -158,6 +183,7 @@ register(
     " Tensor? destination_index, SymInt stride, bool cosine) -> (Tensor score, Tensor choice)",
     reference=reference.search,
     fake=_search_fake,
+    flops=_search_flops,
     shared=("protected", "source_index", "destination_index"),
 )
 

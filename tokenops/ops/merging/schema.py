@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._library import acc_dtype, register
+from ..._library import acc_dtype, differentiates, register
 from . import reference
 
 
@@ -103,7 +103,7 @@ def _merge_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_weight, grad_scale = _factor_grads(ops, x, grad, index, weight, scale)
     elif needs[0]:
         # The fused kernel has no derivative of its own; the formula in PyTorch has.
-        source: Any = reference if torch.is_grad_enabled() else ops
+        source: Any = reference if differentiates() else ops
         grad_x = source.merge_select_backward(grad, x, out, *index, ctx.reduce)
     return grad_x, None, None, None, grad_weight, grad_scale, None
 
@@ -222,20 +222,26 @@ def _merge_many_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -
     ctx.save_for_backward(assign, offsets, members, weight, *kept, *(output if selects else ()))
 
 
+def _loops(grads: Any) -> bool:
+    """Whether ``is_grads_batched`` maps over gradients: it knows no operators of lists."""
+    return any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
+
+
 def _merge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     assign, offsets, members, weight, *rest = ctx.saved_tensors
     index = assign, offsets, members
     x, out = rest[: ctx.count], rest[ctx.count :]
     grad_x, grad_weight = [None] * ctx.count, None
-    if ctx.reduce == "mean":
-        grad_x = ops.unmerge_many(grads, *index, None, True)
-    elif ctx.reduce == "sum":
-        if any(ctx.needs[0]):
-            grad_x = ops.unmerge_many(grads, *index, weight, False)
+    if ctx.reduce in ("sum", "mean"):
+        mean = ctx.reduce == "mean"
+        if _loops(grads):
+            grad_x = [ops.unmerge(g, *index, weight, None, None, mean) for g in grads]
+        elif any(ctx.needs[0]):
+            grad_x = ops.unmerge_many(grads, *index, weight, mean)
         if ctx.needs[4]:
             grad_weight = sum(ops.pair_dot(t, g, *index) for t, g in zip(x, grads, strict=True))
     else:
-        source: Any = reference if torch.is_grad_enabled() else ops
+        source: Any = reference if differentiates() else ops
         grad_x = [
             source.merge_select_backward(g, t, o, *index, ctx.reduce)
             for g, t, o in zip(grads, x, out, strict=True)
@@ -275,8 +281,11 @@ def _unmerge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any
     assign, offsets, members, weight, *y = ctx.saved_tensors
     index = assign, offsets, members
     grad_y, grad_weight = [None] * len(grads), None
-    if any(ctx.needs[0]):
-        grad_y = ops.merge_many(grads, *index, weight, "mean" if ctx.mean else "sum")
+    reduce = "mean" if ctx.mean else "sum"
+    if _loops(grads):
+        grad_y = [ops.merge(g, *index, weight, None, reduce) for g in grads]
+    elif any(ctx.needs[0]):
+        grad_y = ops.merge_many(grads, *index, weight, reduce)
     if ctx.needs[4]:
         grad_weight = sum(ops.pair_dot(g, t, *index) for t, g in zip(y, grads, strict=True))
     return grad_y, None, None, None, grad_weight, None
