@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import tokenops
+from tokenops.ops.matching.common import sides
 from tokenops.splits import Split
 
 from .timing import Rival
@@ -107,9 +108,8 @@ class Shape:
         if self.grid is None:
             return token[0::2], token[1::2]
         resolved = self.split().resolve(self.batch, self.tokens, self.prefix, device)
-        if resolved.source_index is None or resolved.destination_index is None:
-            raise RuntimeError("a grid split comes as index tensors")
-        return resolved.source_index, resolved.destination_index
+        both = sides("benchmarks", 1, self.tokens, self.prefix, *resolved.rule, device)
+        return both.sources[0], both.destinations[0]
 
 
 @dataclass

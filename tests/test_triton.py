@@ -337,9 +337,12 @@ def test_launches_of_a_vit():
     size = meta(256, 197, dtype=torch.float32)
     assign, offsets = meta(256, 197, dtype=torch.int32), meta(256, 182, dtype=torch.int32)
     index = assign, offsets, assign
-    options = 16, 1, None, None, None, 2, None, "position", "cosine"
+    rest = None, None, "position", "cosine"
+    options = 16, 1, None, None, None, 2, 0, 1, None, *rest
     assert len(_launched("match", metric, *options)) == 2
     assert len(_launched("match", keys, *options)) == 2
+    options = 16, 1, None, None, None, 2, 14, 2, meta(49, dtype=torch.int32), *rest
+    assert len(_launched("match", metric, *options)) == 3, "a kernel evaluates the grid"
     assert len(_launched("nearest", metric, metric, None, None, "cosine")) == 1
     assert len(_launched("merge_wavg", x, *index, size)) == 1
     assert len(_launched("merge", x, *index, None, None, "mean")) == 1

@@ -13,17 +13,40 @@ from . import _checks
 
 
 class ResolvedSplit(NamedTuple):
-    """A split of one input's tokens.
+    """A split of one input's tokens: two lists of tokens, or a rule that kernels evaluate.
 
-    Without index tensors, token i is a destination iff ``i % stride == stride - 1``, and a source
-    otherwise.
+    The rule of an alternation: token i is a destination iff ``i % stride == stride - 1``, and a
+    source otherwise. That of a grid, where ``grid_width`` is not 0: the tokens behind the prefix
+    are rows of ``grid_width``, and each whole cell of ``cell_height`` by ``stride`` of them has one
+    destination, at the place in ``cell``; all others are sources.
+
+    Attributes:
+        num_sources: Sources outside the prefix.
+        num_destinations: Destinations outside the prefix.
+        source_index: int64 ``[Ns]`` or ``[B, Ns]`` of a list.
+        destination_index: int64 ``[Nd]`` or ``[B, Nd]`` of a list.
+        stride: Of an alternation, or the width of a cell.
+        grid_width: Tokens of a row of a grid; 0 where there is none.
+        cell_height: Rows of a cell.
+        cell: int32 ``[cells]``, row by row: ``y * stride + x`` of each destination in its cell; the
+            top left one where it is None.
     """
 
-    stride: int
-    source_index: Tensor | None  # int64 [Ns] or [B, Ns]
-    destination_index: Tensor | None  # int64 [Nd] or [B, Nd]
-    num_sources: int  # outside the prefix
-    num_destinations: int  # outside the prefix
+    num_sources: int
+    num_destinations: int
+    source_index: Tensor | None = None
+    destination_index: Tensor | None = None
+    stride: int = 1
+    grid_width: int = 0
+    cell_height: int = 1
+    cell: Tensor | None = None
+
+    @property
+    def rule(
+        self,
+    ) -> tuple[Tensor | None, Tensor | None, int, int, int, Tensor | None]:
+        """The arguments of an operator that say all of this."""
+        return self[2:]
 
 
 class Split:
@@ -48,7 +71,7 @@ class Strided(Split):
         """Apply the split; see :meth:`Split.resolve`."""
         destinations = num_tokens // self.k - num_prefix // self.k
         sources = num_tokens - num_prefix - destinations
-        return ResolvedSplit(self.k, None, None, sources, destinations)
+        return ResolvedSplit(sources, destinations, stride=self.k)
 
 
 @dataclass(frozen=True)
@@ -72,10 +95,11 @@ class Random(Split):
             draw = torch.rand(batch, free, device=device)
         else:
             generator = self.generator
+            _check_first_pass("random", generator)
             draw = torch.rand(batch, free, generator=generator, device=generator.device)
         index = draw.argsort(dim=1).to(device) + num_prefix
         n = self.num_sources
-        return ResolvedSplit(1, index[:, :n], index[:, n:], n, free - n)
+        return ResolvedSplit(n, free - n, index[:, :n], index[:, n:])
 
 
 @dataclass(frozen=True)
@@ -97,24 +121,21 @@ class Grid(Split):
                 "grid", "h * w", f"the {num_tokens - num_prefix} tokens outside the prefix",
                 f"{self.h} * {self.w} = {self.h * self.w}",
             )  # fmt: skip
-        rows, columns = self.h // self.sy, self.w // self.sx
-        y = torch.arange(rows, device=device)[:, None] * self.sy  # [rows, 1]
-        x = torch.arange(columns, device=device)[None, :] * self.sx  # [1, columns]
+        cells = (self.h // self.sy) * (self.w // self.sx)  # none where a cell exceeds the image
+        cell = None
         if self.generator is not None:
+            _check_first_pass("grid", self.generator)
             draw = torch.randint(
                 self.sy * self.sx,
-                (rows, columns, 1),
+                (cells,),
                 generator=self.generator,
                 device=self.generator.device,
+                dtype=torch.int32,
             )
-            cell = draw.to(device)[..., 0]  # [rows, columns], position within the cell
-            y, x = y + cell // self.sx, x + cell % self.sx
-        is_destination = torch.zeros(self.h * self.w, dtype=torch.int8, device=device)
-        is_destination[(y * self.w + x).flatten()] = 1
-        # Stable, so that both halves ascend; tokens of no whole cell stay among the sources.
-        order = is_destination.argsort(stable=True) + num_prefix
-        sources = self.h * self.w - rows * columns
-        return ResolvedSplit(1, order[:sources], order[sources:], sources, rows * columns)
+            cell = draw.to(device)
+        return ResolvedSplit(
+            num_tokens - num_prefix - cells, cells, None, None, self.sx, self.w, self.sy, cell
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +161,7 @@ class Explicit(Split):
                 raise _checks.value_error("match", argument, f"at most {num_tokens} long", index)
         if _checks.values_visible(a):
             self._check_values(batch, num_tokens, num_prefix)
-        return ResolvedSplit(1, a.long(), b.long(), a.shape[-1], b.shape[-1])
+        return ResolvedSplit(a.shape[-1], b.shape[-1], a.long(), b.long())
 
     def _check_values(self, batch: int, num_tokens: int, num_prefix: int) -> None:
         a, b = (
@@ -205,14 +226,17 @@ def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
     Args:
         num_sources: Number of sources per image, at most the tokens outside the prefix.
         generator: Source of randomness; the device's default one when None. ``torch.compile``
-            knows the default one only.
+            knows the default one only. So does activation checkpointing, which sets it back before
+            it computes a forward pass again: another one would draw other tokens then, and using it
+            there is an error.
 
     Returns:
         The split, for ``match(split=...)``. Each use draws anew.
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If ``num_sources`` is negative or, at use, more than there are tokens.
+        ValueError: If ``num_sources`` is negative or, at use, more than there are tokens, or a
+            recomputation would draw anew.
 
     Example:
         >>> import torch, tokenops
@@ -234,18 +258,20 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
     Args:
         h: Height in tokens.
         w: Width in tokens.
-        sy: Height of a cell, at most ``h``.
-        sx: Width of a cell, at most ``w``.
+        sy: Height of a cell.
+        sx: Width of a cell. In an image that is lower or narrower than a cell there is no
+            destination, and nothing merges.
         generator: Draws the position in each cell, anew at each use; None takes the top left one,
-            which is what works under ``torch.compile``.
+            which is what works under ``torch.compile``. Under activation checkpointing: see
+            :func:`random`.
 
     Returns:
         The split, for ``match(split=...)``.
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If a size is below 1, a cell exceeds the image, or, at use, ``h * w`` is not the
-            number of tokens outside the prefix.
+        ValueError: If a size is below 1 or, at use, ``h * w`` is not the number of tokens outside
+            the prefix, or a recomputation would draw anew.
 
     Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
 
@@ -257,10 +283,6 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
     """
     for argument, value in (("h", h), ("w", w), ("sy", sy), ("sx", sx)):
         _checks.check_int("grid", argument, value, minimum=1)
-    if sy > h:
-        raise _checks.value_error("grid", "sy", f"at most h = {h}", sy)
-    if sx > w:
-        raise _checks.value_error("grid", "sx", f"at most w = {w}", sx)
     _check_generator("grid", generator)
     return Grid(h, w, sy, sx, generator)
 
@@ -268,3 +290,20 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
 def _check_generator(name: str, generator: object) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise _checks.type_error(name, "generator", "a torch.Generator or None", generator)
+
+
+def _check_first_pass(name: str, generator: torch.Generator) -> None:
+    """Refuse to draw within a backward pass: checkpointing computes a forward pass again there.
+
+    The tokens would not be those of the forward pass, and nothing would tell but the gradient.
+    """
+    if torch._C._current_graph_task_id() == -1 or generator is torch.default_generator:
+        return
+    defaults = getattr(torch.get_device_module(generator.device), "default_generators", ())
+    if not any(generator is default for default in defaults):
+        raise _checks.value_mismatch(
+            name,
+            "generator",
+            "None or a default one where activation checkpointing computes a forward pass again",
+            "another one, which would draw other tokens",
+        )

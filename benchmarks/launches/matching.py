@@ -38,7 +38,8 @@ def _nearest(
 
 def _match(
     dtype: torch.dtype, *shape: int, r: int = 16, prefix: int = 0, stride: int = 2,
-    listed: bool = False, protected: bool = False, threshold: float | None = None,
+    listed: bool = False, cells: tuple[int, int, int] | None = None, drawn: int = 0,
+    protected: bool = False, threshold: float | None = None, thresholds: bool = False,
     order: str = "position",
 ) -> Callable[[], object]:  # fmt: skip
     def call() -> object:
@@ -49,9 +50,13 @@ def _match(
             index = torch.empty(tokens, dtype=torch.int64, device="meta")
             indices = index[count:], index[:count]
         mask = torch.empty(tokens, dtype=torch.bool, device="meta") if protected else None
+        rule: tuple[int, int, int] = (stride, 0, 1) if cells is None else cells
+        cell = torch.empty(drawn, dtype=torch.int32, device="meta") if drawn else None
+        least = torch.empty(shape[0], device="meta") if thresholds else None
         return match(
-            _rows(dtype, *shape), r, prefix, mask, *indices, stride, threshold, order, "cosine"
-        )
+            _rows(dtype, *shape), r, prefix, mask, *indices, *rule, cell, threshold, least, order,
+            "cosine",
+        )  # fmt: skip
 
     return call
 
@@ -84,6 +89,14 @@ for _name, _dtype in ALL.items():
 CASES["match bf16 D64"] = _match(torch.bfloat16, 256, 197, 64, prefix=1)
 CASES["match bf16 D64 listed"] = _match(torch.bfloat16, 2, 197, 64, listed=True)
 CASES["match bf16 D320 listed"] = _match(torch.bfloat16, 2, 4096, 320, listed=True)
+CASES["match bf16 D64 grid"] = _match(torch.bfloat16, 2, 197, 64, prefix=1, cells=(2, 14, 2))
+CASES["match bf16 D64 grid drawn"] = _match(
+    torch.bfloat16, 2, 197, 64, prefix=1, cells=(2, 14, 2), drawn=49
+)
+CASES["match bf16 D320 grid drawn"] = _match(
+    torch.bfloat16, 2, 4096, 320, cells=(2, 64, 2), drawn=1024
+)
+CASES["match bf16 D64 thresholds"] = _match(torch.bfloat16, 2, 197, 64, thresholds=True)
 CASES["match f32 D64 many tokens"] = _match(torch.float32, 2, 5000, 64)
 for _tokens, _order, _threshold, _listed in itertools.product(
     (24, 60, 100, 197, 400, 1025, 2048, 4096), ("position", "tome"), (None, 0.5), (False, True)

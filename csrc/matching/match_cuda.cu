@@ -71,20 +71,24 @@ bool describe(const Tensor& metric, MetricRows* x) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> match(
     const Tensor& metric, int64_t r, int64_t num_prefix, const std::optional<Tensor>& is_protected,
     const std::optional<Tensor>& source_index, const std::optional<Tensor>& destination_index,
-    int64_t stride, const std::optional<double>& threshold, const Text& order,
-    const Text& similarity) {
+    int64_t stride, int64_t grid_width, int64_t cell_height, const std::optional<Tensor>& cell,
+    const std::optional<double>& threshold, const std::optional<Tensor>& thresholds,
+    const Text& order, const Text& similarity) {
   const char* const op = "tokenops::match";
   check_metric(op, metric);
   const bool cosine = is_cosine(op, similarity);
   const int64_t batch = metric.size(0), tokens = metric.size(metric.dim() - 2);
-  const Choice ask = make_choice(op, batch, tokens, r, num_prefix, is_protected, source_index,
-                                 destination_index, stride, threshold, order);
+  const Target target(op, metric);
+  target.expect("protected", is_protected);
+  target.expect("source_index", source_index);
+  target.expect("destination_index", destination_index);
+  target.expect("thresholds", thresholds);
+  const Lists lists = make_lists(target, op, batch, tokens, num_prefix, source_index,
+                                 destination_index, stride, grid_width, cell_height, cell);
+  const Choice ask = make_choice(op, batch, tokens, r, num_prefix, is_protected, lists.source,
+                                 lists.destination, stride, threshold, thresholds, order);
   MetricRows x;
   if (describe(metric, &x)) {
-    const Target target(op, metric);
-    target.expect("protected", is_protected);
-    target.expect("source_index", source_index);
-    target.expect("destination_index", destination_index);
     const BlockMatch block = choose_kernel(ask, x);
     if (block.kernel != nullptr && block.shared_bytes <= target.max_shared_bytes()) {
       const NewMaps maps(target, ask, batch);
@@ -93,19 +97,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
       return maps.tensors;
     }
   }
-  std::array<StableIValue, 7> stack{torch::stable::detail::from(metric),
-                                    torch::stable::detail::from(num_prefix),
-                                    torch::stable::detail::from(is_protected),
-                                    torch::stable::detail::from(source_index),
-                                    torch::stable::detail::from(destination_index),
-                                    torch::stable::detail::from(stride),
-                                    torch::stable::detail::from(cosine)};
+  const int64_t no_grid = 0, no_height = 1;
+  const std::optional<Tensor> no_cell;
+  std::array<StableIValue, 10> stack{torch::stable::detail::from(metric),
+                                     torch::stable::detail::from(num_prefix),
+                                     torch::stable::detail::from(is_protected),
+                                     torch::stable::detail::from(lists.source),
+                                     torch::stable::detail::from(lists.destination),
+                                     torch::stable::detail::from(stride),
+                                     torch::stable::detail::from(no_grid),
+                                     torch::stable::detail::from(no_height),
+                                     torch::stable::detail::from(no_cell),
+                                     torch::stable::detail::from(cosine)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("tokenops::search", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor score = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor choice = torch::stable::detail::to<Tensor>(stack[1]);
-  return select(score, choice, tokens, r, num_prefix, is_protected, source_index, destination_index,
-                stride, threshold, order);
+  return select(score, choice, tokens, r, num_prefix, is_protected, lists.source, lists.destination,
+                stride, 0, 1, std::nullopt, threshold, thresholds, order);
 }
 
 // Images of ViT-B/16 and, by two tiles a warp, of ViT-L/16 at 512 pixels.

@@ -323,6 +323,24 @@ struct IndexTensor {
   Indices first;
 };
 
+// Tensor [B] of float or double, or nothing.
+struct Thresholds {
+  explicit Thresholds(const std::optional<Tensor>& t) {
+    if (!t.has_value()) return;
+    data = t->const_data_ptr();
+    stride = t->stride(0);
+    is_double = t->scalar_type() == ScalarType::Double;
+  }
+  double of(int64_t image) const {
+    return is_double ? static_cast<const double*>(data)[image * stride]
+                     : static_cast<const float*>(data)[image * stride];
+  }
+
+  const void* data = nullptr;
+  int64_t stride = 0;
+  bool is_double = false;
+};
+
 template <class T>
 struct MatchJob {
   void prepare(int64_t image, Image<T>& im) const {
@@ -346,6 +364,8 @@ struct MatchJob {
       ask.sources = sources->row(image);
       ask.destinations = destinations->row(image);
     }
+    if (cell.has_value()) ask.cell = cell->row(image);
+    if (thresholds.data != nullptr) ask.threshold = thresholds.of(image);
     return ask;
   }
 
@@ -353,40 +373,48 @@ struct MatchJob {
   bool cosine;
   Request shared;
   Mask protected_tokens;
-  std::optional<IndexTensor> sources, destinations;
+  std::optional<IndexTensor> sources, destinations, cell;
+  Thresholds thresholds;
   int32_t *assign, *offsets, *members, *counts;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> match(
     const Tensor& metric, int64_t r, int64_t num_prefix,
     const std::optional<Tensor>& protected_tokens, const std::optional<Tensor>& source_index,
-    const std::optional<Tensor>& destination_index, int64_t stride,
-    const std::optional<double>& threshold, const Text& order, const Text& similarity) {
+    const std::optional<Tensor>& destination_index, int64_t stride, int64_t grid_width,
+    int64_t cell_height, const std::optional<Tensor>& cell, const std::optional<double>& threshold,
+    const std::optional<Tensor>& thresholds, const Text& order, const Text& similarity) {
   const char* const op = "tokenops::match";
   check_metric(op, metric);
   const int64_t batch = metric.size(0), n = metric.size(metric.dim() - 2);
   STD_TORCH_CHECK(order == "position" || order == "tome", op,
                   ": expected order position or tome, got ", order);
-  STD_TORCH_CHECK(r <= n && stride >= 1, op, ": expected r <= N and stride >= 1");
+  check_split(op, source_index, destination_index, stride, grid_width, cell_height);
+  check_thresholds(op, thresholds, batch);
   Request ask = {};
   ask.tokens = n;
-  ask.r = std::max<int64_t>(r, 0);
-  ask.outputs = threshold.has_value() ? n : n - ask.r;
+  ask.r = mergeable(n, r);
+  ask.has_threshold = threshold.has_value() || thresholds.has_value();
+  ask.outputs = ask.has_threshold ? n : n - ask.r;
   ask.prefix = std::min(std::max<int64_t>(num_prefix, 0), n);
-  ask.has_threshold = threshold.has_value();
   ask.threshold = threshold.value_or(0);
   ask.tome_order = order == "tome";
-  ask.listed = source_index.has_value() && destination_index.has_value();
+  ask.listed = source_index.has_value();
   ask.stride = stride;
   const Mask taboo(protected_tokens, op, batch, n, true);
   const bool cosine = is_cosine(op, similarity);
-  std::optional<IndexTensor> sources, destinations;
+  std::optional<IndexTensor> sources, destinations, places;
   int64_t max_sources = n - n / stride, max_destinations = n / stride;
   if (ask.listed) {
     sources.emplace(*source_index, batch);
     destinations.emplace(*destination_index, batch);
     max_sources = std::min(n, sources->first.count);
     max_destinations = std::min(n, destinations->first.count);
+  } else if (grid_width > 0) {
+    ask.grid = Grid(op, n - ask.prefix, grid_width, cell_height, stride, cell);
+    if (cell.has_value()) places.emplace(*cell, batch);
+    max_destinations = ask.grid.cells();
+    max_sources = n - ask.prefix - max_destinations;
   }
 
   const Tensor outputs[] = {empty({batch, n}, ScalarType::Int),
@@ -401,8 +429,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
   } else if (batch > 0) {
     dispatch(op, metric.scalar_type(), [&](auto type) {
       using T = typename decltype(type)::type;
-      const MatchJob<T> job = {Metric<T>(metric), cosine,  ask,     taboo,   sources,
-                               destinations,      data[0], data[1], data[2], data[3]};
+      const MatchJob<T> job = {Metric<T>(metric), cosine,       ask,     taboo,
+                               sources,           destinations, places,  Thresholds(thresholds),
+                               data[0],           data[1],      data[2], data[3]};
       run<T>(job, batch, n, max_sources, max_destinations, job.metric.rows);
     });
   }

@@ -66,6 +66,9 @@ struct Choice {
   int32_t r, prefix;
   bool listed, limited, tome;
   double threshold;        // where limited
+  const void* thresholds;  // [B] of float or double that take its place, or null
+  int64_t thresholds_stride;
+  bool doubles;
   Alternation rule;        // the split, unless it is listed
   IndexList source_index;  // the split, if it is listed
   IndexList destination_index;
@@ -79,6 +82,11 @@ struct Choice {
       one.destination_index = destination_index.row(image);
     }
     if (is_protected != nullptr) one.is_protected += image * protected_batch_stride;
+    if (thresholds != nullptr) {
+      const int64_t at = image * thresholds_stride;
+      one.threshold = doubles ? static_cast<const double*>(thresholds)[at]
+                              : static_cast<const float*>(thresholds)[at];
+    }
     return one;
   }
   // Whether unmerged sources stand by falling score, and how many those are at most.

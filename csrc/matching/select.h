@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "arguments.h"
 #include "nearest.h"
 
 namespace tokenops::matching {
@@ -18,10 +19,13 @@ struct Indices {
   bool wide = false;
   int64_t count = 0, stride = 0;
 
+  int64_t value(int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i * stride]
+                : static_cast<const int32_t*>(data)[i * stride];
+  }
   int64_t at(int64_t i, int64_t tokens) const {
-    const int64_t value = wide ? static_cast<const int64_t*>(data)[i * stride]
-                               : static_cast<const int32_t*>(data)[i * stride];
-    return value >= 0 && value < tokens ? value : -1;
+    const int64_t token = value(i);
+    return token >= 0 && token < tokens ? token : -1;
   }
 };
 
@@ -31,7 +35,9 @@ struct Request {
   int64_t r, prefix;
   bool has_threshold, tome_order, listed;
   double threshold;
-  int64_t stride;                 // the split, unless it is listed
+  int64_t stride;                 // the split, unless it is listed or a grid
+  Grid grid;                      // the split, if it has rows of tokens
+  Indices cell;                   // places of destinations in the cells of a grid, or nothing
   Indices sources, destinations;  // the split, if it is listed
   const uint8_t* is_protected;    // [N], or null
   int64_t protected_stride;
@@ -74,6 +80,15 @@ void take_part(const Request& ask, Selection<A>& s) {
     for (int64_t i = 0; i < ask.destinations.count; ++i) {
       const int64_t t = ask.destinations.at(i, n);
       if (t >= 0) s.role[t] = kDestination;
+    }
+  } else if (ask.grid.width > 0) {
+    std::fill_n(s.role, ask.prefix, kNeither);
+    std::fill(s.role + ask.prefix, s.role + n, kSource);
+    for (int64_t i = 0, y = 0; y < ask.grid.rows; ++y) {
+      for (int64_t x = 0; x < ask.grid.columns; ++x, ++i) {
+        const int64_t place = ask.cell.data == nullptr ? 0 : ask.cell.value(i);
+        s.role[ask.prefix + ask.grid.destination(y, x, place)] = kDestination;
+      }
     }
   } else {
     std::fill_n(s.role, n, kSource);

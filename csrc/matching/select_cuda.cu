@@ -69,13 +69,22 @@ const cuda::Reported reported_many_doubles("select_images<double, false>",
 std::tuple<Tensor, Tensor, Tensor, Tensor> select(
     const Tensor& score, const Tensor& choice, int64_t num_tokens, int64_t r, int64_t num_prefix,
     const std::optional<Tensor>& is_protected, const std::optional<Tensor>& source_index,
-    const std::optional<Tensor>& destination_index, int64_t stride,
-    const std::optional<double>& threshold, const Text& order) {
+    const std::optional<Tensor>& destination_index, int64_t stride, int64_t grid_width,
+    int64_t cell_height, const std::optional<Tensor>& cell, const std::optional<double>& threshold,
+    const std::optional<Tensor>& thresholds, const Text& order) {
   const char* const op = "tokenops::select";
   STD_TORCH_CHECK(score.dim() == 2 && choice.dim() == 2, op, ": expected score and choice [B, Ns]");
   const int64_t batch = score.size(0);
-  const Choice ask = make_choice(op, batch, num_tokens, r, num_prefix, is_protected, source_index,
-                                 destination_index, stride, threshold, order);
+  const Target target(op, score);
+  target.expect("choice", choice);
+  target.expect("protected", is_protected);
+  target.expect("source_index", source_index);
+  target.expect("destination_index", destination_index);
+  target.expect("thresholds", thresholds);
+  const Lists lists = make_lists(target, op, batch, num_tokens, num_prefix, source_index,
+                                 destination_index, stride, grid_width, cell_height, cell);
+  const Choice ask = make_choice(op, batch, num_tokens, r, num_prefix, is_protected, lists.source,
+                                 lists.destination, stride, threshold, thresholds, order);
   STD_TORCH_CHECK(choice.size(0) == batch && choice.size(1) == score.size(1) &&
                       (score.size(1) == ask.sources || num_tokens == 0),
                   op, ": expected score and choice [", batch, ", ", ask.sources, "], got [", batch,
@@ -87,11 +96,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(
                   ": expected choice of dtype int32, got ", choice.scalar_type());
   const Tensor scores = as_contiguous(score), choices = as_contiguous(choice);
 
-  const Target target(op, score);
-  target.expect("choice", choice);
-  target.expect("protected", is_protected);
-  target.expect("source_index", source_index);
-  target.expect("destination_index", destination_index);
   const NewMaps maps(target, ask, batch);
   if (is_double) {
     launch_select<double>(target, ask, batch, scores, choices, maps.data());

@@ -433,7 +433,7 @@ __device__ __forceinline__ void write_map(const Choice& ask, int live, const Wor
     at += size;
   }
   for (int m = live + threadIdx.x; m <= outputs; m += blockDim.x) out.offsets[m] = n;
-  if (threadIdx.x == 0) *out.count = live;
+  if (threadIdx.x == 0) *out.count = live < outputs ? live : outputs;
   __syncthreads();
 
   // Groups beyond the outputs are dropped: there are such where too few sources could merge.

@@ -344,7 +344,8 @@ def test_protected_sources_merge_as_the_last_resort(r, prefix, protected, order)
     options = {"protected": protected, "prefix": prefix, "order": order, "kind": "cosine"}
     expected = brute_match(metric, r, strided_indices(2, 12), **options)
     for operator in (torch.ops.tokenops.match, reference.match):
-        got = operator(metric, r, prefix, mask, None, None, 2, None, order, "cosine")
+        rule = None, None, 2, 0, 1, None
+        got = operator(metric, r, prefix, mask, *rule, None, None, order, "cosine")
         assert got[0].tolist() == [assign for assign, _ in expected]
         assert got[1].shape[1] - 1 == 12 - r
 

@@ -149,29 +149,42 @@ def kinds_of_arguments():
     plain_rows = rows(N, wants_gradient=False)
 
     def matching(
-        metric=plain_rows, prefix=0, protected=None, split=(None, None, 2),
-        threshold=None, order="position", similarity="cosine",
+        metric=plain_rows, prefix=0, protected=None, split=(None, None, 2, 0, 1, None),
+        threshold=None, thresholds=None, order="position", similarity="cosine",
     ):  # fmt: skip
-        return metric, 2, prefix, protected, *split, threshold, order, similarity
+        return metric, 2, prefix, protected, *split, threshold, thresholds, order, similarity
 
-    given_split = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5]), 1
-    each = tuple(i.expand(B, -1).contiguous() for i in given_split[:2])
+    no_grid = 1, 0, 1, None
+    given_split = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5])
+    each = tuple(i.expand(B, -1).contiguous() for i in given_split)
+    places = torch.tensor([[3], [1]], dtype=torch.int32)[torch.arange(B) % 2]
+    splits = {
+        "rule": (None, None, 2, 0, 1, None),
+        "split": (*given_split, *no_grid),
+        "each": (*each, *no_grid),
+        "grid": (None, None, 2, 3, 2, None),
+        "grid-cell": (None, None, 2, 3, 2, torch.tensor([2])),
+        "grid-each": (None, None, 2, 3, 2, places),
+    }
+    least = torch.linspace(0.05, 0.3, B)
     yield ops.match, matching(), "match"
     yield ops.match, matching(heads.detach(), order="tome", similarity="dot"), "match-heads"
     yield ops.match, matching(prefix=1, threshold=0.1), "match-threshold"
     yield ops.match, matching(protected=~mask[0], order="tome"), "match-protected"
     yield ops.match, matching(protected=~mask, threshold=0.0), "match-protected-each"
-    yield ops.match, matching(split=given_split), "match-split"
-    yield ops.match, matching(split=(*each, 1)), "match-split-each"
-    for split, kind in (((None, None, 2), "rule"), (given_split, "split"), ((*each, 1), "each")):
+    yield ops.match, matching(prefix=1, thresholds=least), "match-thresholds"
+    yield ops.match, matching(thresholds=least[0].expand(B).double()), "match-thresholds-double"
+    for kind, split in splits.items():
+        yield ops.match, matching(split=split, prefix=1), f"match-{kind}"
         for taboo in (None, ~mask[0], ~mask):
             name = f"{kind}-{0 if taboo is None else taboo.dim()}"
             arguments = plain_rows, 1, taboo, *split, True
             yield ops.search, arguments, f"search-{name}"
             score, choice = ops.search(*arguments)
             pairs = score, choice, N, 2, 1, taboo, *split
-            yield ops.select, (*pairs, None, "position"), f"select-{name}"
-            yield ops.select, (*pairs, 0.1, "tome"), f"select-tome-{name}"
+            yield ops.select, (*pairs, None, None, "position"), f"select-{name}"
+            yield ops.select, (*pairs, 0.1, None, "tome"), f"select-tome-{name}"
+            yield ops.select, (*pairs, None, least, "position"), f"select-thresholds-{name}"
 
 
 @pytest.mark.parametrize(

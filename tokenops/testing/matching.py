@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..ops.matching import common
 from ..splits import Explicit, Split, alternate
 from ..token_map import TokenMap
 from .asserts import require
@@ -182,12 +183,9 @@ def _split_masks(
     if not isinstance(split, Split):
         split = Explicit(*split)
     resolved = split.resolve(batch, tokens, num_prefix, device)
-    if resolved.source_index is None or resolved.destination_index is None:
-        is_destination = torch.arange(tokens, device=device) % resolved.stride
-        is_destination = (is_destination == resolved.stride - 1).expand(batch, tokens)
-        return ~is_destination, is_destination
+    sides = common.sides("testing", batch, tokens, num_prefix, *resolved.rule, device)
     masks = []
-    for index in (resolved.source_index, resolved.destination_index):
+    for index in (sides.sources, sides.destinations):
         mask = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
-        masks.append(mask.scatter(1, index.expand(batch, -1), True))
+        masks.append(mask.scatter(1, index, True))
     return masks[0], masks[1]

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from ... import _backend, _checks
+from ..._library import acc_dtype
 from ...splits import Explicit, ResolvedSplit, Split, Strided
 from ...token_map import TokenMap
-from . import schema  # noqa: F401 - registers the operators
+from . import common, schema  # noqa: F401 - registers the operators
 
 SIMILARITIES = ("cosine", "dot")
 ORDERS = ("position", "tome")
@@ -88,7 +88,7 @@ def match(
     num_prefix: int = 0,
     protected: Tensor | None = None,
     split: Split | tuple[Tensor, Tensor] = _ALTERNATE,
-    threshold: float | None = None,
+    threshold: float | Tensor | None = None,
     order: str = "position",
     similarity: str = "cosine",
 ) -> TokenMap:
@@ -112,7 +112,10 @@ def match(
             neither names stays as it is.
         threshold: Merge only pairs at least that similar, at most ``r`` of them. Counts then differ
             between images: the map has N output tokens, of which ``counts`` are live. The cosine of
-            equal tokens may round to just below 1.
+            equal tokens may round to just below 1. A floating-point tensor of no dimension, or
+            ``[B]`` with a threshold for each image, may change its value under CUDA graphs; NaN in
+            it merges nothing. A float that is an argument of a compiled function makes it compile
+            a second time for its second value, and then no more.
         order: ``"position"``: output tokens in the order of their first member. ``"tome"``: prefix,
             unmerged sources, destinations, as ToMe concatenates them.
         similarity: ``"cosine"`` or ``"dot"``.
@@ -147,8 +150,9 @@ def match(
         raise _checks.value_error("match", "num_prefix", f"at most N = {tokens}", num_prefix)
     _checks.check_choice("match", "order", order, ORDERS)
     _checks.check_choice("match", "similarity", similarity, SIMILARITIES)
+    thresholds = None
     if threshold is not None:
-        threshold = _check_threshold(threshold)
+        threshold, thresholds = _check_threshold(threshold, metric)
     if protected is not None:
         _checks.check_bool("match", "protected", protected)
         _checks.check_shape("match", "protected", protected, [(tokens,), (batch, tokens)])
@@ -156,22 +160,22 @@ def match(
     resolved = _resolve(split, batch, tokens, num_prefix, metric.device)
     limit = resolved.num_sources if resolved.num_destinations > 0 else 0
     r = min(r, limit)
-    if threshold is None and protected is not None:
+    limited = threshold is not None or thresholds is not None
+    if protected is not None and not limited:
         _check_enough_tokens(r, batch, tokens, num_prefix, protected, resolved)
     arguments = (
         metric.detach(),
         r,
         num_prefix,
         protected,
-        resolved.source_index,
-        resolved.destination_index,
-        resolved.stride,
+        *resolved.rule,
         threshold,
+        thresholds,
         order,
         similarity,
     )
     assign, offsets, members, counts = _backend.serving("match", metric)(*arguments)
-    return TokenMap(assign, offsets, members, None if threshold is None else counts)
+    return TokenMap(assign, offsets, members, counts if limited else None)
 
 
 def _resolve(
@@ -190,12 +194,24 @@ def _check_heads(name: str, argument: str, x: Tensor) -> None:
         raise _checks.value_error(name, argument, "of at least one head", x)
 
 
-def _check_threshold(threshold: object) -> float:
+def _check_threshold(threshold: object, metric: Tensor) -> tuple[float | None, Tensor | None]:
+    """A threshold as a number for all images, or as a tensor ``[B]``."""
+    batch = metric.shape[0]
+    if isinstance(threshold, Tensor):
+        if not threshold.dtype.is_floating_point:
+            raise _checks.type_error("match", "threshold", "of a floating-point dtype", threshold)
+        _checks.check_shape("match", "threshold", threshold, [(), (batch,)])
+        _checks.check_same_device("match", "threshold", threshold, metric)
+        return None, threshold.detach().to(acc_dtype(metric)).expand(batch)
     if isinstance(threshold, bool) or not isinstance(threshold, Real):
-        raise _checks.type_error("match", "threshold", "a float or None", threshold)
-    if math.isnan(threshold):
+        expected = "a float, a floating-point tensor or None"
+        raise _checks.type_error("match", "threshold", expected, threshold)
+    if threshold != threshold:  # NaN, in words that are traced
         raise _checks.value_error("match", "threshold", "a number", threshold)
-    return float(threshold)
+    if torch.compiler.is_dynamo_compiling():  # graphs take numbers as tensors, or one for each
+        each: Tensor = metric.new_zeros(batch, dtype=acc_dtype(metric)) + threshold  # type: ignore[assignment]
+        return None, each
+    return float(threshold), None
 
 
 def _check_enough_tokens(
@@ -211,12 +227,13 @@ def _check_enough_tokens(
         return
     token = torch.arange(tokens, device=protected.device)
     free = ((token >= num_prefix) & ~protected).expand(batch, tokens)
-    if split.source_index is None or split.destination_index is None:
+    if split.source_index is None and split.grid_width == 0:
         is_destination = token % split.stride == split.stride - 1
         sources, destinations = free & ~is_destination, free & is_destination
     else:
-        sources = free.gather(1, split.source_index.expand(batch, -1))
-        destinations = free.gather(1, split.destination_index.expand(batch, -1))
+        sides = common.sides("match", batch, tokens, num_prefix, *split.rule, token.device)
+        sources = free.gather(1, sides.sources)
+        destinations = free.gather(1, sides.destinations)
     enough = (sources.sum(1) >= r) & destinations.any(1)  # [B]
     if not _checks.holds(enough.all()):
         image = int(enough.int().argmin())

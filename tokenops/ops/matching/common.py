@@ -27,28 +27,115 @@ class Sides(NamedTuple):
     listed: Tensor
 
 
-def sides(
-    batch: int,
-    tokens: int,
+def check_split(
+    operator: str,
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
+) -> None:
+    """A split is two lists, or a rule by numbers in their range.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    for missing, other in (
+        ("source_index", destination_index),
+        ("destination_index", source_index),
+    ):
+        if other is not None and (source_index is None or destination_index is None):
+            raise ValueError(
+                f"{operator}: {missing} must be given where the other list is, got None and a list "
+                f"of shape {list(other.shape)}"
+            )
+    if stride < 1 or grid_width < 0 or cell_height < 1:
+        raise ValueError(
+            f"{operator}: stride and cell_height must be >= 1 and grid_width >= 0, got {stride}, "
+            f"{cell_height} and {grid_width}"
+        )
+
+
+def prefix_of(tokens: int, num_prefix: int) -> int:
+    """Tokens of the prefix, of which there are no more than tokens."""
+    prefix: int = torch.sym_min(torch.sym_max(num_prefix, 0), tokens)
+    return prefix
+
+
+def counts(
+    operator: str,
+    tokens: int,
+    num_prefix: int,
+    stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
+) -> tuple[int, int]:
+    """How many sources and destinations a rule gives, those of an alternation's prefix included.
+
+    Raises:
+        ValueError: If ``cell`` has not one entry for each whole cell of a grid.
+    """
+    if grid_width == 0:
+        return tokens - tokens // stride, tokens // stride
+    behind = tokens - prefix_of(tokens, num_prefix)
+    cells = behind // grid_width // cell_height * (grid_width // stride)
+    if cell is not None and cell.shape[-1] != cells:
+        raise ValueError(
+            f"{operator}: cell must have an entry for each of {cells} cells, got shape "
+            f"{list(cell.shape)}"
+        )
+    return behind - cells, cells
+
+
+def sides(
+    operator: str,
+    batch: int,
+    tokens: int,
+    num_prefix: int,
+    source_index: Tensor | None,
+    destination_index: Tensor | None,
+    stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     device: torch.device,
 ) -> Sides:
-    """Sources and destinations of a split."""
+    """Sources and destinations of a split; see :class:`tokenops.splits.ResolvedSplit`."""
+    rule = stride, grid_width, cell_height, cell
+    check_split(operator, source_index, destination_index, *rule)
     if source_index is None or destination_index is None:
         token = torch.arange(tokens, device=device)
-        is_destination = token % stride == stride - 1
+        num_sources, num_destinations = counts(operator, tokens, num_prefix, *rule)
+        if grid_width == 0:
+            kind = (token % stride == stride - 1).byte()
+        else:
+            place = token - prefix_of(tokens, num_prefix)
+            y, x = place // grid_width, place % grid_width
+            columns = grid_width // stride
+            number = y // cell_height * columns + x // stride
+            inside = (place >= 0) & (number < num_destinations) & (x // stride < columns)
+            drawn = torch.zeros((), dtype=torch.int64, device=device)
+            if cell is not None and num_destinations > 0:
+                drawn = cell.long().clamp(0, cell_height * stride - 1)
+                drawn = drawn[..., number.clamp(0, num_destinations - 1)]  # [N] or [B, N]
+            is_destination = inside & (y % cell_height * stride + x % stride == drawn)
+            kind = torch.where(place < 0, 2, is_destination.byte())  # the prefix is of neither side
         # Stable sorts in place of masks: shapes must not depend on values.
-        split = is_destination.byte().argsort(stable=True)
-        num_destinations = tokens // stride
-        source_index = split[: tokens - num_destinations]
-        destination_index = split[tokens - num_destinations :]
+        split = kind.argsort(dim=-1, stable=True)
+        source_index = split[..., :num_sources]
+        destination_index = split[..., num_sources : num_sources + num_destinations]
     # In the order of the split; clamped, for nobody may have looked at a user's indices.
     last = max(tokens - 1, 0)
     listed = destination_index.long().clamp(0, last).expand(batch, -1)  # [B, Nd]
     sources = source_index.long().clamp(0, last).expand(batch, -1)  # [B, Ns]
     return Sides(sources, listed.sort(dim=1).values, listed)
+
+
+def mergeable(tokens: int, r: int) -> int:
+    """Tokens that an operator is to merge away: one is left, whatever was asked for."""
+    return max(min(r, tokens - 1), 0)
 
 
 def taboo(
@@ -67,6 +154,7 @@ def select(
     r: int,
     num_prefix: int,
     threshold: float | None,
+    thresholds: Tensor | None,
     order: str,
 ) -> tuple[Tensor, Tensor, int]:
     """Which sources merge, and where the groups stand.
@@ -79,6 +167,7 @@ def select(
         r: Number of sources to merge.
         num_prefix: So many first tokens never merge.
         threshold: See the operator's schema.
+        thresholds: See the operator's schema.
         order: See the operator's schema.
 
     Returns:
@@ -87,6 +176,8 @@ def select(
     """
     sources, destinations, listed = split
     batch, tokens = closed.shape
+    least = threshold if thresholds is None else thresholds.to(score.dtype)[:, None]
+    r = mergeable(tokens, r)
     token = torch.arange(tokens, device=score.device)
     sources, by_token = sources.sort(dim=1)  # so that of equal scores the first token's comes first
     score, choice = score.gather(1, by_token), choice.gather(1, by_token)
@@ -102,8 +193,8 @@ def select(
         ranking = ranking.gather(1, grade.gather(1, ranking).argsort(dim=1, stable=True))
         rank = ranking.argsort(dim=1)
         merged = (rank < r) & (grade < 2)
-        if threshold is not None:
-            merged = merged & (grade == 0) & (choice >= 0) & (score >= threshold)
+        if least is not None:
+            merged = merged & (grade == 0) & (choice >= 0) & (score >= least)
 
     # The token that stands for each token's group: its destination if it merges, else itself.
     group = token.repeat(batch, 1).scatter(1, sources, torch.where(merged, target, sources))
@@ -126,7 +217,7 @@ def select(
         within = torch.where(key == 3, torch.zeros_like(within).scatter(1, listed, place), within)
         key = torch.where(group == token, key, 4) * tokens + within
         assign = key.argsort(dim=1).argsort(dim=1).gather(1, group)
-    num_tokens = tokens if threshold is not None else tokens - r
+    num_tokens = tokens - r if least is None else tokens
     assign = torch.where(assign < num_tokens, assign, -1).int()
-    counts = (tokens - merged.sum(dim=1)).int()
+    counts = (tokens - merged.sum(dim=1)).clamp(max=num_tokens).int()
     return assign, counts, num_tokens

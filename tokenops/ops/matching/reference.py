@@ -97,15 +97,21 @@ def match(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     threshold: float | None,
+    thresholds: Tensor | None,
     order: str,
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bipartite matching; see the schema for the arguments and results."""
-    split = source_index, destination_index, stride
+    split = source_index, destination_index, stride, grid_width, cell_height, cell
     score, choice = search(metric, num_prefix, protected, *split, similarity == "cosine")
     tokens = metric.shape[-2]
-    return select(score, choice, tokens, r, num_prefix, protected, *split, threshold, order)
+    return select(
+        score, choice, tokens, r, num_prefix, protected, *split, threshold, thresholds, order
+    )
 
 
 def search(
@@ -115,12 +121,18 @@ def search(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     cosine: bool,
 ) -> tuple[Tensor, Tensor]:
     """Best destination of each source; see the schema for the arguments and results."""
     x = _comparable(metric, cosine)
     batch, tokens, _ = x.shape
-    split = common.sides(batch, tokens, source_index, destination_index, stride, x.device)
+    split = common.sides(
+        "search", batch, tokens, num_prefix, source_index, destination_index, stride, grid_width,
+        cell_height, cell, x.device,
+    )  # fmt: skip
     closed = common.taboo(batch, tokens, num_prefix, protected, x.device)
     takes_part = ~closed.gather(1, split.destinations)
     return _search(_rows(x, split.sources), _rows(x, split.destinations), takes_part)
@@ -136,15 +148,22 @@ def select(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     threshold: float | None,
+    thresholds: Tensor | None,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The map of the best pairs; see the schema for the arguments and results."""
     batch, device = score.shape[0], score.device
-    split = common.sides(batch, tokens, source_index, destination_index, stride, device)
+    split = common.sides(
+        "select", batch, tokens, num_prefix, source_index, destination_index, stride, grid_width,
+        cell_height, cell, device,
+    )  # fmt: skip
     closed = common.taboo(batch, tokens, num_prefix, protected, device)
     assign, counts, outputs = common.select(
-        score, choice, split, closed, r, num_prefix, threshold, order
+        score, choice, split, closed, r, num_prefix, threshold, thresholds, order
     )
     offsets, members = invert(assign, outputs)
     return assign, offsets, members, counts

@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import _backend
 from ..._library import acc_dtype, register
 from ..merging import schema as _merging  # noqa: F401 - registers what the backward calls
-from . import reference
+from . import common, reference
 
 # ---- nearest ----
 
@@ -92,6 +92,16 @@ register(
 
 # ---- match ----
 
+#: A split is two lists of tokens, or else a rule; see :class:`tokenops.splits.ResolvedSplit`.
+_SPLIT = (
+    "Tensor? source_index, Tensor? destination_index, SymInt stride, SymInt grid_width,"
+    " SymInt cell_height, Tensor? cell"
+)
+_SHARED = ("protected", "source_index", "destination_index", "cell")
+
+#: How similar pairs have to be: a number for all images, or one for each of them, [B].
+_THRESHOLD = "float? threshold, Tensor? thresholds"
+
 
 def _match_fake(
     metric: Tensor,
@@ -101,20 +111,25 @@ def _match_fake(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     threshold: float | None,
+    thresholds: Tensor | None,
     order: str,
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _map_fake(metric, metric.shape[-2], r, threshold)
+    rule = stride, grid_width, cell_height, cell
+    common.check_split("match", source_index, destination_index, *rule)
+    return _map_fake(metric, metric.shape[-2], r, threshold is not None or thresholds is not None)
 
 
 def _map_fake(
-    like: Tensor, tokens: int, r: int, threshold: float | None
+    like: Tensor, tokens: int, r: int, limited: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # The maximum is a tautology that exporting with a proportional r needs to see.
     batch, outputs = like.shape[0], tokens
-    if threshold is None:
-        outputs = torch.sym_max(tokens - r, torch.sym_min(tokens, 1))
+    if not limited:  # some token is left, which exporting with a proportional r needs to see
+        outputs = torch.sym_max(tokens - torch.sym_max(r, 0), torch.sym_min(tokens, 1))
     return (
         like.new_empty((batch, tokens), dtype=torch.int32),
         like.new_empty((batch, outputs + 1), dtype=torch.int32),
@@ -128,13 +143,13 @@ def _match_flops(metric: Any, r: int, *rest: Any) -> int:
 
 
 register(
-    "match(Tensor metric, SymInt r, SymInt num_prefix, Tensor? protected, Tensor? source_index,"
-    " Tensor? destination_index, SymInt stride, float? threshold, str order, str similarity)"
+    f"match(Tensor metric, SymInt r, SymInt num_prefix, Tensor? protected, {_SPLIT},"
+    f" {_THRESHOLD}, str order, str similarity)"
     " -> (Tensor assign, Tensor offsets, Tensor members, Tensor counts)",
     reference=reference.match,
     fake=_match_fake,
     flops=_match_flops,
-    shared=("protected", "source_index", "destination_index"),
+    shared=_SHARED,
     public=True,
 )
 
@@ -149,10 +164,18 @@ def _search_fake(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     cosine: bool,
 ) -> tuple[Tensor, Tensor]:
     tokens = metric.shape[-2]
-    sources = tokens - tokens // stride if source_index is None else source_index.shape[-1]
+    rule = stride, grid_width, cell_height, cell
+    common.check_split("search", source_index, destination_index, *rule)
+    if source_index is not None:
+        sources = source_index.shape[-1]
+    else:
+        sources, _ = common.counts("search", tokens, num_prefix, *rule)
     shape = metric.shape[0], sources
     return (
         metric.new_empty(shape, dtype=acc_dtype(metric)),
@@ -167,11 +190,15 @@ def _search_flops(
     source_index: Any,
     destination_index: Any,
     stride: int,
+    grid_width: int,
+    cell_height: int,
     *_: Any,
 ) -> int:
-    tokens = metric[-2]
-    destinations = tokens // stride if destination_index is None else destination_index[-1]
-    sources = tokens - destinations if source_index is None else source_index[-1]
+    if source_index is not None:
+        sources, destinations = source_index[-1], destination_index[-1]
+    else:
+        rule = stride, grid_width, cell_height, None
+        sources, destinations = common.counts("search", metric[-2], num_prefix, *rule)
     return int(2 * metric[0] * sources * destinations * metric[-1])
 
 
@@ -179,12 +206,12 @@ def _search_flops(
 #: place of that one among the destinations in ascending order; -1 where there is none. A token is
 #: listed once: what becomes of one that is listed twice may differ from backend to backend.
 register(
-    "search(Tensor metric, SymInt num_prefix, Tensor? protected, Tensor? source_index,"
-    " Tensor? destination_index, SymInt stride, bool cosine) -> (Tensor score, Tensor choice)",
+    f"search(Tensor metric, SymInt num_prefix, Tensor? protected, {_SPLIT}, bool cosine)"
+    " -> (Tensor score, Tensor choice)",
     reference=reference.search,
     fake=_search_fake,
     flops=_search_flops,
-    shared=("protected", "source_index", "destination_index"),
+    shared=_SHARED,
 )
 
 
@@ -198,20 +225,25 @@ def _select_fake(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     threshold: float | None,
+    thresholds: Tensor | None,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _map_fake(score, num_tokens, r, threshold)
+    rule = stride, grid_width, cell_height, cell
+    common.check_split("select", source_index, destination_index, *rule)
+    return _map_fake(score, num_tokens, r, threshold is not None or thresholds is not None)
 
 
 register(
     "select(Tensor score, Tensor choice, SymInt num_tokens, SymInt r, SymInt num_prefix,"
-    " Tensor? protected, Tensor? source_index, Tensor? destination_index, SymInt stride,"
-    " float? threshold, str order)"
+    f" Tensor? protected, {_SPLIT}, {_THRESHOLD}, str order)"
     " -> (Tensor assign, Tensor offsets, Tensor members, Tensor counts)",
     reference=reference.select,
     fake=_select_fake,
-    shared=("protected", "source_index", "destination_index"),
+    shared=_SHARED,
 )
 
 _backend.serve_by_triton(__package__, "nearest", "match", "search", "select")

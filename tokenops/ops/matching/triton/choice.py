@@ -26,6 +26,9 @@ _invert = torch.ops.tokenops.invert.default
 #: Most tokens of an image that one program sorts.
 LARGEST = 4096
 
+#: Tokens of a grid that a program looks at, at a time.
+GRID_BLOCK = 1024
+
 LAST_32 = tl.constexpr(2**31 - 1)
 LAST_64 = tl.constexpr(2**63 - 1)
 
@@ -91,6 +94,42 @@ def list_sides(
 
 
 @triton.jit
+def list_grid(
+    cell, sources, slot, ascending,
+    Ns, Nd, tokens, prefix, width, height, step, rows, columns, cell_b, cell_n,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """List both sides of a grid, and note in ``slot`` what each token is, as ``list_sides`` does.
+
+    A program for each row of cells, which has ``columns`` destinations, and one for what is below.
+    """
+    band = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    start = band * height * width
+    end = tl.where(band < rows, start + height * width, tokens - prefix)
+    found = band * columns
+    for first in range(start, end, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        y, x = place // width - band * height, place % width
+        column = x // step
+        inside = (place < end) & (band < rows) & (column < columns)
+        drawn = tl.zeros([BLOCK], tl.int64)
+        if cell is not None:
+            at = cell + image * cell_b + (band * columns + column).to(tl.int64) * cell_n
+            drawn = tl.load(at, mask=inside, other=0).to(tl.int64)
+            drawn = tl.minimum(tl.maximum(drawn, 0), height * step - 1)
+        is_destination = inside & (y * step + x % step == drawn)
+        one = is_destination.to(tl.int32)
+        before = found + tl.cumsum(one, 0) - one
+        is_source = (place < end) & (is_destination == 0)
+        tl.store(ascending + image * Nd + before, place + prefix, mask=is_destination)
+        tl.store(sources + image * Ns + place - before, place + prefix, mask=is_source)
+        noted = tl.where(is_destination, -2 - before, place - before)
+        tl.store(slot + image * tokens + prefix + place, noted, mask=place < end)
+        found += tl.sum(one, 0)
+
+
+@triton.jit
 def _key(score, choice, protected, image, place, token, prefix, here, Ns, protected_b, protected_n):
     """What sources merge by, the smallest first: grade, falling score, token.
 
@@ -116,9 +155,9 @@ def _key(score, choice, protected, image, place, token, prefix, here, Ns, protec
 
 @triton.jit
 def choose(
-    score, choice, sources, slot, ascending, protected, assign, offsets, members, counts,
-    tokens, outputs, Ns, Nd, r, prefix, stride, group, sources_b, sources_n, slot_b, ascending_b,
-    protected_b, protected_n, threshold,
+    score, choice, sources, slot, ascending, protected, thresholds, assign, offsets, members,
+    counts, tokens, outputs, Ns, Nd, r, prefix, stride, group, sources_b, sources_n, slot_b,
+    ascending_b, protected_b, protected_n, thresholds_b, threshold,
     LIMITED: tl.constexpr, TOME: tl.constexpr, BITS: tl.constexpr, BITS_S: tl.constexpr,
 ):  # fmt: skip
     """The whole map of an image, from the best destination of each of its sources."""
@@ -158,6 +197,8 @@ def choose(
     )  # fmt: skip
     merged = is_source & (key <= last) & (grade < 2)
     if LIMITED:
+        if thresholds is not None:
+            threshold = tl.load(thresholds + image * thresholds_b).to(tl.float32)
         merged = merged & (grade == 0) & (c >= 0) & (s >= threshold)
     c = tl.maximum(c, 0)
     if slot is None:
@@ -212,7 +253,7 @@ def choose(
     after = live + position
     total = tl.sum(kept.to(tl.int32), 0)
     tl.store(to + after, tl.zeros_like(after) + total, mask=after <= outputs)
-    tl.store(counts + image, tokens - tl.sum(merged.to(tl.int32), 0))
+    tl.store(counts + image, live)
 
 
 class Split(NamedTuple):
@@ -221,7 +262,7 @@ class Split(NamedTuple):
     Attributes:
         sources: Rows of the metric that are sources.
         destinations: Rows that are destinations.
-        list: Sorts sides that are listed; None where they go by rule.
+        list: Sorts sides that are listed, or lists those of a grid; None where they alternate.
         images: How many images have sides of their own.
         by: Strides of images and sources in the list of sources, of images in the notes of tokens
             and in the sorted destinations.
@@ -260,6 +301,36 @@ def plan_split(index: int | None, tokens: int, listed: _Listed | None, stride: i
 
 
 @planned
+def plan_grid(
+    index: int | None,
+    tokens: int,
+    num_prefix: int,
+    stride: int,
+    grid_width: int,
+    cell_height: int,
+    cells: int,
+    cell: tuple[int, ...] | None,
+) -> Split:
+    """Sides of a grid; ``cell`` is the images that have places of their own, if so, and strides."""
+    *lead, cell_b, cell_n = cell or (0, 0)
+    images = max([1, *lead])
+    own = int(images > 1)
+    columns = max(grid_width // stride, 1)
+    rows = cells // columns
+    count = tokens - num_prefix - cells
+    numbers = count, cells, tokens, num_prefix, grid_width, cell_height, stride, rows, columns
+    launch = Launch(
+        list_grid,
+        (rows + 1, images),
+        (*numbers, cell_b, cell_n),
+        Settings(GRID_BLOCK, 1),
+        BLOCK=GRID_BLOCK,
+    )
+    sources, destinations = Side(count, (own * count, 1)), Side(cells, (own * cells, 1))
+    return Split(sources, destinations, launch, images, (own * count, 1, own * tokens, own * cells))
+
+
+@planned
 def plan_choice(
     index: int | None,
     batch: int,
@@ -270,21 +341,23 @@ def plan_choice(
     split: Split,
     stride: int,
     threshold: float | None,
+    by_thresholds: int | None,
     tome: bool,
 ) -> Launch:
-    """The choice among the best pairs of a split."""
-    outputs = tokens if threshold is not None else tokens - r
+    """The choice among the best pairs of a split; ``by_thresholds`` is a stride, if there are."""
+    limited = threshold is not None or by_thresholds is not None
+    outputs = tokens if limited else tokens - r
     sources, destinations = split.sources, split.destinations
     limit = min(r, sources.rows) if destinations.rows > 0 else 0
     block, block_s = power_of_two(tokens, 32), power_of_two(sources.rows, 32)
     numbers = (
         tokens, outputs, sources.rows, destinations.rows, limit, num_prefix, stride,
-        sources.group if split.list is None else 1, *split.by, *protected,
-        0.0 if threshold is None else threshold,
+        sources.group if split.list is None else 1, *split.by, *protected, by_thresholds or 0,
+        threshold or 0.0,
     )  # fmt: skip
     return Launch(
         choose, (batch,), numbers, Settings(block, block_s, _warps(block)),
-        LIMITED=threshold is not None, TOME=tome and r > 0,
+        LIMITED=limited, TOME=tome and r > 0,
         BITS=block.bit_length() - 1, BITS_S=block_s.bit_length() - 1,
     )  # fmt: skip
 
@@ -294,56 +367,91 @@ def _warps(block: int) -> int:
     return warps if torch.version.hip is None else min(warps, 16)  # waves of 64 threads
 
 
+class Found(NamedTuple):
+    """The sides of a split: how they are found, and where they are not by rule, what was found.
+
+    Attributes:
+        split: Their plan.
+        sources: Tokens of the sources.
+        slot: What each token is.
+        ascending: Destinations in order.
+    """
+
+    split: Split
+    sources: Tensor | None = None
+    slot: Tensor | None = None
+    ascending: Tensor | None = None
+
+
 def _find_split(
+    operator: str,
     like: Tensor,
     tokens: int,
+    num_prefix: int,
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
-) -> tuple[Split, Tensor | None, Tensor | None]:
-    """Sides, and of listed ones what each token is and the destinations in order."""
-    if source_index is None or destination_index is None:
-        return plan_split(like.device.index, tokens, None, stride), None, None
-    listed = (
-        source_index.shape, _by_image(source_index),
-        destination_index.shape, _by_image(destination_index),
-    )  # fmt: skip
-    split = plan_split(like.device.index, tokens, listed, stride)
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
+) -> Found:
+    index, new = like.device.index, functools.partial(like.new_empty, dtype=torch.int32)
+    grid = stride, grid_width, cell_height, cell
+    common.check_split(operator, source_index, destination_index, *grid)
+    if source_index is not None and destination_index is not None:
+        listed = (
+            source_index.shape, _by_image(source_index),
+            destination_index.shape, _by_image(destination_index),
+        )  # fmt: skip
+        split = plan_split(index, tokens, listed, stride)
+        sources = source_index
+        given: tuple[Tensor | None, Tensor] = source_index, destination_index
+    elif grid_width == 0:
+        return Found(plan_split(index, tokens, None, stride))
+    else:
+        num_prefix = common.prefix_of(tokens, num_prefix)
+        _, cells = common.counts(operator, tokens, num_prefix, *grid)
+        split = plan_grid(
+            index, tokens, num_prefix, stride, grid_width, cell_height, cells,
+            None if cell is None else (*cell.shape[:-1], *_by_image(cell)),
+        )  # fmt: skip
+        sources = new((split.images, split.sources.rows))
+        given = cell, sources
     slot = like.new_full((split.images, tokens), -1, dtype=torch.int32)
-    ascending = like.new_empty((split.images, split.destinations.rows), dtype=torch.int32)
+    ascending = new((split.images, split.destinations.rows))
     if split.list is not None:
-        split.list(source_index, destination_index, slot, ascending)
-    return split, slot, ascending
+        split.list(*given, slot, ascending)
+    return Found(split, sources, slot, ascending)
 
 
 def _choose(
     score: Tensor,
     choice: Tensor,
-    split: Split,
-    slot: Tensor | None,
-    ascending: Tensor | None,
-    source_index: Tensor | None,
+    found: Found,
     tokens: int,
     r: int,
     num_prefix: int,
     protected: Tensor | None,
     stride: int,
     threshold: float | None,
+    thresholds: Tensor | None,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = score.shape[0]
     by_protected = (0, 0) if protected is None else _by_image(protected)
+    by_thresholds = None if thresholds is None else thresholds.stride(0)
     launch = plan_choice(
-        score.device.index, batch, tokens, r, num_prefix, by_protected, split, stride, threshold,
-        order == "tome",
+        score.device.index, batch, tokens, r, num_prefix, by_protected, found.split, stride,
+        threshold, by_thresholds, order == "tome",
     )  # fmt: skip
     new = functools.partial(score.new_empty, dtype=torch.int32)
-    outputs = tokens if threshold is not None else tokens - r
+    outputs = tokens if threshold is not None or thresholds is not None else tokens - r
     assign, members = new((batch, tokens)), new((batch, tokens))
     offsets, counts = new((batch, outputs + 1)), new((batch,))
     launch(
-        score, choice, source_index, slot, ascending, protected, assign, offsets, members, counts
-    )
+        score, choice, found.sources, found.slot, found.ascending, protected, thresholds, assign,
+        offsets, members, counts,
+    )  # fmt: skip
     return assign, offsets, members, counts
 
 
@@ -355,26 +463,32 @@ def match(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     threshold: float | None,
+    thresholds: Tensor | None,
     order: str,
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bipartite matching; see the operator's schema."""
     tokens = metric.shape[-2]
-    by_index = source_index, destination_index, stride
+    split = source_index, destination_index, stride, grid_width, cell_height, cell
     if _is_large(metric, tokens):
-        score, choice = search(metric, num_prefix, protected, *by_index, similarity == "cosine")
-        return select(score, choice, tokens, r, num_prefix, protected, *by_index, threshold, order)
-    _check(tokens, r, stride)
-    split, slot, ascending = _find_split(metric, tokens, *by_index)
+        score, choice = search(metric, num_prefix, protected, *split, similarity == "cosine")
+        return select(
+            score, choice, tokens, r, num_prefix, protected, *split, threshold, thresholds, order
+        )
+    r = common.mergeable(tokens, r)
+    found = _find_split("match", metric, tokens, num_prefix, *split)
+    sides = found.split
     score, choice = find_best(
-        metric, metric, split.sources, split.destinations, source_index, ascending, None, protected,
-        num_prefix, True, similarity == "cosine",
+        metric, metric, sides.sources, sides.destinations, found.sources, found.ascending, None,
+        protected, num_prefix, True, similarity == "cosine",
     )  # fmt: skip
     return _choose(
-        score, choice, split, slot, ascending, source_index, tokens, r, num_prefix, protected,
-        stride, threshold, order,
-    )  # fmt: skip
+        score, choice, found, tokens, r, num_prefix, protected, stride, threshold, thresholds, order
+    )
 
 
 def search(
@@ -384,23 +498,27 @@ def search(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     cosine: bool,
 ) -> tuple[Tensor, Tensor]:
     """Best destination of each source; see the operator's schema."""
     batch, tokens = metric.shape[0], metric.shape[-2]
-    _check(tokens, 0, stride)
-    if source_index is not None and destination_index is not None and tokens > LARGEST:
-        sides = common.sides(batch, tokens, source_index, destination_index, stride, metric.device)
+    split = source_index, destination_index, stride, grid_width, cell_height, cell
+    if source_index is not None and tokens > LARGEST:
+        sides = common.sides("search", batch, tokens, num_prefix, *split, metric.device)
         listed, ascending = sides.sources, sides.destinations
         a = Side(listed.shape[1], _by_image(listed))
         b = Side(ascending.shape[1], _by_image(ascending))
         return find_best(
             metric, metric, a, b, listed, ascending, None, protected, num_prefix, True, cosine,
         )  # fmt: skip
-    split, _, ordered = _find_split(metric, tokens, source_index, destination_index, stride)
+    found = _find_split("search", metric, tokens, num_prefix, *split)
+    a, b = found.split.sources, found.split.destinations
     return find_best(
-        metric, metric, split.sources, split.destinations, source_index, ordered, None, protected,
-        num_prefix, True, cosine,
+        metric, metric, a, b, found.sources, found.ascending, None, protected, num_prefix, True,
+        cosine,
     )  # fmt: skip
 
 
@@ -414,7 +532,11 @@ def select(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     threshold: float | None,
+    thresholds: Tensor | None,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The map of the best pairs; see the operator's schema.
@@ -422,28 +544,23 @@ def select(
     By PyTorch's sorts, beside which the search is most of the work, for images that are too large
     to sort in one program, and for double scores, which no key holds exactly.
     """
-    _check(num_tokens, r, stride)
-    by_index = source_index, destination_index, stride
+    r = common.mergeable(num_tokens, r)
+    split = source_index, destination_index, stride, grid_width, cell_height, cell
     if not _is_large(score, num_tokens):
         score, choice = score.contiguous(), choice.contiguous()
-        found = _find_split(score, num_tokens, *by_index)
+        found = _find_split("select", score, num_tokens, num_prefix, *split)
         return _choose(
-            score, choice, *found, source_index, num_tokens, r, num_prefix, protected, stride,
-            threshold, order,
+            score, choice, found, num_tokens, r, num_prefix, protected, stride, threshold,
+            thresholds, order,
         )  # fmt: skip
     batch, device = score.shape[0], score.device
-    sides = common.sides(batch, num_tokens, *by_index, device)
+    sides = common.sides("select", batch, num_tokens, num_prefix, *split, device)
     closed = common.taboo(batch, num_tokens, num_prefix, protected, device)
     assign, counts, outputs = common.select(
-        score, choice, sides, closed, r, num_prefix, threshold, order
+        score, choice, sides, closed, r, num_prefix, threshold, thresholds, order
     )
     offsets, members = _invert(assign, outputs)
     return assign, offsets, members, counts
-
-
-def _check(tokens: int, r: int, stride: int) -> None:
-    if r < 0 or r > tokens or stride < 1:
-        raise ValueError(f"match: r = {r} of {tokens} tokens, stride = {stride}")
 
 
 def _is_large(x: Tensor, tokens: int) -> bool:
