@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from . import _library, _native
+from . import _checks, _library, _native
 from ._library import NAMESPACE, operators
 
 #: Every backend by name, the one that is preferred first.
@@ -66,10 +66,10 @@ _state = _State("tokenops._backend._state")
 
 def _check_name(where: str, name: object) -> None:
     if name is not None and not isinstance(name, str):
-        raise TypeError(f"{where} must be a str or None, got {type(name).__name__} {name!r}")
+        raise TypeError(f"{where} must be a str or None, got {_checks.describe(name)}")
     if name is not None and name not in BACKENDS:
         choices = ", ".join(map(repr, BACKENDS))
-        raise ValueError(f"{where} must be one of {choices} or None, got {name!r}")
+        raise ValueError(f"{where} must be one of {choices} or None, got {_checks.brief(name)}")
 
 
 class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
@@ -477,6 +477,7 @@ def why_not(operator: str, *args: object) -> dict[str, str]:
         A reason for each backend that can't serve the call; a backend that can is not among them.
 
     Raises:
+        TypeError: If ``operator`` is no str.
         ValueError: If there is no operator of this name.
 
     Example:
@@ -484,9 +485,7 @@ def why_not(operator: str, *args: object) -> dict[str, str]:
         >>> "reference" in tokenops.why_not("match", torch.randn(1, 8, 4))
         False
     """
-    if operator not in operators:
-        choices = ", ".join(map(repr, operators))
-        raise ValueError(f"why_not: operator must be one of {choices}, got {operator!r}")
+    _checks.check_choice("why_not", "operator", operator, operators)
     leaves = pytree.tree_leaves(args)
     device = next((a.device.type for a in leaves if isinstance(a, Tensor)), "cpu")
     obstacles = ((backend, _obstacle(operator, backend, device)) for backend in BACKENDS)

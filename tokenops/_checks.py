@@ -171,7 +171,10 @@ def check_real(operator: str, argument: str, value: object, minimum: float = -ma
     """A finite number that is no bool, at least ``minimum``."""
     if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
         raise type_error(operator, argument, "a float", value)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than 308 digits
+        raise value_error(operator, argument, "finite", value) from None
     # Traced with a symbolic number, unlike math.isfinite.
     if not (-math.inf < number < math.inf and number >= minimum):
         expected = "finite" if minimum == -math.inf else f"finite and >= {minimum}"

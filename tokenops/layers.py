@@ -214,7 +214,8 @@ class KeepPredictor(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        half = _checks.check_int("KeepPredictor", "dim", dim, minimum=2) // 2
+        dim = _checks.check_int("KeepPredictor", "dim", dim, minimum=2)
+        half = dim // 2
         self.norm = nn.LayerNorm(dim)
         self.local = nn.Sequential(nn.Linear(dim, half), nn.GELU())
         self.context = nn.Sequential(nn.Linear(dim, half), nn.GELU())
@@ -254,6 +255,10 @@ class MergeStep(nn.Module):
         order: ``"position"`` or ``"tome"``, as in :func:`tokenops.match`.
         reduce: ``"wavg"``: tokens count by their size; ``"mean"``: each token counts once.
 
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If a number is negative or ``reduce`` unknown.
+
     Source: ToMe (Bolya et al., ICLR 2023, section 3).
 
     Example:
@@ -269,7 +274,9 @@ class MergeStep(nn.Module):
     ) -> None:
         super().__init__()
         _checks.check_choice("MergeStep", "reduce", reduce, REDUCTIONS)
-        self.r, self.num_prefix, self.order, self.reduce = r, num_prefix, order, reduce
+        self.r = _checks.check_int("MergeStep", "r", r)
+        self.num_prefix = _checks.check_int("MergeStep", "num_prefix", num_prefix)
+        self.order, self.reduce = order, reduce
 
     def forward(
         self, x: Tensor, metric: Tensor, size: Tensor | None = None

@@ -281,8 +281,10 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
         >>> tokenops.match(torch.ones(1, 8, 2), 6, split=split).assign.tolist()
         [[0, 0, 1, 0, 0, 0, 0, 0]]
     """
-    for argument, value in (("h", h), ("w", w), ("sy", sy), ("sx", sx)):
+    h, w, sy, sx = (
         _checks.check_int("grid", argument, value, minimum=1)
+        for argument, value in (("h", h), ("w", w), ("sy", sy), ("sx", sx))
+    )
     _check_generator("grid", generator)
     return Grid(h, w, sy, sx, generator)
 
@@ -307,3 +309,7 @@ def _check_first_pass(name: str, generator: torch.Generator) -> None:
             "None or a default one where activation checkpointing computes a forward pass again",
             "another one, which would draw other tokens",
         )
+
+
+# A saved split is data: torch.load(weights_only=True) takes it.
+torch.serialization.add_safe_globals([Strided, Random, Grid, Explicit])

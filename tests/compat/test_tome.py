@@ -278,3 +278,151 @@ def test_parse_r_gives_a_list_of_its_own():
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call(torch.ones(2, 8, 4))
+
+
+# ---- integers and bools ----
+
+WHOLE = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+BY_PYTHON = {
+    "sum": sum,
+    "amax": max,
+    "amin": min,
+    "prod": math.prod,
+    "mean": lambda values: sum(values) // len(values),
+}
+
+
+def wrapped(value, dtype):
+    """A whole number in a narrower type, as arithmetic in that type leaves it."""
+    if dtype == torch.bool:
+        return bool(value)
+    info = torch.iinfo(dtype)
+    return (value - info.min) % (info.max - info.min + 1) + info.min
+
+
+@pytest.mark.parametrize("dtype", WHOLE)
+@pytest.mark.parametrize("mode", BY_PYTHON)
+@pytest.mark.parametrize("tokens", [4, 11])
+def test_whole_numbers_keep_their_dtype(dtype, mode, tokens):
+    merge, unmerge = tome.bipartite_soft_matching(torch.randn(2, tokens, 4), 3, True)
+    lowest = 0 if dtype in (torch.bool, torch.uint8) else -3
+    x = torch.randint(lowest, 4 if dtype != torch.bool else 2, (2, 3, tokens)).to(dtype).mT
+    if dtype == torch.bool and mode == "mean":
+        with pytest.raises(TypeError, match="merge: x must be a tensor of numbers for a mean"):
+            merge(x, mode=mode)
+        return
+    assign, out = merge.token_map.assign.tolist(), merge(x, mode=mode)
+    assert out.dtype == dtype
+    for image, to in enumerate(assign):
+        for m in range(merge.token_map.num_tokens):
+            members = [n for n in range(tokens) if to[n] == m]
+            for c in range(3):
+                values = [int(x[image, n, c]) for n in members]
+                if mode == "mean":  # of the sum as it wrapped around
+                    expected = wrapped(sum(values), dtype) // len(values)
+                else:
+                    expected = wrapped(BY_PYTHON[mode](values), dtype)
+                assert out[image, m, c].item() == expected
+    back = unmerge(out)
+    assert back.dtype == dtype
+    assert torch.equal(back, torch.stack([y[to] for y, to in zip(out, assign, strict=True)]))
+
+
+def test_whole_numbers_are_exact_beyond_double():
+    merge, unmerge = tome.bipartite_soft_matching(torch.ones(1, 4, 2), 2)
+    big = 2**62 + 1
+    x = torch.tensor([[[1], [big], [2], [-big]]])
+    assert merge(x, mode="sum").flatten().tolist() == [big + 3, -big]
+    assert unmerge(merge(x, mode="amax")).flatten().tolist() == [big, big, big, -big]
+
+
+@pytest.mark.parametrize("channels", [0, 1])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_whole_numbers_of_a_map_of_one_image(batch, channels):
+    merge, unmerge = tome.bipartite_soft_matching(torch.ones(1, 6, 2), 2)
+    x = torch.arange(batch * 6 * channels).view(batch, 6, channels)
+    out = merge(x, mode="amin")
+    assert out.shape == (batch, 4, channels)
+    assert torch.equal(out.double(), merge(x.double(), mode="amin"))
+    assert torch.equal(unmerge(out), unmerge(out.double()).long())
+
+
+def test_dropped_whole_numbers_are_zero():
+    merge, unmerge = tome.kth_bipartite_soft_matching(torch.ones(1, 5, 2), 2)
+    mask = torch.tensor([[[1], [7], [3], [5], [9]]])
+    assert merge(mask, mode="amin").flatten().tolist() == [1, 5]
+    assert unmerge(merge(mask, mode="amin")).flatten().tolist() == [1, 1, 1, 5, 0]
+
+
+@pytest.mark.parametrize("whole", [torch.int64, torch.bool])
+def test_errors_of_whole_numbers(whole):
+    merge, unmerge = tome.bipartite_soft_matching(torch.ones(2, 8, 4), 2)
+    x = torch.ones(2, 8, 3, dtype=whole)
+    for call, error, words in (
+        (lambda: merge(x, mode="median"), ValueError, "merge: mode must be one of"),
+        (lambda: merge(x[0]), ValueError, "merge: x must be 3-D"),
+        (lambda: merge(x[:, 1:]), ValueError, r"merge: x must be of shape \[2, 8, 3\]"),
+        (lambda: unmerge(x), ValueError, r"unmerge: x must be of shape \[2, 6, 3\]"),
+        (lambda: merge(x.cfloat()), TypeError, "merge: x must be a floating-point tensor"),
+        (lambda: merge(x.tolist()), TypeError, "merge: x"),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("r", [0, 3])
+@pytest.mark.parametrize("size_dtype", [None, torch.float16, torch.bfloat16, torch.float32,
+                                        torch.float64, torch.int64])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_sizes_keep_the_dtype_that_came(dtype, size_dtype, r, plain):
+    merge, _ = tome.bipartite_soft_matching(torch.randn(2, 9, 4), r)
+    apply = (lambda t, mode: merge(t, mode=mode)) if plain else merge
+    x = torch.randn(2, 9, 3).to(dtype)
+    size = None if size_dtype is None else torch.randint(1, 9, (2, 9, 1)).to(size_dtype)
+    out, total = tome.merge_wavg(apply, x, size)
+    assert total.dtype == (size_dtype or dtype)
+    assert out.is_floating_point()
+    if size_dtype != torch.int64:
+        assert out.dtype == dtype
+    exact = torch.ones(2, 9, 1) if size is None else size
+    expected = merge(exact.double(), mode="sum")
+    assert torch.equal(total.double(), expected)
+    mean = merge(exact.double() * x.double(), mode="sum") / expected
+    eps = torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps * (dtype != torch.float64)
+    bound = merge(exact.double() * x.double().abs(), mode="sum") / expected
+    assert ((out.double() - mean).abs() <= (4 * eps * bound)).all()
+
+
+def test_double_sizes_are_summed_in_double():
+    merge, _ = tome.bipartite_soft_matching(torch.ones(1, 2, 4), 1)
+    size = torch.tensor([[[2.0**24], [1.0]]], dtype=torch.float64)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        total = tome.merge_wavg(merge, torch.ones(1, 2, 1, dtype=dtype), size)[1]
+        assert total.item() == 2**24 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_proportional_attention_in_the_dtype_of_a_model(dtype):
+    qkv = torch.nn.Linear(8, 24).to(dtype)
+    x, size = torch.randn(2, 17, 8).to(dtype), None
+    for _ in range(3):
+        q, k, v = qkv(x).view(2, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        logits = q @ k.mT / 2
+        logits = logits if size is None else logits + size.log()[:, None].mT
+        x = x + (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x, size = tome.merge_wavg(tome.bipartite_soft_matching(k, 3, True)[0], x, size)
+    assert x.dtype == size.dtype == dtype
+    assert size.sum(1).eq(17).all()
+
+
+def test_whole_tokens_have_exact_sums_and_floating_means():
+    merge, _ = tome.bipartite_soft_matching(torch.ones(1, 4, 2), 1)
+    x = torch.tensor([[[1], [3], [5], [8]]])
+    out, size = tome.merge_wavg(merge, x)
+    assert (out.dtype, size.dtype) == (torch.get_default_dtype(), torch.int64)
+    assert size.flatten().tolist() == [1, 2, 1]
+    assert out.flatten().tolist() == [5.0, 2.0, 8.0]

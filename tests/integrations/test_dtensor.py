@@ -23,6 +23,18 @@ def _attend(x: torch.Tensor, policy: torch.Tensor) -> tuple[torch.Tensor, torch.
     return out, tokenops.attention_scores(q, q, policy=policy, query_index=[0])
 
 
+#: What Python puts around the operators.
+PYTHON_SIDE = (
+    lambda x: tokenops.match(x, 3).key_mask(),
+    lambda x: tokenops.match(x, 3, threshold=0.1).key_mask(),
+    lambda x: tokenops.match(x, 3).source_matrix(),
+    lambda x: tokenops.match(x, 3).compose(tokenops.prune(x[..., 0], 9)).assign,
+    lambda x: tokenops.prune(x[..., 0], 4, num_prefix=1).assign,
+    lambda x: tokenops.prune(x[..., 0], 4, order="score", fuse=True).members,
+    lambda x: tokenops.topk_keep(x[..., 0], 4, num_prefix=2),
+)
+
+
 def _worker(rank: int, folder: str) -> None:
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
@@ -58,6 +70,10 @@ def _worker(rank: int, folder: str) -> None:
     sum(r.square().sum() for r in expected_results).backward()
     assert torch.equal(sharded.grad.full_tensor(), whole.grad)
     assert torch.equal(sharded_policy.grad.full_tensor(), policy.grad)
+    for function in PYTHON_SIDE:
+        got, wanted = function(sharded.detach()), function(whole.detach())
+        assert got.placements == (Shard(0),)
+        assert torch.equal(got.full_tensor(), wanted)
     dist.barrier()
     Path(folder, f"done{rank}").touch()
     os._exit(0)  # gloo's threads do not always survive the end of the interpreter

@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -175,6 +178,11 @@ def test_remove_restores_everything():
         ((4, -1.0), [29, 24, 22, 22]),
         ((4, 0), [33, 29, 25, 21]),
         (100, [19, 10, 6, 4]),
+        (np.int64(3), [34, 31, 28, 25]),
+        (torch.tensor(3), [34, 31, 28, 25]),
+        (list(np.array([6, 0, 2])), [31, 31, 29, 29]),
+        ([torch.tensor(6), 0, np.int32(2)], [31, 31, 29, 29]),
+        ((np.int64(4), np.float32(1.0)), [37, 35, 30, 22]),
     ],
 )
 def test_schedules(r, tokens):
@@ -385,6 +393,76 @@ def test_a_deep_copy_is_patched_on_its_own():
     assert torch.equal(twin(pixels).logits, model(pixels).logits)
 
 
+def replica(model, weights):
+    """The model with the weights of another one, as torch.nn.DataParallel makes its replicas."""
+    parts = dict(weights.named_modules())
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for name, module in model.named_modules():
+        for child, part in module.named_children():
+            copies[module]._modules[child] = copies[part]
+        for parameter, _ in module.named_parameters(recurse=False):
+            copies[module]._parameters.pop(parameter, None)
+            setattr(copies[module], parameter, getattr(parts[name], parameter).detach())
+    return copies[model]
+
+
+@pytest.mark.parametrize("make", [vit, deit])
+def test_a_replica_computes_with_its_own_weights(make):
+    model, pixels = make(), images()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    apply_patch(model, 4)
+    apply_patch(other, 4)
+    expected, own = other(pixels).logits, model(pixels).logits
+    assert not torch.allclose(expected, own)
+    assert torch.equal(replica(model, other)(pixels).logits, expected)
+    assert torch.equal(model(pixels).logits, own)
+
+
+def test_a_patched_model_is_saved_and_loaded_whole():
+    model, pixels = vit(), images()
+    apply_patch(model, [5, 0, 3])
+    expected = model(pixels).logits
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(pickle.loads(pickle.dumps(pixels))).logits, expected)
+        assert len(last_trace(twin).token_maps) == 4
+        remove_patch(twin)
+        assert not torch.equal(twin(pixels).logits, expected)
+    remove_patch(model)
+    assert torch.equal(model(pixels).logits, twin(pixels).logits)
+
+
+def test_the_classes_of_layers_are_kept_in_name_and_kind():
+    model = vit()
+    layer, attention = model.vit.layers[0], model.vit.layers[0].attention
+    kinds, text = (type(layer), type(attention)), repr(model)
+    apply_patch(model, 4)
+    assert repr(model) == text
+    assert isinstance(layer, kinds[0])
+    assert isinstance(attention, kinds[1])
+    assert type(layer).__name__ == kinds[0].__name__  # what FSDP and accelerate wrap by
+    assert type(model.vit.layers[1]) is type(layer)
+    remove_patch(model)
+    assert (type(layer), type(attention)) == kinds
+
+
+def test_a_class_that_something_else_changed_is_not_undone():
+    model = vit()
+    apply_patch(model, 4)
+    layer = model.vit.layers[2]
+    merging = type(layer)
+    layer.__class__ = type("Other", (merging,), {})
+    with pytest.raises(ValueError, match="something else has changed"):
+        remove_patch(model)
+    layer.__class__ = merging
+    remove_patch(model)
+
+
 def test_a_layer_by_itself_stays_dense():
     model = vit()
     tokens = torch.randn(1, 9, 32, dtype=torch.float64)
@@ -423,6 +501,14 @@ def test_models_it_does_not_know():
         (2.5, TypeError, "r must be an int, got float 2.5"),
         (True, TypeError, "r must be an int, got bool"),
         ("8", TypeError, "r must be an int, got str"),
+        (np.array([4, 2]), TypeError, "r must be an int, got ndarray"),
+        (
+            torch.tensor([4, 2]),
+            TypeError,
+            "r must be an int or an integer tensor without dimensions",
+        ),
+        ([0, torch.tensor(2.0)], TypeError, r"r\[1\] must be an int"),
+        ((4, True), TypeError, "got tuple"),
         ([1, -2], ValueError, r"r\[1\] must be >= 0"),
         ([1, 2.0], TypeError, r"r\[1\] must be an int, got float"),
         ([1] * 5, ValueError, "at most 4 long, .* got 5"),
@@ -481,6 +567,18 @@ def test_an_older_layer_structure():
     del model.vit.layers[0].attention.k_proj
     with pytest.raises(TypeError, match=r"must have k_proj, as in transformers 5\.x"):
         apply_patch(model, 4)
+
+
+def test_an_older_model_structure():
+    """That of transformers 4, whose layers are in an encoder."""
+    model = vit()
+    model.vit.encoder = torch.nn.Module()
+    model.vit.encoder.layer = model.vit.layers
+    del model.vit.layers
+    words = r"must have layers, as in transformers 5\.x, got ViTModel of transformers \d"
+    for call in (lambda: apply_patch(model, 4), lambda: remove_patch(model)):
+        with pytest.raises(TypeError, match=words):
+            call()
 
 
 def test_transformers_is_imported_on_use_only():

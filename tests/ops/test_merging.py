@@ -432,6 +432,27 @@ def test_weightless_groups_are_zero(backend, device):
 # ---- arguments ----
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduce", ["amax", "amin", "prod"])
+def test_weighted_values_of_half_types_are_rounded_once(reduce, dtype, backend, device):
+    token_map = TokenMap.from_assign(torch.tensor([[0, 0, 1, 1]], device=device), 2)
+    x = torch.tensor([[[1.0], [1.0], [300.0], [0.01]]], device=device).to(dtype).requires_grad_()
+    weight = torch.tensor([[0.50001, 0.5, 1e3, 1e-3]], device=device).requires_grad_()
+    out = tokenops.merge(x, token_map, reduce=reduce, weight=weight)
+    assert out.dtype == dtype
+    out.sum().backward()
+    exact, w = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    rows = (exact * w[..., None]).view(1, 2, 2, 1)
+    expected = rows.prod(2) if reduce == "prod" else getattr(rows, reduce)(2)
+    expected.sum().backward()
+    # The largest product is beyond float16, and the two first ones differ in float32 alone.
+    assert torch.equal(out.double().isinf(), expected.to(dtype).isinf())
+    for got, wanted in ((out, expected), (x.grad, exact.grad), (weight.grad, w.grad)):
+        assert got.dtype in (dtype, torch.float32)
+        wanted = wanted.to(got.dtype)
+        torch.testing.assert_close(got, wanted, rtol=2 * torch.finfo(got.dtype).eps, atol=0)
+
+
 def test_weight_and_size_come_with_or_without_a_last_dimension(backend, device):
     token_map = random_token_map(2, 9, 4, device=device, seed=7)
     x = random_tokens(2, 9, 5, device=device)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """TokenMap and the splits: what the fields mean, and the laws that maps obey."""
 
+import copy
 import dataclasses
+import io
+import pickle
 
 import brute_force
 import pytest
@@ -11,7 +14,8 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import tokenops
-from tokenops import TokenMap
+from tokenops import TokenMap, _checks
+from tokenops.compat import tome
 from tokenops.ops.matching import common
 from tokenops.ops.merging import reference
 from tokenops.testing import (
@@ -70,6 +74,29 @@ def test_from_assign_takes_any_labels(dtype, device):
     assert token_map.key_mask().tolist() == [[True] * 3, [True, True, False]]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_counts_and_members_are_kept_in_bounds_where_values_cannot_be_read(
+    dtype, device, monkeypatch
+):
+    monkeypatch.setattr(_checks, "values_visible", lambda value: False)
+    wild = 2**31 - 1 if dtype == torch.int32 else 2**32 + 1
+    labels = torch.tensor([[2, 0, -1, 1]] * 3, dtype=dtype, device=device)
+    counts = torch.tensor([wild, -wild, 2], dtype=dtype, device=device)
+    token_map = TokenMap.from_assign(labels, 3, counts)
+    assert_valid_token_map(token_map)
+    assert token_map.counts.tolist() == [3, 0, 2]
+    assert token_map.assign.tolist() == [[2, 0, -1, 1], [-1] * 4, [-1, 0, -1, 1]]
+
+
+@pytest.mark.parametrize("counts", [[0, 5], [5, 5], [2, 0]])
+def test_counts_may_be_anything_up_to_all(counts, device):
+    labels = torch.full((2, 4), -1, device=device)
+    labels[:, 0] = torch.tensor(counts, device=device).clamp(max=1) - 1
+    token_map = TokenMap.from_assign(labels, 5, torch.tensor(counts, device=device))
+    assert token_map.counts.tolist() == counts
+    assert token_map.key_mask().sum(1).tolist() == counts
+
+
 def test_from_assign_copies():
     """A map is immutable: labels that change afterwards do not change it."""
     labels = torch.tensor([[0, 1, 0]], dtype=torch.int32)
@@ -101,6 +128,75 @@ def test_is_frozen_and_a_pytree():
         assert paths == [".assign", ".offsets", ".members", ".counts"][: len(leaves)]
         spec_again = pytree.treespec_loads(pytree.treespec_dumps(spec))
         assert spec_again == spec
+
+
+def same(a, b):
+    fields = [field.name for field in dataclasses.fields(TokenMap)]
+    pairs = [(getattr(a, name), getattr(b, name)) for name in fields]
+    return all(
+        x is y is None
+        or (torch.equal(x, y) and x.dtype == y.dtype == torch.int32 and x.device == y.device)
+        for x, y in pairs
+    )
+
+
+@pytest.mark.parametrize("counts", [None, [3, 2]])
+def test_is_saved_copied_and_loaded(counts, device):
+    labels = torch.tensor([[2, 0, -1, 2], [1, 1, 1, 0]], device=device)
+    counts = None if counts is None else torch.tensor(counts, device=device)
+    token_map = TokenMap.from_assign(labels, 3, counts)
+    assert same(copy.deepcopy(token_map), token_map)
+    assert copy.deepcopy(token_map).assign is not token_map.assign
+    assert same(pickle.loads(pickle.dumps(token_map)), token_map)
+    file = io.BytesIO()
+    torch.save({"maps": [token_map], "split": tokenops.strided(3)}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert same(loaded["maps"][0], token_map)
+    assert loaded["split"] == tokenops.strided(3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loaded["maps"][0].assign = labels
+
+
+def test_splits_and_pairs_are_saved_and_loaded():
+    index = torch.arange(4)
+    explicit = tokenops.match(torch.randn(2, 8, 4), 2, split=(index * 2, index * 2 + 1))
+    pair = tome.bipartite_soft_matching(torch.randn(2, 8, 4), 2)
+    nothing = tome.bipartite_soft_matching(torch.randn(2, 8, 4), 0)
+    saved = [tokenops.random(3), tokenops.grid(2, 4, 2, 2), explicit, pair, nothing]
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    random, grid, loaded_map, loaded_pair, loaded_nothing = torch.load(file, weights_only=True)
+    assert (random, grid) == (saved[0], saved[1])
+    assert same(loaded_map, explicit)
+    x = torch.randn(2, 8, 3)
+    assert torch.equal(loaded_pair[1](loaded_pair[0](x)), pair[1](pair[0](x)))
+    assert loaded_nothing[0](x) is x
+
+
+def test_moves_to_devices_only(device):
+    token_map = TokenMap.from_assign(torch.tensor([[1, 0]]), 2, torch.tensor([2]))
+    for where in (device, torch.device(device)):
+        moved = token_map.to(where, non_blocking=True)
+        assert same(moved.to("cpu"), token_map)
+        assert moved.counts.device.type == torch.device(device).type
+    assert token_map.to("meta").assign.device.type == "meta"
+    for wrong in (torch.float16, torch.int64, token_map.assign, None, 1.0, True, [device]):
+        with pytest.raises(TypeError, match=r"TokenMap.to: device must be a device .*, got"):
+            token_map.to(wrong)
+
+
+def test_masks_and_matrices_of_empty_maps(device):
+    for batch, tokens, outputs in ((0, 3, 2), (2, 0, 2), (2, 3, 0)):
+        labels = torch.full((batch, tokens), -1, device=device)
+        counts = torch.zeros(batch, dtype=torch.int64, device=device)
+        for given_counts in (None, counts):
+            token_map = TokenMap.from_assign(labels, outputs, given_counts)
+            mask = token_map.key_mask()
+            assert (mask.shape, mask.dtype) == ((batch, outputs), torch.bool)
+            assert bool((mask == (given_counts is None)).all())
+            assert token_map.source_matrix().shape == (batch, outputs, tokens)
 
 
 # ---- laws ----
