@@ -5,11 +5,16 @@
 #   make test VENV=/path/to/env        an environment that is already there, with its own torch
 #   make test PYTHON=python3.12        the interpreter that a new environment is made from
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   make matrix PYTHON312=/path/to/python3.12
 #   make test TOKENOPS_BUILD=none      see CONTRIBUTING.md
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# The budget of registers is that of this compiler.
+TRITON ?= triton==3.7.1
+PYTHON312 ?= python3.12
+MATRIX_TORCH ?= torch==2.11.0
 SANITIZE ?= address,undefined
 SHARE ?= 1/8
 ARGS ?=
@@ -24,13 +29,14 @@ NATIVE := tokenops/_build_info.json
 SANITIZED := build/sanitize/tokenops/_C.abi3.so
 EMULATED := build/emulate/tokenops/_C.abi3.so
 
-.PHONY: help demo train test bench docs lint format sanitize emulate cuda interpret gpu-check gpu-cache native clean FORCE
+.PHONY: help demo train test bench docs lint format sanitize emulate cuda interpret headers matrix \
+	gpu-check gpu-cache native clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo | train | test | bench | docs | lint | format | sanitize | emulate | cuda |"
-	@echo "     interpret | gpu-check | gpu-cache | native | clean"
+	@echo "     interpret | headers | matrix | gpu-check | gpu-cache | native | clean"
 
 demo: $(READY)/demo $(NATIVE)
 	$(PY) examples/demo.py $(ARGS)
@@ -94,6 +100,21 @@ interpret: $(READY)/test $(NATIVE)
 	TRITON_INTERPRET=1 TOKENOPS_TEST_BACKENDS=triton TOKENOPS_TEST_SHARE=$(SHARE) \
 		HYPOTHESIS_PROFILE=quick $(PY) -m pytest tests/ops tests/test_triton.py $(ARGS)
 
+# csrc/ against the headers of every PyTorch that it is for: ARGS="2.10.0 2.11.0" for some of them.
+headers: $(READY)/tools
+	$(PY) tests/headers.py $(ARGS)
+
+# The headers, then the tests with an older Python, PyTorch and Triton, in a copy of these files with
+# an environment of its own.
+MATRIX := $(CURDIR)/build/matrix
+matrix:
+	$(MAKE) headers ARGS=
+	rm -rf $(MATRIX)/tokenops && mkdir -p $(MATRIX)/tokenops
+	git ls-files -z --cached --others --exclude-standard | \
+		tar --create --null --files-from=- | tar --extract --directory=$(MATRIX)/tokenops
+	$(MAKE) -C $(MATRIX)/tokenops test TOKENOPS_BUILD=cpu VENV=$(MATRIX)/venv PYTHON=$(PYTHON312) \
+		TORCH="$(MATRIX_TORCH)" TRITON=triton==3.6.0
+
 # All that needs a GPU, in eight minutes; installs nothing, so that it runs where nothing can be
 # fetched. ARGS="--resume" goes on, ARGS="--device cpu" rehearses it without a GPU.
 gpu-check:
@@ -124,10 +145,19 @@ $(READY)/tools:
 	mkdir -p $(READY)
 	touch $@
 
-# Test, lint, bench and demo are extras of the package. No torch is fetched: the installed one does.
+$(READY)/triton: $(READY)/tools
+	$(PY) -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
+	touch $@
+
+# Test, lint, bench and demo are extras of the package. An environment keeps its torch and Triton.
 # The mode of the editable install keeps it importable from the folder above a clone of this name.
+$(READY)/test: $(READY)/triton
 $(READY)/test $(READY)/lint $(READY)/bench $(READY)/demo: pyproject.toml $(READY)/tools
-	PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --config-settings editable_mode=compat --editable ".[$(@F)]"
+	$(PY) -c "from importlib.metadata import distributions as all; \
+		print(*{f'{d.name}=={d.version}' for d in all() if d.name in ('torch', 'triton')})" | \
+		tr ' ' '\n' >$(READY)/keep.txt
+	PYTHONWARNINGS=ignore $(PIP) --constraint $(READY)/keep.txt --no-build-isolation \
+		--config-settings editable_mode=compat --editable ".[$(@F)]"
 	touch $@
 
 clean:

@@ -124,7 +124,7 @@ class BackwardPass {
                         (grad_lse != 0 || any(gradient.g.row(i), gradient.g.width));
       if (live) {
         work.rows[count_++] = static_cast<int32_t>(i);
-      } else {
+      } else if (head.q.width > 0) {  // else there may be no memory
         std::memset(static_cast<void*>(result.dq + i * result.stride), 0, head.q.width * sizeof(T));
       }
     }
