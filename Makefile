@@ -76,7 +76,9 @@ preload = export LD_PRELOAD="$$(ldd $(1) | awk '/libasan/ {a = $$3} /libstdc/ {s
 sanitize: $(READY)/test
 	TOKENOPS_BUILD=cpu TOKENOPS_SANITIZE=$(SANITIZE) CXX=g++ $(PY) setup.py --quiet build_ext \
 		--build-lib build/sanitize --build-temp build/sanitize/temp
-	$(call preload,$(SANITIZED)) && $(PY) -m pytest --capture=sys tests/ops $(ARGS)
+	$(call preload,$(SANITIZED)) && $(PY) -m pytest --capture=sys tests/ops $(ARGS) && \
+		ASAN_OPTIONS=$$ASAN_OPTIONS:detect_leaks=1:leak_check_at_exit=0 PYTHONMALLOC=malloc \
+		$(PY) tests/leaks.py --calls 20
 
 # CUDA kernels as C++ on the CPU, thread by thread, under the same sanitizers; SHARE as below.
 emulate: $(READY)/test

@@ -67,8 +67,8 @@ def commands(include: Path, scratch: Path) -> dict[str, list[str]]:
     includes = [f"-isystem{p}" for p in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     for source in sorted(ROOT.glob("csrc/**/*.cpp")):
-        flags = ["-std=c++17", "-fsyntax-only", "-fvisibility=hidden", TARGET, '-DTOKENOPS_FLAGS=""']
-        flags += [f"-isystem{include}", *includes]
+        flags = ["-std=c++17", "-fsyntax-only", "-fvisibility=hidden", TARGET]
+        flags += ['-DTOKENOPS_FLAGS=""', f"-isystem{include}", *includes]
         found[str(source.relative_to(ROOT))] = [*compiler, *flags, str(source)]
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
@@ -102,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
         number = (folder / "version").read_text().strip()
         wrong = compile_all(folder / "torch" / "include")
         name = number if version == number else f"{version} ({number})"
-        print(f"headers of torch {name}: {'failed' if wrong else 'all of csrc/ compiles'}")
+        result = "failed" if wrong else "all of csrc/ compiles"
+        print(f"headers of torch {name}: {result}", flush=True)
         for source, text in wrong.items():
             print(f"{source}:\n{text}", file=sys.stderr)
             status = 1

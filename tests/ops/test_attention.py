@@ -119,6 +119,22 @@ def test_sizes(tokens, width, backend, device):
 
 
 @pytest.mark.isa
+@pytest.mark.parametrize("grads", [(0.0, 0.0, 0.0), (0.0, 1.5, -2.0)])
+def test_queries_and_keys_without_width(grads, backend):
+    """All keys weigh the same. A query without a gradient gets no memory either."""
+    q = torch.zeros(1, 1, 3, 0, requires_grad=True)
+    k = torch.zeros(1, 1, 4, 0, requires_grad=True)
+    v = random_tokens(1, 4, 2)[:, None].requires_grad_()
+    out = tokenops.policy_attention(q, k, v, self_keep=False)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(out.shape))
+    grad = torch.tensor(grads)[:, None].expand(out.shape)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    assert dq.shape == q.shape
+    assert dk.shape == k.shape
+    torch.testing.assert_close(dv, (grad.sum(2, keepdim=True) / 4).expand(dv.shape))
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize("options", [{}, {"eps": 1e-3}, {"is_causal": True}], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(700, 700), (1100, 90), (90, 1100)])
 def test_many_tokens(queries, keys, options, backend, device):
