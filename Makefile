@@ -78,7 +78,7 @@ sanitize: $(READY)/test
 		--build-lib build/sanitize --build-temp build/sanitize/temp
 	$(call preload,$(SANITIZED)) && $(PY) -m pytest --capture=sys tests/ops $(ARGS) && \
 		ASAN_OPTIONS=$$ASAN_OPTIONS:detect_leaks=1:leak_check_at_exit=0 PYTHONMALLOC=malloc \
-		$(PY) tests/leaks.py --calls 20
+		LSAN_OPTIONS=suppressions=tests/python.supp $(PY) tests/leaks.py --calls 20
 
 # CUDA kernels as C++ on the CPU, thread by thread, under the same sanitizers; SHARE as below.
 emulate: $(READY)/test
