@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from chosen import ops
 
 import tokenops
 from tokenops import TokenMap
@@ -18,7 +19,6 @@ from tokenops.testing import (
 
 pytest.importorskip("triton")
 
-ops = torch.ops.tokenops
 WILD = (-(2**31), -(2**30), -2, -1, 2**30, 2**31 - 1)
 
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from chosen import ops
 
 import tokenops
 from tokenops import TokenMap
@@ -181,12 +182,19 @@ def test_unwritten_memory_is_poisoned():
 
 GARBAGE = """
 import itertools, sys, torch, tokenops
-from tokenops import TokenMap
+from tokenops import TokenMap, _backend
 
 if sys.argv[1] != "default":
     tokenops.use_backend(sys.argv[1])
 generator = torch.Generator().manual_seed(0)
-ops = torch.ops.tokenops
+
+
+class Operators:
+    def __getattr__(self, name):
+        return lambda first, *rest: _backend.serving(name, first)(first, *rest)
+
+
+ops = Operators()
 BATCH, TOKENS, OUTPUTS = 2, 13, 6
 
 def garbage(*shape):
@@ -263,7 +271,7 @@ def test_garbage_stays_where_it_is(backend, device):
         assign = token_map.assign.clone()
         assign[0, ::3] = wild
         clean = TokenMap.from_assign(assign.masked_fill(assign == wild, -1), 6)
-        offsets, members = torch.ops.tokenops.invert(assign, 6)
+        offsets, members = ops.invert(assign, 6)
         assert_same_bits(offsets, clean.offsets)
         assert_same_bits(members, clean.members)
         dirty = TokenMap(assign, offsets, members)
@@ -288,10 +296,10 @@ def test_wild_positions_of_the_operators(backend, device):
         results = []
         for position in (far, near):
             leaves = [t.clone().requires_grad_() for t in (q, k, v, policy)]
-            out, lse, *_ = torch.ops.tokenops.policy_attention(
+            out, lse, *_ = ops.policy_attention(
                 *leaves, None, None, position, True, False, eps, causal, "exact", 0.5
             )
-            score = torch.ops.tokenops.attention_scores(
+            score = ops.attention_scores(
                 *leaves[:2], None, policy, None, None, position, None, True, True, eps, causal, 0.5,
                 "mean",
             )  # fmt: skip
@@ -307,9 +315,9 @@ def test_wild_argmax_of_the_backward(backend, device):
     q, k, v, policy = inputs.values()
     options = True, False, 1e-2, False, "exact", 0.5
     tensors = q, k, v, policy, None, None, None
-    out, lse, floor, argmax = torch.ops.tokenops.policy_attention(*tensors, *options)
+    out, lse, floor, argmax = ops.policy_attention(*tensors, *options)
     for wild in (-(2**31), -1, 7, 2**24, 2**31 - 1):
-        results = torch.ops.tokenops.policy_attention_backward(
+        results = ops.policy_attention_backward(
             out, lse, *tensors, out, lse, floor, torch.full_like(argmax, wild), *options,
             True, True, False,
         )  # fmt: skip

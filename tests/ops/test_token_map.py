@@ -9,6 +9,7 @@ import pickle
 import brute_force
 import pytest
 import torch
+from chosen import ops
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
@@ -17,7 +18,6 @@ import tokenops
 from tokenops import TokenMap, _checks
 from tokenops.compat import tome
 from tokenops.ops.matching import common
-from tokenops.ops.merging import reference
 from tokenops.testing import (
     assert_same_bits,
     assert_valid_token_map,
@@ -218,10 +218,9 @@ def test_compose_is_the_product_of_matrices(data, later):
     assert torch.equal(composed.source_matrix(), product)
 
 
-def composed_by(backend, later, earlier, num_tokens):
-    """What the operator makes of assignments. It has no public function that follows a choice."""
-    compose = reference.compose if backend == "reference" else torch.ops.tokenops.compose
-    token_map = TokenMap(*compose(later, earlier, num_tokens))
+def composed_by(later, earlier, num_tokens):
+    """What the operator makes of assignments."""
+    token_map = TokenMap(*ops.compose(later, earlier, num_tokens))
     assert_valid_token_map(token_map, num_tokens=num_tokens)
     assert token_map.assign.shape == earlier.shape
     return token_map
@@ -234,8 +233,7 @@ def test_compose_drops_what_either_map_drops(shape, first, second, backend, devi
     batch, inputs, middle, outputs = shape
     earlier = random_token_map(batch, inputs, middle, dropped=first, device=device, seed=1)
     later = random_token_map(batch, middle, outputs, dropped=second, device=device, seed=2)
-    compose = reference.compose if backend == "reference" else torch.ops.tokenops.compose
-    composed = TokenMap(*compose(later.assign, earlier.assign, outputs))
+    composed = TokenMap(*ops.compose(later.assign, earlier.assign, outputs))
     product = later.source_matrix() @ earlier.source_matrix()
     assert torch.equal(composed.source_matrix(), product)
     inverse = TokenMap.from_assign(composed.assign, outputs)
@@ -250,7 +248,7 @@ def test_compose_through_no_tokens(batch, inputs, outputs, backend, device):
     later = torch.empty(batch, 0, dtype=torch.int32, device=device)
     for label in (-1, 0, 2**31 - 1):  # which of them, there is nothing to go to
         earlier = torch.full((batch, inputs), label, dtype=torch.int32, device=device)
-        composed = composed_by(backend, later, earlier, outputs)
+        composed = composed_by(later, earlier, outputs)
         assert (composed.assign == -1).all()
         assert (composed.offsets == 0).all()
 
@@ -270,8 +268,8 @@ def test_compose_drops_wild_labels(wild, backend, device):
         bad_earlier[:, ::3] = wild
         clean_earlier = torch.where(bad_earlier == wild, -1, bad_earlier)
     for before, clean_before in ((earlier, earlier), (bad_earlier, clean_earlier)):
-        got = composed_by(backend, bad_later, before, 6)
-        expected = composed_by(backend, clean_later, clean_before, 6)
+        got = composed_by(bad_later, before, 6)
+        expected = composed_by(clean_later, clean_before, 6)
         for field in ("assign", "offsets", "members"):
             assert_same_bits(getattr(got, field), getattr(expected, field))
         to = [

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators as attributes of ``ops``, each served by the backend that a test has chosen."""
+
+from tokenops import _backend
+
+
+class _Operators:
+    def __getattr__(self, name):
+        def call(first, *rest):
+            tensor = first[0] if isinstance(first, list) else first
+            return _backend.serving(name, tensor)(first, *rest)
+
+        return call
+
+
+ops = _Operators()
