@@ -2,9 +2,35 @@
 // Products of a few queries with all keys: included once per instruction set, in its namespace.
 //
 // Few rows are bound by reading the keys, so these are read once, as they lie in memory, for all
-// rows together. Vectors run along the width; a tile has as many products as a vector has lanes,
-// and adds up the lanes of all of them at once, in one order, so that a product has the same bits
-// in every place of a tile.
+// rows together. Vectors of words run along the width; a tile has as many products as a vector has
+// lanes, and adds up the lanes of all of them at once, in one order, so that a product has the same
+// bits in every place of a tile.
+
+template <class T>
+constexpr int64_t kPerWord = kPairs<T> ? 2 : 1;
+
+// A vector of words of a row.
+template <class T>
+TOKENOPS_INLINE Vec<acc_t<T>> load_words(const T* p) {
+  if constexpr (kPairs<T>) {
+    return Vec<acc_t<T>>::load(reinterpret_cast<const acc_t<T>*>(p));
+  } else {
+    return Vec<acc_t<T>>::load(p);
+  }
+}
+
+// The last elements of a row as a vector of words.
+template <class T>
+TOKENOPS_INLINE Vec<acc_t<T>> load_last_words(const T* p, int left) {
+  using V = Vec<acc_t<T>>;
+  if constexpr (kPairs<T>) {
+    acc_t<T> words[V::W] = {};
+    std::memcpy(static_cast<void*>(words), p, left * sizeof(T));
+    return V::load(words);
+  } else {
+    return V::load_partial(p, left);
+  }
+}
 
 // Vector whose lane l is the sum of the lanes of m[l].
 template <int Step, class V>
@@ -21,8 +47,8 @@ TOKENOPS_INLINE V sum_lanes(V (&m)[V::W]) {
   }
 }
 
-// out[i * stride + j] = row i . key first + j for so many rows and the next W / Rows keys. Rows are
-// `pitch` apart, with zeros up to whole vectors.
+// out[i * stride + j] = row i . key j for so many rows of words, `pitch` apart with zeros up to
+// whole vectors, and W / Rows keys from `first` on.
 template <int Rows, class T, class A>
 TOKENOPS_INLINE void multiply_few_tile(const A* rows, int64_t pitch, const Tokens<T>& keys,
                                        int64_t first, A* out, int64_t stride) {
@@ -32,21 +58,25 @@ TOKENOPS_INLINE void multiply_few_tile(const A* rows, int64_t pitch, const Token
   const T* key[kKeys];
   for (int j = 0; j < kKeys; ++j) key[j] = keys.row(first + (j < count ? j : count - 1));
   V sum[V::W] = {};
-  const auto step = [&](int64_t d, const auto& load) {
+  const auto step = [&](int64_t word, const auto& load) {
     V row[Rows];
 #pragma GCC unroll 4
-    for (int i = 0; i < Rows; ++i) row[i] = V::load(rows + i * pitch + d);
+    for (int i = 0; i < Rows; ++i) row[i] = V::load(rows + i * pitch + word);
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
-      const V x = load(key[j] + d);
+      const V x = load(key[j] + word * kPerWord<T>);
 #pragma GCC unroll 4
-      for (int i = 0; i < Rows; ++i) sum[i * kKeys + j] = fma(x, row[i], sum[i * kKeys + j]);
+      for (int i = 0; i < Rows; ++i) {
+        sum[i * kKeys + j] = multiply<T>(x, row[i], sum[i * kKeys + j]);
+      }
     }
   };
-  int64_t d = 0;
-  for (; d + V::W <= keys.width; d += V::W) step(d, [](const T* p) { return V::load(p); });
-  if (const int left = static_cast<int>(keys.width - d); left > 0) {
-    step(d, [left](const T* p) { return V::load_partial(p, left); });
+  int64_t word = 0;
+  for (; (word + V::W) * kPerWord<T> <= keys.width; word += V::W) {
+    step(word, [](const T* p) { return load_words(p); });
+  }
+  if (const int left = static_cast<int>(keys.width - word * kPerWord<T>); left > 0) {
+    step(word, [left](const T* p) { return load_last_words(p, left); });
   }
   A lanes[V::W];
   sum_lanes<1>(sum).store(lanes);
@@ -61,12 +91,8 @@ void multiply_few(const T* const* rows, int64_t count, const Tokens<T>& keys, ac
                   acc_t<T>* out, int64_t stride) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const int64_t pitch = row_words(keys.width);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t d = 0; d < keys.width; d += V::W) {
-      load_some<V>(rows[i] + d, keys.width - d).store(packed + i * pitch + d);
-    }
-  }
+  const int64_t pitch = row_words(depth_words<T>(keys.width));
+  for (int64_t i = 0; i < count; ++i) pack_row(rows[i], keys.width, pitch, packed + i * pitch);
   // A vector of keys at a time stays in the first-level cache for all rows.
   for (int64_t first = 0; first < keys.count; first += V::W) {
     const int64_t end = first + V::W < keys.count ? first + V::W : keys.count;
