@@ -47,12 +47,14 @@ class AttentionShape:
         tokens: Tokens N, queries as well as keys.
         width: Width D of a head.
         weights: ``"soft"``: a policy between 0 and 1; ``"hard"``: one of 0 and 1; ``"size"``: sizes
-            of tokens. Scores: ``"class"``: those that the class token gives; ``"columns"``: those
-            of all queries, each with a weight.
+            of tokens. Scores: ``"class"``: those that the class token gives; ``"last"``: those
+            of the last queries; ``"columns"``: those of all queries, each with a weight.
         keep: Share of the tokens that a hard policy keeps.
         eps: As in ``policy_attention``.
         policy_grad: As in ``policy_attention``.
         packed: Whether q, k and v are views of a packed qkv [B, N, 3, H, D].
+        key_heads: Heads of keys and values that heads share; 0: each has its own.
+        rows: Queries that count where these are the last ones.
     """
 
     batch: int
@@ -64,11 +66,15 @@ class AttentionShape:
     eps: float = 0.0
     policy_grad: str = "exact"
     packed: bool = False
+    key_heads: int = 0
+    rows: int = 1
 
     def describe(self, letter: str) -> str:
         """Sizes in words; ``letter`` stands for the width."""
-        words = [f"B{self.batch}", f"H{self.heads}", f"N{self.tokens}", f"{letter}{self.width}"]
-        words.append(f"keep {self.keep:g}" if self.weights == "hard" else self.weights)
+        heads = f"H{self.heads}/{self.key_heads}" if self.key_heads else f"H{self.heads}"
+        words = [f"B{self.batch}", heads, f"N{self.tokens}", f"{letter}{self.width}"]
+        special = {"hard": f"keep {self.keep:g}", "last": f"last {self.rows}"}
+        words.append(special.get(self.weights, self.weights))
         words += [f"eps {self.eps:g}".replace("e-0", "e-")] if self.eps else []
         words += ["packed qkv"] if self.packed else []
         words += [f"policy_grad {self.policy_grad}"] if self.policy_grad != "exact" else []
@@ -76,7 +82,18 @@ class AttentionShape:
 
     def tiny(self) -> AttentionShape:
         """Sizes of the same kind that take no time."""
-        return replace(self, batch=2, heads=2, tokens=17, width=16)
+        heads, key_heads = (4, 2) if self.key_heads else (2, 0)
+        rows = min(self.rows, 3)
+        return replace(
+            self, batch=2, heads=heads, key_heads=key_heads, rows=rows, tokens=17, width=16
+        )
+
+    @property
+    def counted(self) -> slice:
+        """Queries whose attention is counted in scores."""
+        if self.weights == "class":
+            return slice(0, 1)
+        return slice(self.tokens - self.rows if self.weights == "last" else 0, self.tokens)
 
     @property
     def kept(self) -> int:
@@ -104,7 +121,7 @@ class AttentionShape:
 
     def score_flops(self) -> int:
         """Least work of scores: the logits of the rows that count."""
-        rows = 1 if self.weights == "class" else self.tokens
+        rows = self.counted.stop - self.counted.start
         return 2 * self.batch * self.heads * rows * self.tokens * self.width
 
     def _products(self, columns: int) -> int:
@@ -118,6 +135,8 @@ def make_heads(
     size = (shape.batch, shape.tokens, 3, shape.heads, shape.width)
     qkv = torch.randn(size, generator=generator(device), device=device).to(dtype)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    if shape.key_heads:
+        k, v = k[:, : shape.key_heads], v[:, : shape.key_heads]
     return (q, k, v) if shape.packed else (q.contiguous(), k.contiguous(), v.contiguous())
 
 
@@ -135,8 +154,9 @@ def make_weights(shape: AttentionShape, device: torch.device) -> Tensor:
     return weights
 
 
-def _attend(shape: AttentionShape) -> dict[str, Callable[[], Attend]]:
+def _attend(shape: AttentionShape, device: torch.device) -> dict[str, Callable[[], Attend]]:
     """What makes each rival's function of q, k, v and the keys' weights."""
+    own = torch.eye(shape.tokens, device=device)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Any:
         if shape.weights == "size":
@@ -147,10 +167,10 @@ def _attend(shape: AttentionShape) -> dict[str, Callable[[], Attend]]:
     def eager(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
         if shape.weights == "size":
             return rivals.attention_with_size(q, k, v, w)
-        return rivals.attention_with_policy(q, k, v, w, shape.eps)
+        return rivals.attention_with_policy(q, k, v, w, own, shape.eps)
 
     def biased(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        bias = rivals.size_bias(w) if shape.weights == "size" else rivals.policy_bias(w)
+        bias = rivals.size_bias(w) if shape.weights == "size" else rivals.policy_bias(w, own)
         bias = bias.to(q.dtype).expand(-1, q.shape[1], q.shape[2], -1)  # [B, H, N, N]
         return scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -193,7 +213,7 @@ def setup_attention(shape: AttentionShape, dtype: torch.dtype, device: torch.dev
         return Rival(lambda: attend(q, k, v, weights), _context(name))
 
     return Work(
-        rivals={n: partial(rival, n, make) for n, make in _attend(shape).items()},
+        rivals={n: partial(rival, n, make) for n, make in _attend(shape, device).items()},
         bytes=4 * q.numel() * q.element_size() + weights.numel() * weights.element_size(),
         flops=shape.forward_flops(),
         difference=_difference,
@@ -222,7 +242,7 @@ def setup_attention_step(shape: AttentionShape, dtype: torch.dtype, device: torc
 
         return Rival(step, _context(name))
 
-    made = _attend(shape)
+    made = _attend(shape, device)
     if device.type == "cpu":
         made.pop("flex", None)  # it has no backward there
     moved = 12 * q.numel() * q.element_size()
@@ -241,31 +261,34 @@ def setup_scores(shape: AttentionShape, dtype: torch.dtype, device: torch.device
     """Work of ``attention_scores``."""
     q, k, v = make_heads(shape, dtype, device)
     weights = make_weights(shape, device)
-    of_class = shape.weights == "class"
+    counted = shape.counted
+    rows = range(counted.start, counted.stop)
+    columns = shape.weights == "columns"
 
     def ours() -> Tensor:
-        if of_class:
-            return tokenops.attention_scores(q, k, query_index=[0])
-        return tokenops.attention_scores(q, k, query_weight=weights)
+        if columns:
+            return tokenops.attention_scores(q, k, query_weight=weights)
+        return tokenops.attention_scores(q, k, query_index=rows)
 
     def recipe(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Rival:
-        if of_class:
-            function = make(rivals.attention_of_class)
-            return Rival(lambda: function(q, k))
-        function = make(rivals.attention_received)
-        return Rival(lambda: function(q, k, weights))
+        if columns:
+            function = make(rivals.attention_received)
+            return Rival(lambda: function(q, k, weights))
+        function = make(rivals.attention_of_rows)
+        return Rival(lambda: function(q[:, :, counted], k))
 
-    rows = 1 if of_class else shape.tokens
-    elements = shape.batch * shape.heads * (rows + shape.tokens) * shape.width
+    made = {
+        "tokenops": lambda: Rival(ours),
+        "reference": lambda: Rival(ours, use_reference),
+        "eager": lambda: recipe(lambda function: function),
+        "compile": lambda: recipe(compiled),
+    }
+    if columns:  # it attends from all queries, too
+        made["sdpa"] = lambda: Rival(lambda: scaled_dot_product_attention(q, k, v))
+    elements = len(rows) * q[0, :, 0].numel() + k[0].numel()
     return Work(
-        rivals={
-            "tokenops": lambda: Rival(ours),
-            "reference": lambda: Rival(ours, use_reference),
-            "eager": lambda: recipe(lambda function: function),
-            "compile": lambda: recipe(compiled),
-            "sdpa": lambda: Rival(lambda: scaled_dot_product_attention(q, k, v)),
-        },
-        bytes=elements * q.element_size() + 4 * shape.batch * shape.tokens,
+        rivals=made,
+        bytes=shape.batch * (elements * q.element_size() + 4 * shape.tokens),
         flops=shape.score_flops(),
         difference=_difference,
         tolerance=TOLERANCE[dtype],

@@ -17,7 +17,10 @@ from tokenops.splits import Split
 from .timing import Rival
 
 #: Rivals by name, in the order of columns. ``tokenops`` is always there.
-RIVALS = ("tokenops", "reference", "triton", "eager", "compile", "flex", "sdpa+bias")
+RIVALS = ("tokenops", "reference", "triton", "eager", "compile", "index", "flex", "sdpa+bias")
+
+#: Those that stand for code without tokenops: the fastest of them is what a speed-up is over.
+FAIR = ("eager", "compile", "index", "flex", "sdpa+bias")
 
 #: Yardsticks are no rivals: they do less, or something else.
 YARDSTICKS = ("copy", "bmm", "bmm+max", "sdpa", "unweighted")
@@ -27,6 +30,7 @@ LEGEND = {
     "reference": "tokenops' plain PyTorch reference",
     "eager": "the recipe of ToMe or tomesd in PyTorch operators",
     "compile": "the same under torch.compile(dynamic=False, fullgraph=True), compiled beforehand",
+    "index": "index_add_ or index_select of whole rows, by an index that was made beforehand",
     "copy": "a torch copy_ that moves as many bytes, read and written together",
     "bmm": "nothing but the product of the scores, of rows averaged and gathered beforehand",
     "bmm+max": "that product and the maximum of each row",
@@ -34,8 +38,8 @@ LEGEND = {
 
 #: What some of them are where attention is timed, and who is there besides.
 ATTENTION_LEGEND = {
-    "eager": "maps of all queries by all keys in PyTorch operators: DynamicViT's softmax with a "
-    "policy, ToMe's logarithms of sizes, scores summed out of the map",
+    "eager": "maps in PyTorch operators: DynamicViT's softmax with a policy, ToMe's logarithms of "
+    "sizes, scores as sums over a map of the queries that count and no others",
     "flex": "FlexAttention under torch.compile, the logarithm of the policy added to each score",
     "sdpa+bias": "scaled_dot_product_attention with the logarithm of the weights as a dense mask",
     "sdpa": "scaled_dot_product_attention without any weights",

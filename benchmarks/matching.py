@@ -37,8 +37,8 @@ def setup_match(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
     def recipe(function: Callable[..., Any]) -> Rival:
         if shape.grid is None:
             return Rival(lambda: function(metric, shape.r, shape.prefix > 0))
-        h, w, sy, sx = shape.grid
-        return Rival(lambda: function(metric, shape.r, h, w, sy, sx))
+        recipe_split = rivals.tomesd_split(*shape.grid, device)
+        return Rival(lambda: function(metric, shape.r, *recipe_split))
 
     def product() -> tuple[Tensor, Tensor]:
         rows = metric.mean(1) if metric.dim() == 4 else metric

@@ -2,8 +2,8 @@
 """Workloads of merging: merge, merge_wavg, unmerge, and their backwards.
 
 Who merges into whom is settled before and not timed. tokenops and the recipes apply one and the
-same merging, each with its own order of output tokens: tokenops keeps positions, the recipes put
-unmerged sources first. A backward is ``autograd.grad`` on a graph that is kept.
+same merging, each with its own order of output tokens: tokenops and *index* keep positions, the
+recipes put unmerged sources first. A backward is ``autograd.grad`` on a graph that is kept.
 """
 
 from __future__ import annotations
@@ -35,11 +35,19 @@ class Merging:
         token_map: Output tokens in the order of their positions.
         plan: Index tensors of the recipe.
         place: ``[B, M]``, place among tokenops' output tokens of each of the recipe's.
+        row: ``[B * N]``, output token of each token, counted through the batch.
     """
 
     token_map: TokenMap
     plan: rivals.Plan | rivals.GridPlan
     place: Tensor
+    row: Tensor
+
+    def counts(self, dtype: torch.dtype) -> Tensor:
+        """Members of each output token, [B, M, 1]."""
+        batch, outputs = self.place.shape
+        members = torch.bincount(self.row, minlength=batch * outputs)
+        return members.view(batch, outputs, 1).to(dtype)
 
     def to_recipe(self, y: Tensor) -> Tensor:
         """Reorder [B, M, C] from tokenops' order of output tokens to the recipe's."""
@@ -73,7 +81,8 @@ def make_merging(shape: Shape, device: torch.device) -> Merging:
     if shape.grid is not None:
         split_index = sources[None, :, None], destinations[None, :, None]
         plan = rivals.GridPlan(unmerged, merged, target, *split_index)
-    return Merging(ours, plan, place)
+    start = torch.arange(shape.batch, device=device)[:, None] * ours.num_tokens
+    return Merging(ours, plan, place, (start + ours.assign.long()).flatten())
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class Pair:
         x: Input of tokenops.
         x_recipe: The same tokens as the recipe orders them.
         ours: tokenops as a function of ``x``.
+        index: The same by an index of rows.
         recipe: ``(function, x_recipe)``: the recipe by this function, eager or compiled.
         function: The eager function.
         align_output: Brings the recipe's output into tokenops' order.
@@ -93,6 +103,7 @@ class Pair:
     x: Tensor
     x_recipe: Tensor
     ours: Callable[[Tensor], Any]
+    index: Callable[[Tensor], Any]
     recipe: Callable[[Callable[..., Any], Tensor], Any]
     function: Callable[..., Any]
     align_output: Callable[[Tensor], Tensor]
@@ -111,11 +122,12 @@ def _tokens(rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -
 def merge_pair(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pair:
     """Plain mean."""
     merging = make_merging(shape, device)
-    x = _tokens(shape.tokens, shape, dtype, device)
+    x, counts = _tokens(shape.tokens, shape, dtype, device), merging.counts(dtype)
     return Pair(
         x=x,
         x_recipe=x,
         ours=lambda t: tokenops.merge(t, merging.token_map),
+        index=lambda t: rivals.index_merge(t, merging.row, counts),
         recipe=lambda function, t: function(t, merging.plan, "mean"),
         function=rivals.tome_merge if shape.grid is None else rivals.tomesd_merge,
         align_output=merging.from_recipe,
@@ -129,11 +141,12 @@ def wavg_pair(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pair:
     x = _tokens(shape.tokens, shape, dtype, device)
     rows = (shape.batch, shape.tokens, 1)
     size = torch.randint(1, 5, rows, generator=generator(device), device=device).float()
-    size_recipe = size.to(dtype)
+    size_recipe, outputs = size.to(dtype), merging.token_map.num_tokens
     return Pair(
         x=x,
         x_recipe=x,
         ours=lambda t: tokenops.merge_wavg(t, merging.token_map, size),
+        index=lambda t: rivals.index_merge_wavg(t, size_recipe, merging.row, outputs),
         recipe=lambda function, t: function(t, size_recipe, merging.plan),
         function=rivals.tome_merge_wavg,
         align_output=merging.from_recipe,
@@ -149,6 +162,7 @@ def unmerge_pair(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pair
         x=y,
         x_recipe=merging.to_recipe(y),
         ours=lambda t: tokenops.unmerge(t, merging.token_map),
+        index=lambda t: rivals.index_unmerge(t, merging.row),
         recipe=lambda function, t: function(t, merging.plan),
         function=rivals.tome_unmerge if shape.grid is None else rivals.tomesd_unmerge,
         align_output=_same,
@@ -186,7 +200,7 @@ def forward(
             return Rival(lambda: pair.recipe(function, pair.x_recipe))
 
         def difference(name: str, result: Any, expected: Any) -> float:
-            align = _same if name in ("reference", "triton") else pair.align_output
+            align = pair.align_output if name in ("eager", "compile") else _same
             return relative(align(_first(result)), _first(expected))
 
         return Work(
@@ -196,6 +210,7 @@ def forward(
                 **triton_rival("merge", lambda: pair.ours(pair.x), pair.x),
                 "eager": lambda: eager(pair.function),
                 "compile": lambda: eager(compiled(pair.function)),
+                "index": lambda: Rival(lambda: pair.index(pair.x)),
             },
             bytes=_least_bytes(shape, dtype),
             flops=0,
@@ -247,7 +262,7 @@ def backward(
             return recipe(compiled(pair.function))
 
         def difference(name: str, result: Tensor, expected: Tensor) -> float:
-            align = _same if name == "reference" else pair.align_input
+            align = pair.align_input if name in ("eager", "compile") else _same
             return relative(align(result), expected)
 
         return Work(
@@ -256,6 +271,7 @@ def backward(
                 "reference": reference,
                 "eager": lambda: recipe(pair.function),
                 "compile": compile_both,
+                "index": lambda: Rival(gradient(_first(pair.index(x)), x, flow)),
             },
             bytes=_least_bytes(shape, dtype),
             flops=0,

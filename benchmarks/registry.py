@@ -4,7 +4,8 @@
 Shapes: ViT-B/16 at 224 pixels (197 tokens), ViT-L/16 at 512 (1025 tokens), Stable Diffusion 1.5 at
 512 (4096 tokens, two images by classifier-free guidance) and at 1024 (16384 tokens), and 65536
 tokens, where scores of all pairs no longer are a sensible thing to store. Attention: 16 images of
-ViT-B/16 at 224, one of ViT-L/16 at 512, and 8192 tokens for the memory that it takes.
+ViT-B/16 at 224, one of ViT-L/16 at 512, and 8192 tokens for the memory that it takes. Scores also
+of one row and of 64 rows of ViT-B/16, of ViT-L/14 at 336 (577 tokens) and of decoders.
 
 A GPU has sizes of its own, in ``GPU_CASES``: more images, and the tokens of vision-language models.
 """
@@ -30,6 +31,10 @@ _TOO_LARGE = "not run: it stores 49152 x 16384 scores, 3.2 GB in float32"
 DYNAMIC_VIT_EPS = 1e-6
 HEADS_B = AttentionShape(batch=16, heads=12, tokens=197, width=64)
 HEADS_L = AttentionShape(batch=1, heads=16, tokens=1025, width=64)
+HEADS_B8 = replace(HEADS_B, batch=8)
+HEADS_L336 = AttentionShape(batch=1, heads=16, tokens=577, width=64)
+HEADS_7B = AttentionShape(batch=1, heads=32, tokens=2048, width=128)
+HEADS_GROUPED = AttentionShape(batch=1, heads=28, tokens=4096, width=128, key_heads=4)
 HEADS_8192 = AttentionShape(batch=1, heads=8, tokens=8192, width=64, eps=DYNAMIC_VIT_EPS)
 
 _TOO_LARGE_MAPS = "not run: it stores several attention maps of 2.1 GB each in float32"
@@ -48,6 +53,25 @@ ATTENTION: dict[str, AttentionShape] = {
     "vit-b-keep35": replace(HEADS_B, weights="hard", keep=0.35),
     "vit-l-512-keep50": replace(HEADS_L, weights="hard", keep=0.5),
 }
+
+
+def _scores() -> Iterator[Case]:
+    """The class token's scores and those of all queries; then of one row and of 64 rows."""
+    operator = "attention_scores"
+    for name, heads in (("vit-b", HEADS_B), ("vit-l-512", HEADS_L)):
+        for weights in ("class", "columns"):
+            shape = replace(heads, weights=weights)
+            memory = ("tokenops", "eager") if heads is HEADS_L else ()
+            yield Case(operator, f"{name}-{weights}", shape, setup_scores, memory=memory)
+    for name, heads in (
+        ("vit-b-8", HEADS_B8),
+        ("vit-l-336", HEADS_L336),
+        ("llama-7b", HEADS_7B),
+        ("qwen2-7b", HEADS_GROUPED),
+    ):
+        for rows in (1, 64):
+            shape = replace(heads, weights="last", rows=rows)
+            yield Case(operator, f"{name}-last{rows}", shape, setup_scores)
 
 
 def _attention_steps() -> Iterator[Case]:
@@ -100,17 +124,7 @@ CASES: dict[str, tuple[Case, ...]] = {
             skip=dict.fromkeys(("reference", "eager", "compile", "sdpa+bias"), _TOO_LARGE_MAPS),
             memory=("tokenops", "sdpa"),
         ),
-        *(
-            Case(
-                "attention_scores",
-                f"{name}-{weights}",
-                replace(heads, weights=weights),
-                setup_scores,
-                memory=("tokenops", "eager", "sdpa") if heads is HEADS_L else (),
-            )
-            for name, heads in (("vit-b", HEADS_B), ("vit-l-512", HEADS_L))
-            for weights in ("class", "columns")
-        ),
+        *_scores(),
     ),
 }
 

@@ -7,9 +7,13 @@ destination of each cell of a grid and splits by index tensors that an argsort m
 materialise the scores of all pairs, sort the sources by their best score, and apply the result with
 gathers and ``scatter_reduce``. Everything is computed in the dtype of the data, as they do it.
 
+The same merging by an index of the output row of each input row is one ``index_add_``, and undoing
+it one ``index_select``: the way to write it for who has such an index.
+
 Attention: DynamicViT (Rao et al., NeurIPS 2021, section 3.3) masks the softmax, ToMe adds the
-logarithm of sizes, and what ranks tokens by attention sums a map of all queries by all keys. Where
-such weights become a bias for a fused kernel, a policy of 0 stands for 1e-6.
+logarithm of sizes, and scores that rank tokens are sums over the rows of a map that has the queries
+that count, and no others. Where weights become a bias for a fused kernel, a policy of 0 stands for
+1e-6. Nothing that does not depend on the data is made anew in each call.
 
 Letters: B batch, N tokens, Ns sources, Nd destinations, r merged sources, C channels, H heads, D
 width of a head.
@@ -66,14 +70,18 @@ def tome_match(metric: Tensor, r: int, class_token: bool) -> Plan:
     return _select(scores, r, class_token)
 
 
-def tomesd_match(metric: Tensor, r: int, h: int, w: int, sy: int, sx: int) -> GridPlan:
-    """tomesd's matching with the top left token of each cell as the destination."""
-    batch, tokens, width = metric.shape
-    mark = torch.zeros(h, w, dtype=torch.int64, device=metric.device)
+def tomesd_split(h: int, w: int, sy: int, sx: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sources [1, Ns, 1] and destinations [1, Nd, 1]: the top left token of each cell."""
+    mark = torch.zeros(h, w, dtype=torch.int64, device=device)
     mark[: h // sy * sy : sy, : w // sx * sx : sx] = -1
-    order = mark.reshape(1, tokens, 1).argsort(dim=1)  # destinations first
+    order = mark.reshape(1, h * w, 1).argsort(dim=1)  # destinations first
     count = (h // sy) * (w // sx)
-    destinations, sources = order[:, :count], order[:, count:]
+    return order[:, count:], order[:, :count]
+
+
+def tomesd_match(metric: Tensor, r: int, sources: Tensor, destinations: Tensor) -> GridPlan:
+    """tomesd's matching with a split that is there already."""
+    batch, _, width = metric.shape
     unit = metric / metric.norm(dim=-1, keepdim=True)
     a = unit.gather(1, sources.expand(batch, -1, width))
     b = unit.gather(1, destinations.expand(batch, -1, width))
@@ -139,13 +147,42 @@ def tomesd_unmerge(y: Tensor, plan: GridPlan) -> Tensor:
     return out
 
 
-def attention_with_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> Tensor:
-    """DynamicViT's attention: q, k, v [B, H, N, D], policy [B, N]; the map is float32 meanwhile."""
+def index_merge(x: Tensor, row: Tensor, counts: Tensor) -> Tensor:
+    """Means [B, M, C] of x [B, N, C] by output row [B * N] and members of each [B, M, 1]."""
+    out = x.new_zeros(counts[..., 0].numel(), x.shape[2])
+    return out.index_add_(0, row, x.flatten(0, 1)).view(*counts.shape[:2], -1) / counts
+
+
+def index_merge_wavg(x: Tensor, size: Tensor, row: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+    """Mean weighted by size [B, N, 1] and the new sizes [B, M, 1], by output row [B * N]."""
+    batch = x.shape[0]
+    out = x.new_zeros(batch * outputs, x.shape[2]).index_add_(0, row, (x * size).flatten(0, 1))
+    total = size.new_zeros(batch * outputs, 1).index_add_(0, row, size.flatten(0, 1))
+    return (out / total).view(batch, outputs, -1), total.view(batch, outputs, 1)
+
+
+def index_unmerge(y: Tensor, row: Tensor) -> Tensor:
+    """[B, M, C] -> [B, N, C] by output row [B * N]."""
+    return y.flatten(0, 1).index_select(0, row).view(y.shape[0], -1, y.shape[2])
+
+
+def attention_with_policy(
+    q: Tensor, k: Tensor, v: Tensor, policy: Tensor, own: Tensor, eps: float
+) -> Tensor:
+    """DynamicViT's attention; the map is float32 meanwhile.
+
+    Args:
+        q: ``[B, H, N, D]``, as k and v.
+        k: Keys.
+        v: Values.
+        policy: ``[B, N]``.
+        own: Ones on the diagonal, ``[N, N]`` of the policy's type.
+        eps: Added to the sum of each row.
+    """
     tokens = q.shape[2]
     keep = policy[:, None, None, :]  # [B, 1, 1, N]
-    own = torch.eye(tokens, dtype=policy.dtype, device=policy.device)
     keep = keep + (1 - keep) * own  # [B, 1, N, N]
-    logits = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[3])
+    logits = (q / math.sqrt(q.shape[3])) @ k.transpose(-2, -1)
     weights = (logits - logits.amax(-1, keepdim=True)).float().exp_() * keep
     total = weights.sum(-1, keepdim=True)
     return ((weights + eps / tokens) / (total + eps)).to(v.dtype) @ v
@@ -153,7 +190,7 @@ def attention_with_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: 
 
 def attention_with_size(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
     """ToMe's proportional attention: size [B, N]."""
-    logits = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[3])
+    logits = (q / math.sqrt(q.shape[3])) @ k.transpose(-2, -1)
     return (logits + size_bias(size).to(q.dtype)).softmax(-1) @ v
 
 
@@ -162,10 +199,9 @@ def size_bias(size: Tensor) -> Tensor:
     return size.log()[:, None, None, :]
 
 
-def policy_bias(policy: Tensor) -> Tensor:
-    """What a policy [B, N] adds to logits, [B, 1, N, N]: nothing on the diagonal."""
-    own = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
-    return torch.where(own, 0.0, (policy + LOG_EPS).log()[:, None, None, :])
+def policy_bias(policy: Tensor, own: Tensor) -> Tensor:
+    """What a policy [B, N] adds to logits, [B, 1, N, N]: nothing where ``own`` [N, N] is not 0."""
+    return torch.where(own > 0, 0.0, (policy + LOG_EPS).log()[:, None, None, :])
 
 
 def flex_with_policy() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -186,11 +222,21 @@ def flex_with_policy() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 
 def attention_received(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
     """Mean over heads of what each key receives from queries of weight [B, N]: [B, N]."""
-    attention = ((q @ k.transpose(-2, -1)) / math.sqrt(q.shape[3])).softmax(-1)
-    return (attention * weight[:, None, :, None].to(q.dtype)).sum(2).mean(1)
+    attention = ((q / math.sqrt(q.shape[3])) @ k.transpose(-2, -1)).softmax(-1)
+    return (weight[:, None, None].to(q.dtype) @ attention)[:, :, 0].mean(1)
 
 
-def attention_of_class(q: Tensor, k: Tensor) -> Tensor:
-    """Mean over heads of what each key receives from the first query, [B, N], out of the map."""
-    attention = ((q @ k.transpose(-2, -1)) / math.sqrt(q.shape[3])).softmax(-1)
-    return attention[:, :, 0].mean(1)
+def attention_of_rows(q: Tensor, k: Tensor) -> Tensor:
+    """Mean over heads of what each key receives from a few queries.
+
+    Args:
+        q: These queries alone, ``[B, H, R, D]``.
+        k: ``[B, G, N, D]``; the queries of all heads that share keys are one matrix.
+
+    Returns:
+        ``[B, N]`` in float32.
+    """
+    heads, width = q.shape[1], q.shape[3]
+    rows = (q / math.sqrt(width)).reshape(q.shape[0], k.shape[1], -1, width)  # [B, G, H / G * R, D]
+    attention = (rows @ k.transpose(-2, -1)).softmax(-1, dtype=torch.float32)
+    return attention.flatten(1, 2).sum(1) / heads

@@ -81,14 +81,15 @@ def read(path: Path) -> list[Row]:
 
 
 def merge(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows to a file; a case's earlier rows give way."""
+    """Write rows to a file; a case's earlier rows give way, and cases that are no more."""
     fresh = list(rows)
     replaced = {_key(row) for row in fresh}
-    kept = [row for row in read(path) if _key(row) not in replaced]
     order = {(c.operator, c.name): i for i, c in enumerate(all_cases())}
+    earlier = [row for row in read(path) if (row["operator"], row["case"]) in order]
+    kept = [row for row in earlier if _key(row) not in replaced]
 
     def place(row: Mapping[str, str]) -> tuple[int, tuple[str, ...]]:
-        known = order.get((row["operator"], row["case"]), len(order))
+        known = order[row["operator"], row["case"]]
         # float32 before bfloat16; within one run the order of rivals stays (the sort is stable)
         return known, (row["threads"], row["timer"], "" if row["dtype"] == "float32" else "b")
 

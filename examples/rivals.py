@@ -4,7 +4,8 @@
 ``eager_tome`` is ToMe (Bolya et al., ICLR 2023) written out in PyTorch operators: cosine
 similarity of the head-mean keys, even tokens against odd ones, sort, gather, scatter, and sizes in
 the attention. ``slicing`` gets the same number of tokens for free, and wrong: it drops the last
-ones. Whatever merges tokens takes longer than that; how much longer is the price of merging.
+ones, and attends by the kernels that the patched model attends by. Whatever merges tokens takes
+longer than that; how much longer is the price of choosing and merging.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+import tokenops
 
 #: State of one forward pass: nothing yet, or the size of each token.
 State = dict[str, Tensor]
@@ -31,30 +34,45 @@ def replace_layers(model: Any, layer_forward: Callable[..., Tensor], r: Sequence
 
 def eager_tome(layer: Any, r: int, state: State, x: Tensor, mask: None = None) -> Tensor:
     """A layer that merges tokens between attention and MLP, as ToMe does."""
-    x = merge_by_size(*attend(layer, x, state.get("size")), r, state)
+    x = merge_by_size(*attend(layer, x, state.get("size"), eager_attention), r, state)
     return x + layer.mlp(layer.layernorm_after(x))
 
 
 def slicing(layer: Any, r: int, state: State, x: Tensor, mask: None = None) -> Tensor:
     """A layer that gets rid of ``r`` tokens by a view: not even a copy is charged for it."""
-    x = attend(layer, x, None, left=x.shape[1] - clamp(r, x.shape[1]))[0]
+    left = x.shape[1] - clamp(r, x.shape[1])
+    x = attend(layer, x, state.get("size"), fused_attention)[0][:, :left]
+    if "size" not in state:
+        state["size"] = torch.ones_like(x[..., :1], dtype=torch.float32)
+    state["size"] = state["size"][:, :left]
     return x + layer.mlp(layer.layernorm_after(x))
 
 
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
+    """Attention to tokens of a size [B, N, 1] by a bias, [B, H, N, D]."""
+    bias = None if size is None else size.log()[:, None, None, :, 0]
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
+    """The same by tokenops, as in a patched model: from the layer on in which tokens have sizes."""
+    if size is None:
+        return scaled_dot_product_attention(q, k, v)
+    return tokenops.policy_attention(q, k, v, size=size)
+
+
 def attend(
-    layer: Any, x: Tensor, size: Tensor | None, left: int | None = None
+    layer: Any, x: Tensor, size: Tensor | None, by: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The first ``left`` tokens after attention and residual, [B, left, C], and the metric."""
+    """The tokens after attention and residual, [B, N, C], and the metric."""
     attention, normalised = layer.attention, layer.layernorm_before(x)
     batch, tokens, _ = x.shape
     query, key, value = (
         project(normalised).view(batch, tokens, -1, attention.head_dim).transpose(1, 2)
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )  # [B, H, N, D]
-    bias = None if size is None else size.log()[:, None, None, :, 0]
-    out = scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    out = attention.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
-    return x[:, :left] + out[:, :left], key
+    out = by(query, key, value, size)
+    return x + attention.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1)), key
 
 
 def merge_by_size(x: Tensor, key: Tensor, r: int, state: State) -> Tensor:

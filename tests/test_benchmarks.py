@@ -69,7 +69,7 @@ def test_rivals_agree(case, dtype):
     assert work.bytes > 0
     with torch.inference_mode(work.inference):
         expected = work.rivals["tokenops"]().call()
-        for name in ("reference", "eager", "sdpa+bias"):
+        for name in ("reference", "eager", "index", "sdpa+bias"):
             if name not in work.rivals:
                 continue
             rival = work.rivals[name]()
@@ -97,7 +97,7 @@ def test_recipes_are_what_tokenops_computes(grid, prefix):
         torch.testing.assert_close(weighted, expected)
         torch.testing.assert_close(total, expected_total)
     else:  # an argsort that is not stable lists sources and destinations in any order
-        plan = rivals.tomesd_match(metric, 6, *grid)
+        plan = rivals.tomesd_match(metric, 6, *rivals.tomesd_split(*grid, CPU))
         back = rivals.tomesd_unmerge(rivals.tomesd_merge(x, plan, "mean"), plan)
     torch.testing.assert_close(back, tokenops.unmerge(tokenops.merge(x, token_map), token_map))
 
@@ -109,7 +109,8 @@ def test_attention_recipes_are_what_tokenops_computes(eps):
     policy, size = make_weights(shape, CPU), make_weights(replace(shape, weights="size"), CPU)
     weight = make_weights(replace(shape, weights="columns"), CPU)
     # The recipe keeps its map in float32.
-    out = rivals.attention_with_policy(q, k, v, policy, eps)
+    own = torch.eye(35)
+    out = rivals.attention_with_policy(q, k, v, policy, own, eps)
     expected = tokenops.policy_attention(q, k, v, policy, eps=eps)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     out = rivals.attention_with_size(q, k, v, size.double())
@@ -118,12 +119,38 @@ def test_attention_recipes_are_what_tokenops_computes(eps):
     mask = rivals.size_bias(size.double())
     torch.testing.assert_close(out, biased(q, k, v, attn_mask=mask.expand(2, 3, 35, 35)))
     expected = tokenops.policy_attention(q, k, v, policy)
-    mask = rivals.policy_bias(policy.double())
+    mask = rivals.policy_bias(policy.double(), own)
     torch.testing.assert_close(biased(q, k, v, attn_mask=mask), expected, rtol=1e-4, atol=1e-4)
     expected = tokenops.attention_scores(q, k, query_weight=weight.double())
     torch.testing.assert_close(rivals.attention_received(q, k, weight), expected)
-    expected = tokenops.attention_scores(q, k, query_index=[0])
-    torch.testing.assert_close(rivals.attention_of_class(q, k), expected)
+    for rows in (1, 3):
+        for key_heads in (1, 3):
+            keys = k[:, :key_heads]
+            expected = tokenops.attention_scores(q, keys, query_index=range(4, 4 + rows))
+            out = rivals.attention_of_rows(q[:, :, 4 : 4 + rows], keys)
+            assert out.dtype == torch.float32
+            torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", select(["attention_scores"]), ids=lambda c: c.name)
+def test_rows_are_timed_against_these_rows_alone(case):
+    """A map of all queries is a rival only where all queries count."""
+    work = case.tiny().prepare(torch.float32, CPU)
+    seen = []
+
+    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            seen.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with torch.inference_mode(), Shapes():
+        work.rivals["eager"]().call()
+    shape = case.tiny().shape
+    whole = shape.batch * shape.heads * shape.tokens**2
+    counts_all = shape.weights == "columns"
+    assert (max(seen) >= whole) == counts_all
+    assert ("sdpa" in work.rivals) == counts_all
 
 
 @pytest.mark.parametrize("keep", [0.7, 0.5, 0.35])
@@ -408,7 +435,7 @@ def test_attention_has_yardsticks():
     assert list(rows) == ["tokenops", "sdpa", "unweighted", "copy"]
     assert rows["tokenops"]["shape"] == "B2 H2 N17 D16 soft eps 1e-6"
     assert all(row["status"] == "ok" and row["ratio"] for row in rows.values())
-    rows = measure(find("attention_scores", "vit-b-class"), rivals=("sdpa+bias",))
+    rows = measure(find("attention_scores", "vit-b-columns"), rivals=("sdpa+bias",))
     assert list(rows) == ["tokenops", "sdpa", "copy"]
 
 
@@ -502,6 +529,21 @@ def test_a_second_run_replaces_the_first(results):
     assert [r for r in after if r["operator"] == "match"] == before[:5]
 
 
+def test_rows_of_cases_that_are_no_more_go(results):
+    path = results / "cpu.csv"
+    rows = store.read(path)
+    text = path.read_text(encoding="utf-8").replace("match,n65536", "match,n65535")
+    path.write_text(text, encoding="utf-8")
+    store.merge(path, [row for row in rows if row["operator"] == "merge"])
+    assert {(row["operator"], row["case"]) for row in store.read(path)} == {("merge", "vit-b")}
+
+
+def test_results_are_of_cases_that_there_are():
+    known = {(case.operator, case.name, case.sizes) for case in all_cases()}
+    for row in store.read(store.RESULTS / "cpu.csv"):
+        assert (row["operator"], row["case"], row["shape"]) in known
+
+
 def test_tables_go_between_markers(results, tmp_path, capsys):
     page = tmp_path / "page.md"
     blocks = [f"<!-- benchmarks:{n}:start -->\n<!-- benchmarks:{n}:end -->" for n in report.TABLES]
@@ -538,17 +580,16 @@ def test_attention_stands_in_tables_of_its_own(tmp_path):
     sizes = {name: f"| {find(*case).tiny().sizes} |" for name, case in cases.items()}
     for name in cases:
         assert [s for s in sizes if sizes[s] in tables[name]] == [name]
-    assert [s for s in sizes if sizes[s] in tables["attention"]] == [
-        n for n in cases if n != "keep"
-    ]
+    assert [s for s in sizes if sizes[s] in tables["attention"]] == ["policy", "proportional"]
+    assert [s for s in sizes if sizes[s] in tables["received"]] == ["scores"]
     assert "| policy_attention forward+backward |" in tables["proportional"]
     assert "| sdpa |" in tables["attention"]
-    assert "*eager*: maps of all queries" in tables["legend"]
+    assert "*eager*: maps in PyTorch operators" in tables["legend"]
     assert "merging" not in tables["legend"]
     store.merge(tmp_path / "cpu.csv", measure(find("merge", "vit-b")).values())
     legend = report.render("legend", tmp_path)
     assert "*eager*: the recipe of ToMe" in legend
-    assert "*eager* of attention: maps of all queries" in legend
+    assert "*eager* of attention: maps in PyTorch operators" in legend
     assert legend.count("*tokenops*") == 1
 
 
@@ -575,6 +616,16 @@ def test_bad_markers_are_refused(text, tmp_path):
 
 def test_documents_are_fresh():
     assert report.main(["--check"]) == 0
+
+
+def test_the_fairest_rival_is_the_fastest_that_computes_the_same():
+    ratios = {
+        "tokenops": "1", "reference": "0.5", "eager": "9", "compile": "4", "index": "2.5",
+        "sdpa": "0.8", "copy": "0.6", "flex": "",
+    }  # fmt: skip
+    group = report.Group({name: {"ratio": ratio} for name, ratio in ratios.items()})
+    assert report.fairest(group) == ("index", 2.5)
+    assert report.fairest(report.Group(tokenops={"ratio": "1"}, sdpa={"ratio": "2"})) is None
 
 
 def test_plot(results, tmp_path):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training example: its model drops what it says it drops, and the whole of it runs."""
+"""The examples: the training one drops what it says it drops and runs; the demo's rivals."""
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from pathlib import Path
@@ -187,3 +188,64 @@ def test_the_example_runs(example, tmp_path, monkeypatch, capsys):
     for words in ("| keep ratio |", "| merging ", "| mask, tokenops ", "| probe, tokenops "):
         assert words in printed
     assert (tmp_path / "kept_tokens.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- the demo's rivals ----
+
+
+@pytest.fixture
+def merging_vit():
+    """A small vision transformer as the demo has it, and the demo's rivals."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
+        image_size=20, patch_size=4,
+    )  # fmt: skip
+    sys.path.insert(0, str(EXAMPLES))
+    import rivals
+
+    yield transformers.ViTModel(config, add_pooling_layer=False).eval(), rivals
+    sys.path.remove(str(EXAMPLES))
+
+
+@torch.inference_mode()
+def test_the_bound_attends_as_the_merging_model_does(merging_vit, monkeypatch):
+    from tokenops.integrations.transformers import apply_patch
+
+    model, rivals = merging_vit
+    pixels, attended = torch.rand(2, 3, 20, 20), []
+    original = tokenops.policy_attention
+
+    def counting(q, *tensors, **options):
+        attended.append((q.shape[2], options["size"].shape[1]))
+        return original(q, *tensors, **options)
+
+    counts = {}
+    for name in ("tokenops", "bound"):
+        attended.clear()
+        runs = copy.deepcopy(model)
+        if name == "tokenops":
+            monkeypatch.setattr("tokenops.integrations.transformers.policy_attention", counting)
+            apply_patch(runs, [4, 4, 4])
+        else:
+            monkeypatch.setattr(tokenops, "policy_attention", counting)
+            object.__setattr__(runs, "vit", runs)
+            rivals.replace_layers(runs, rivals.slicing, [4, 4, 4])
+        left = runs(pixels).last_hidden_state.shape[1]
+        counts[name] = [left, *attended]
+    assert counts["tokenops"] == counts["bound"] == [14, (22, 22), (18, 18)]
+
+
+@torch.inference_mode()
+def test_eager_tome_is_what_tokenops_merges(merging_vit):
+    from tokenops.integrations.transformers import apply_patch
+
+    model, rivals = merging_vit
+    pixels = torch.rand(2, 3, 20, 20)
+    eager, merged = copy.deepcopy(model), copy.deepcopy(model)
+    object.__setattr__(eager, "vit", eager)
+    rivals.replace_layers(eager, rivals.eager_tome, [4, 4, 4])
+    apply_patch(merged, [4, 4, 4])
+    expected = eager(pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(merged(pixels).last_hidden_state[:, 0], expected)
