@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: that rivals do the same work, and that timing and tables do what they say."""
+"""The benchmarks: that runs, timing and tables do what they say."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import pytest
 import torch
 
 import tokenops
-from benchmarks import machine, memory, report, rivals, run, store
-from benchmarks.attention import AttentionShape, make_heads, make_weights
-from benchmarks.cases import DTYPES, RIVALS, YARDSTICKS, Shape, make_metric
-from benchmarks.matching import mean_similarity
-from benchmarks.merging import relative
+from benchmarks import machine, memory, report, run, store
+from benchmarks.attention import AttentionShape
+from benchmarks.cases import RIVALS, YARDSTICKS
 from benchmarks.registry import CASES, all_cases, find, operators, select
 from benchmarks.timing import (
     SETTLING_CALLS,
@@ -31,10 +29,6 @@ from tokenops import _library
 
 CPU = torch.device("cpu")
 BRIEF = Policy(samples=2, enough=1, budget=0.2, rounds=2, sample_seconds=1e-5)
-
-
-def identify(case):
-    return f"{case.operator}-{case.name}"
 
 
 def brief_settings(**changes):
@@ -56,191 +50,6 @@ def brief_settings(**changes):
 def measure(case, **changes):
     rows = run.run_case(case.tiny(), "float32", brief_settings(**changes), lambda have, want: None)
     return {row["rival"]: row for row in rows}
-
-
-# Rivals
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", list(all_cases()), ids=identify)
-def test_rivals_agree(case, dtype):
-    work = case.tiny().prepare(DTYPES[dtype], CPU)
-    assert work.tensor.dtype == DTYPES[dtype]
-    assert work.bytes > 0
-    with torch.inference_mode(work.inference):
-        expected = work.rivals["tokenops"]().call()
-        for name in ("reference", "eager", "index", "sdpa+bias"):
-            if name not in work.rivals:
-                continue
-            rival = work.rivals[name]()
-            with rival.context():
-                result = rival.call()
-                again = rival.call()
-            for value in (result, again):  # a backward must be able to run twice
-                assert abs(work.difference(name, value, expected)) <= work.tolerance
-
-
-@pytest.mark.parametrize(("grid", "prefix"), [(None, 0), (None, 1), ((5, 7, 2, 2), 0)])
-def test_recipes_are_what_tokenops_computes(grid, prefix):
-    shape = Shape(3, 35, 8, 6, prefix=prefix, grid=grid)
-    metric = make_metric(shape, torch.float64, CPU)
-    x = torch.randn(3, 35, 5, dtype=torch.float64)
-    size = torch.randint(1, 4, (3, 35, 1)).double()
-    token_map = tokenops.match(metric, 6, num_prefix=prefix, split=shape.split(), order="tome")
-    if grid is None:
-        plan = rivals.tome_match(metric, 6, prefix > 0)
-        merged = rivals.tome_merge(x, plan, "mean")
-        back = rivals.tome_unmerge(merged, plan)
-        weighted, total = rivals.tome_merge_wavg(x, size, plan)
-        expected, expected_total = tokenops.merge_wavg(x, token_map, size)
-        torch.testing.assert_close(merged, tokenops.merge(x, token_map))
-        torch.testing.assert_close(weighted, expected)
-        torch.testing.assert_close(total, expected_total)
-    else:  # an argsort that is not stable lists sources and destinations in any order
-        plan = rivals.tomesd_match(metric, 6, *rivals.tomesd_split(*grid, CPU))
-        back = rivals.tomesd_unmerge(rivals.tomesd_merge(x, plan, "mean"), plan)
-    torch.testing.assert_close(back, tokenops.unmerge(tokenops.merge(x, token_map), token_map))
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-2])
-def test_attention_recipes_are_what_tokenops_computes(eps):
-    shape = AttentionShape(2, 3, 35, 8, weights="hard", keep=0.4, eps=eps)
-    q, k, v = make_heads(shape, torch.float64, CPU)
-    policy, size = make_weights(shape, CPU), make_weights(replace(shape, weights="size"), CPU)
-    weight = make_weights(replace(shape, weights="columns"), CPU)
-    # The recipe keeps its map in float32.
-    own = torch.eye(35)
-    out = rivals.attention_with_policy(q, k, v, policy, own, eps)
-    expected = tokenops.policy_attention(q, k, v, policy, eps=eps)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
-    out = rivals.attention_with_size(q, k, v, size.double())
-    torch.testing.assert_close(out, tokenops.policy_attention(q, k, v, size=size.double()))
-    biased = torch.nn.functional.scaled_dot_product_attention
-    mask = rivals.size_bias(size.double())
-    torch.testing.assert_close(out, biased(q, k, v, attn_mask=mask.expand(2, 3, 35, 35)))
-    expected = tokenops.policy_attention(q, k, v, policy)
-    mask = rivals.policy_bias(policy.double(), own)
-    torch.testing.assert_close(biased(q, k, v, attn_mask=mask), expected, rtol=1e-4, atol=1e-4)
-    expected = tokenops.attention_scores(q, k, query_weight=weight.double())
-    torch.testing.assert_close(rivals.attention_received(q, k, weight), expected)
-    for rows in (1, 3):
-        for key_heads in (1, 3):
-            keys = k[:, :key_heads]
-            expected = tokenops.attention_scores(q, keys, query_index=range(4, 4 + rows))
-            out = rivals.attention_of_rows(q[:, :, 4 : 4 + rows], keys)
-            assert out.dtype == torch.float32
-            torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("case", select(["attention_scores"]), ids=lambda c: c.name)
-def test_rows_are_timed_against_these_rows_alone(case):
-    """A map of all queries is a rival only where all queries count."""
-    work = case.tiny().prepare(torch.float32, CPU)
-    seen = []
-
-    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            seen.append(out.numel() if isinstance(out, torch.Tensor) else 0)
-            return out
-
-    with torch.inference_mode(), Shapes():
-        work.rivals["eager"]().call()
-    shape = case.tiny().shape
-    whole = shape.batch * shape.heads * shape.tokens**2
-    counts_all = shape.weights == "columns"
-    assert (max(seen) >= whole) == counts_all
-    assert ("sdpa" in work.rivals) == counts_all
-
-
-@pytest.mark.parametrize("keep", [0.7, 0.5, 0.35])
-def test_hard_policies_keep_their_share_and_the_class_token(keep):
-    shape = AttentionShape(4, 1, 197, 8, weights="hard", keep=keep)
-    policy = make_weights(shape, CPU)
-    assert policy.sum(1).tolist() == [shape.kept] * 4
-    assert shape.kept == round(197 * keep)
-    assert (policy[:, 0] == 1).all()
-    assert not torch.equal(policy[0], policy[1])
-
-
-def test_packed_heads_are_views_of_the_same_numbers():
-    shape = AttentionShape(2, 3, 5, 8)
-    plain, packed = (make_heads(replace(shape, packed=p), torch.float32, CPU) for p in (0, 1))
-    for a, b in zip(plain, packed, strict=True):
-        assert a.is_contiguous()
-        assert b.shape == (2, 3, 5, 8)
-        assert b.stride() == (5 * 3 * 3 * 8, 8, 3 * 3 * 8, 1)
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("name", ["vit-b", "vit-b-packed", "vit-b-keep50-none", "vit-b-size"])
-def test_a_step_has_the_gradients_that_the_models_need(name):
-    case = find("policy_attention_forward_backward", name).tiny()
-    work = case.prepare(torch.float32, CPU)
-    learned = case.shape.weights != "size" and case.shape.policy_grad == "exact"
-    for rival in ("tokenops", "eager", "sdpa+bias", "sdpa", "unweighted"):
-        results = work.rivals[rival]().call()
-        weighted = rival not in ("sdpa", "unweighted")
-        assert len(results) == 4 + (learned and weighted)
-        assert all(t.isfinite().all() for t in results)
-        assert all(t.abs().max() > 0 for t in results)
-
-
-def test_a_wrong_policy_gradient_is_noticed():
-    work = find("policy_attention_forward_backward", "vit-b-keep50").tiny()
-    work = work.prepare(torch.float32, CPU)
-    right = work.rivals["tokenops"]().call()
-    wrong = (*right[:-1], right[-1] * (right[-1] > 0))
-    assert work.difference("eager", right, right) == 0
-    assert work.difference("eager", wrong, right) > work.tolerance
-
-
-def test_a_worse_matching_is_noticed():
-    case = find("match", "vit-b").tiny()
-    metric = make_metric(case.shape, torch.float32, CPU)
-    work = case.prepare(torch.float32, CPU)
-    best = work.rivals["tokenops"]().call()
-    arbitrary = rivals.tome_match(torch.randn_like(metric), case.shape.r, True)
-    assert work.difference("eager", arbitrary, best) > work.tolerance
-    assert mean_similarity(metric, case.shape, best) <= 1
-
-
-def test_relative_refuses_other_shapes():
-    with pytest.raises(ValueError, match="shapes differ"):
-        relative(torch.zeros(2, 1), torch.zeros(1, 2))
-
-
-def test_packed_keys_are_a_view():
-    metric = make_metric(Shape(2, 16, 8, 4, heads=3), torch.float32, CPU)
-    assert metric.shape == (2, 3, 16, 8)
-    assert not metric.is_contiguous()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(machine.cxx() is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("operator", ["merge_wavg", "merge_wavg_backward"])
-def test_compiled_rival(operator):
-    rows = measure(find(operator, "vit-b"), rivals=("compile",))
-    assert rows["compile"]["note"] == ""
-    assert rows["compile"]["status"] == "ok"
-    assert float(rows["compile"]["ratio"]) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(machine.cxx() is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize(
-    ("operator", "rival"),
-    [
-        ("policy_attention", "compile"),
-        ("policy_attention", "flex"),
-        ("policy_attention_forward_backward", "compile"),
-    ],
-)
-def test_compiled_attention(operator, rival):
-    rows = measure(find(operator, "vit-b"), rivals=(rival,))
-    assert list(rows) == ["tokenops", rival, "sdpa", "unweighted", "copy"]
-    assert rows[rival]["note"] == ""
-    assert rows[rival]["status"] == "ok"
 
 
 # Registry
@@ -471,6 +280,33 @@ def test_a_rival_that_fails_or_differs_gets_no_ratio():
     assert rows["eager"]["status"] == "differs"
     assert rows["eager"]["ratio"] == ""
     assert rows["eager"]["median_us"] != ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(machine.cxx() is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("operator", ["merge_wavg", "merge_wavg_backward"])
+def test_compiled_rival(operator):
+    rows = measure(find(operator, "vit-b"), rivals=("compile",))
+    assert rows["compile"]["note"] == ""
+    assert rows["compile"]["status"] == "ok"
+    assert float(rows["compile"]["ratio"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(machine.cxx() is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("operator", "rival"),
+    [
+        ("policy_attention", "compile"),
+        ("policy_attention", "flex"),
+        ("policy_attention_forward_backward", "compile"),
+    ],
+)
+def test_compiled_attention(operator, rival):
+    rows = measure(find(operator, "vit-b"), rivals=(rival,))
+    assert list(rows) == ["tokenops", rival, "sdpa", "unweighted", "copy"]
+    assert rows[rival]["note"] == ""
+    assert rows[rival]["status"] == "ok"
 
 
 def test_command_line(capsys):
