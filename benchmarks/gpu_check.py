@@ -14,7 +14,9 @@ beside it, at any moment. ``--device cpu`` rehearses the whole run where there i
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,8 +27,8 @@ from .gpu_cache import ARCHIVE, FOLDER
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: Failures that the summary shows.
-SHOWN = 60
+#: Failures of a step that the summary shows.
+SHOWN = 8
 
 
 def environment(device: str) -> dict[str, str]:
@@ -45,21 +47,33 @@ def environment(device: str) -> dict[str, str]:
     return found
 
 
-def failures(folder: Path) -> list[str]:
-    """A line for each case that failed, or that a killed process did not end."""
-    lines = []
+def no_gpu() -> bool:
+    """Whether there is nothing at all that a GPU of NVIDIA's would need here."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return shutil.which("nvidia-smi") is None and not Path("/dev/nvidiactl").exists()
+    return False
+
+
+def failures(folder: Path) -> dict[str, list[str]]:
+    """By step, a line for each case that failed, or that a killed process did not end."""
+    found = {}
     for path in sorted(folder.glob("*.csv")):
+        lines = []
         if path.name.startswith(("smoke", "tests")):
             for row in record.read(path).values():
                 if row.result not in record.GOOD:
                     last = (row.message.strip().splitlines() or ["it did not end"])[-1]
-                    lines.append(f"{path.stem}: {row.case}: {last}")
+                    lines.append(f"{row.case}: {last}")
         else:
             for result in bars.rows(path):
                 if result["status"] in ("failed", "differs"):
                     case = " ".join(result[key] for key in ("operator", "case", "rival", "status"))
-                    lines.append(f"{path.stem}: {case}: {result['note']}")
-    return lines
+                    lines.append(f"{case}: {result['note']}")
+        if lines:
+            found[path.stem] = lines
+    return found
 
 
 def summary(outcomes: dict[str, Outcome], folder: Path, device: str) -> str:
@@ -70,9 +84,12 @@ def summary(outcomes: dict[str, Outcome], folder: Path, device: str) -> str:
         last = o.last[:110].replace("|", "/")
         lines.append(f"| {name} | {o.result[:150]} | {o.seconds:.0f} | {last} |")
     failed = failures(folder)
-    lines += ["", f"{len(failed)} cases failed." if failed else "No case failed so far."]
-    lines += [f"- {line[:240]}" for line in failed[:SHOWN]]
-    lines += [f"- and {len(failed) - SHOWN} more, in the CSV files"] if len(failed) > SHOWN else []
+    number = sum(map(len, failed.values()))
+    lines += ["", f"{number} cases failed." if number else "No case failed so far."]
+    for name, cases in failed.items():
+        lines += [f"- {name}: {case[:220]}" for case in cases[:SHOWN]]
+        if len(cases) > SHOWN:
+            lines.append(f"- {name}: and {len(cases) - SHOWN} more, in {name}.csv")
     return "\n".join([*lines, "", bars.table(folder)])
 
 
@@ -94,6 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], help="names of steps, or their beginnings")
     parser.add_argument("--patience", type=float, default=1.0, help="factor for limits of steps")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and no_gpu():
+        parser.error("there is no GPU here; --device cpu rehearses the run without one")
     out = options.out.resolve()
     archive = (options.archive or out.with_name(out.name + ".tar.gz")).resolve()
     if out in archive.parents:

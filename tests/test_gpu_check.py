@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run that is made for a quarter of an hour on a GPU, rehearsed without one."""
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -15,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_cache, gpu_check, machine, run, smoke, store
-from benchmarks.gpu import bars, prefill, record, steps
-from benchmarks.gpu.runner import LARGEST, Run, Step, pack
+from benchmarks.gpu import bars, library, prefill, record, steps
+from benchmarks.gpu.runner import LARGEST, Outcome, Run, Step, pack
 from benchmarks.registry import find
+from tokenops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -208,6 +211,28 @@ def test_a_kill_leaves_all_results_in_the_archive(tmp_path, number, after):
     assert archived(archive, "summary.md") == "first: ok\nrows: ok\nlast: ok\n"
     assert archived(archive, "first.log").count("---") == 1  # what is done is not done again
     assert record.read(out / "rows.csv").keys() >= {row.case for row in rows}
+
+
+def test_the_summary_shows_some_failures_of_each_step(tmp_path):
+    for case in range(20):
+        record.append(tmp_path / "smoke-match.csv", record.Row(f"case {case}", "failed", 0, "odd"))
+    record.append(tmp_path / "tests-native-1.csv", record.Row("test_x", "started"))
+    record.append(tmp_path / "tests-native-1.csv", record.Row("test_y", "passed"))
+    (tmp_path / "graph.csv").write_text(
+        "operator,case,rival,dtype,status,note\nmatch,sd-2,eager,bfloat16,failed,no memory\n"
+    )
+    lines = gpu_check.summary({"smoke-match": Outcome("failed (20)", 3.0)}, tmp_path, "cuda")
+    assert "22 cases failed." in lines
+    assert "- smoke-match: case 7: odd\n- smoke-match: and 12 more, in smoke-match.csv\n" in lines
+    assert "- tests-native-1: test_x: it did not end\n" in lines
+    assert "- graph: match sd-2 eager failed: no memory\n" in lines
+    assert "test_y" not in lines
+
+
+def test_a_library_for_the_cpu_is_none_for_a_gpu():
+    assert library.obstacle("cpu") == ("" if _native.loaded else _native.reason)
+    if _native.build_info().get("built") != "cuda":
+        assert library.obstacle("cuda")
 
 
 # ---- records ----
@@ -413,6 +438,27 @@ def test_what_matters_comes_before_the_deadline(tmp_path):
     assert sum(longest[:-2]) <= 480
 
 
+def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
+    """Of the steps that only a GPU can do, too."""
+
+    class ParsedError(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, arguments=None, namespace=None):
+        parse(self, arguments, namespace)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    plan = steps.Plan("cuda", tmp_path, cache=tmp_path / "cache.tar.xz")
+    for step in (step for group in steps.phases(plan) for step in group):
+        module, *arguments = step.command[step.command.index("-m") + 1 :]
+        if module not in ("benchmarks.gpu.describe", "tokenops.info"):  # take none
+            with pytest.raises(ParsedError):
+                importlib.import_module(module).main(arguments)
+
+
 def test_the_cache_is_of_the_calls_that_the_check_makes():
     assert {*steps.CHECKS} == {*smoke.CHECKS}
     assert {*steps.DTYPES} == {*smoke.DTYPES}
@@ -503,4 +549,4 @@ def test_rehearsal_from_a_bare_copy(tmp_path):
     assert "No case failed so far." in summary
     assert summary.count("not measured") == 1  # launches, which a profiler counts on a GPU
     assert archived(archive, "machine.log").count("---") == 1
-    assert gpu_check.failures(tmp_path / "out") == []
+    assert gpu_check.failures(tmp_path / "out") == {}

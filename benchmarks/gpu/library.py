@@ -19,10 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: Prints nothing if a library with kernels for the device loads, else why there is none.
 PROBE = """
-import sys, torch, tokenops
-from tokenops import _native
-has = torch._C._dispatch_has_kernel_for_dispatch_key("tokenops::merge", sys.argv[1].upper())
-if not (_native.loaded and has):
+import sys, tokenops
+from tokenops import _backend, _native
+if not (_native.loaded and sys.argv[1] in _backend._compiled_for("merge")):
     print(_native.reason or f"{_native.path} has no kernels for {sys.argv[1]} tensors")
 """
 
