@@ -520,11 +520,11 @@ def test_rehearsal_from_a_bare_copy(tmp_path):
     with subprocess.Popen(
         command, cwd=copy, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert any("] info: ok" in line for line in process.stdout)
+        assert any("] machine: ok" in line for line in process.stdout)
         process.kill()
     archive = tmp_path / "out.tar.gz"
     before = json.loads(archived(archive, "state.json"))["outcomes"]
-    assert before["info"]["result"] == "ok"
+    assert before["machine"]["result"] == "ok"
     assert before["ceilings"]["result"] == "not reached"
 
     start = time.monotonic()
