@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Triton kernels take of a GPU, compiled here for ones that need not be there.
 
-``python -m benchmarks.resources`` prints a table, ``--check`` compares it with the budget that is
-kept in ``results/triton.csv``, and ``--write`` makes that file anew. Registers, stack and shared
-memory are ptxas's own figures; spills are counted in the machine code.
+``python -m benchmarks.resources`` prints a table, ``--check`` compares it with the budget of the
+installed version of Triton, such as ``results/triton-3.7.1.csv``, and ``--write`` makes that file
+anew. Registers, stack and shared memory are ptxas's own figures; spills are counted in the machine
+code.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tokenops._triton.compile import compile_launch, resources, source
-from tokenops._triton.launch import record
+from tokenops._triton.launch import VERSION, record
 
 from . import launches
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
-BUDGET = Path(__file__).parent / "results" / "triton.csv"
+RESULTS = Path(__file__).parent / "results"
+BUDGET = RESULTS / f"triton-{VERSION}.csv"
 COLUMNS = ("case", "kernel", "arch", "tile", "registers", "stack", "spills", "shared")
 
 #: Shared memory in bytes that a program can have.
@@ -120,10 +122,21 @@ def key(row: Row) -> tuple[str, ...]:
     return row["case"], row["kernel"], row["arch"]
 
 
-def read_budget() -> list[Row]:
-    """The rows of the committed file."""
-    with BUDGET.open(newline="", encoding="utf-8") as file:
+def read_budget(path: Path | None = None) -> list[Row]:
+    """The rows of a committed file, else of the installed version's; none where there is none."""
+    path = path or BUDGET
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def no_budget(archs: Iterable[str]) -> str | None:
+    """Say that the installed version has no budget for one of these architectures, if so."""
+    missing = sorted(set(archs) - {row["arch"] for row in read_budget()})
+    if not missing:
+        return None
+    return f"there is no budget of Triton {VERSION} for {', '.join(missing)}"
 
 
 def write_budget(rows: list[Row], archs: Iterable[str], only: str) -> None:
@@ -131,7 +144,7 @@ def write_budget(rows: list[Row], archs: Iterable[str], only: str) -> None:
     known = launches.cases()
     kept = [
         row
-        for row in (read_budget() if BUDGET.is_file() else [])
+        for row in read_budget()
         if row["case"] in known and (row["arch"] not in archs or only not in row["case"])
     ]
     order = {case: place for place, case in enumerate(known)}
@@ -151,6 +164,10 @@ def main(arguments: list[str] | None = None) -> int:
     text = "make the budget anew, or the part of it that --arch and --only choose"
     parser.add_argument("--write", action="store_true", help=text)
     options = parser.parse_args(arguments)
+    missing = no_budget(options.arch)
+    if options.check and missing is not None:
+        print(f"{missing}; --write makes it", file=sys.stderr)
+        return 1
     rows = measure_all(jobs(options.arch, options.only), options.workers)
     widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in COLUMNS}
     for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]:

@@ -21,11 +21,13 @@ import torch
 import triton
 
 from benchmarks import launches
+from benchmarks.gpu.prefill import use_stand_in
 from tokenops._triton import compile as ahead
 from tokenops._triton import launch
 from tokenops._triton.launch import Recorded, record
 
-SOURCE = Path(__file__).parent / "cpp" / "cuda_stand_in.cpp"
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (ROOT / "benchmarks" / "gpu" / "libcuda.c", ROOT / "tests" / "cpp" / "kept_launches.c")
 
 #: Launches with and without missing tensors, of one to three axes, with integers that are 1, that
 #: 16 divides and that it does not, with floats, with shared memory.
@@ -39,25 +41,20 @@ class Stand:
 
     def __init__(self, folder: Path) -> None:
         library = folder / "libcuda.so.1"
-        compiler = os.environ.get("CXX", "c++").split()
-        command = [*compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
-        subprocess.run([*command, str(SOURCE), "-o", str(library)], check=True)
+        command = [*os.environ.get("CC", "cc").split(), "-shared", "-fPIC"]
+        command += ["-Wl,-soname,libcuda.so.1", *map(str, SOURCES), "-o", str(library)]
+        subprocess.run(command, check=True)
         os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
         os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
-        self._library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        self._kept = self._library.stand_in_kept
-        self._kept.restype = ctypes.POINTER(ctypes.c_uint64 * 76)
-        from triton.backends.nvidia.driver import CudaDriver
-
-        driver = CudaDriver()
-        driver.get_current_device = lambda: 0
-        driver.get_current_stream = lambda device: 0xABC0
-        driver.get_device_capability = lambda device=0: (9, 0)
-        triton.runtime.driver.set_active(driver)
+        self._library = ctypes.CDLL(str(library))
+        self._kept = self._library.kept_launches
+        self._kept.restype = ctypes.POINTER(ctypes.c_uint64 * 75)
+        use_stand_in(library)
+        triton.runtime.driver.active.get_current_stream = lambda device: 0xABC0
 
     def expect(self, sizes: list[int], error: int = 0) -> None:
         """Say how many bytes the next launch's parameters have, and what it shall return."""
-        self._library.stand_in_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes), error)
+        self._library.expect_launches(len(sizes), (ctypes.c_int * len(sizes))(*sizes), error)
 
     @property
     def launches(self) -> int:
@@ -106,7 +103,7 @@ def check_errors(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
     """The driver's error passes: one launch, no second try, no warning."""
     before = stand.launches
     stand.expect(sizes(item), error=700)
-    with pytest.raises(RuntimeError, match="the stand-in refused"):
+    with pytest.raises(RuntimeError, match="an error of the stand-in"):
         item.launch(*tensors)
     assert stand.launches == before + 1
     assert launch._direct

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenops import _backend, _library
+from tokenops import _backend, _library, info
 
 pytest.importorskip("triton")
 
@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 
 from benchmarks import launches, resources
+from tokenops._triton import VERIFIED, launch, release
 from tokenops._triton import compile as ahead
-from tokenops._triton import launch
 from tokenops._triton.launch import Launch, Settings, record, use_settings
 
 #: Operators that have a Triton kernel, by the word of their folder.
@@ -151,10 +151,18 @@ def test_an_unverified_version_takes_the_ordinary_launcher(kernel, monkeypatch):
     assert made._ready == {}
 
 
-def test_the_versions_that_are_verified():
-    assert launch.VERSION.count("+") == 0
-    is_one = torch.version.hip is None and launch.VERSION in launch.VERIFIED
+def test_the_versions_that_are_verified(monkeypatch):
+    assert release("3.6.0+git9844da95") == release("3.6.0") == "3.6.0"
+    is_one = torch.version.hip is None and launch.VERSION in VERIFIED
     assert launch._direct == (is_one and not launch.interpreting)
+    for version, words in (
+        ("3.7.1+git1", ""),
+        ("3.9.0", "launches as Triton makes them, more slowly"),
+    ):
+        monkeypatch.setattr(info.metadata, "version", lambda package, version=version: version)
+        assert info._triton().startswith(version)
+        assert words in info._triton()
+        assert (words == "") == (info._triton() == version)
 
 
 @pytest.mark.parametrize("error", [TypeError("takes 3"), AttributeError("no x"), ValueError("y")])
@@ -233,7 +241,7 @@ def test_code_that_is_not_as_known(kernel):
 
 
 @compiled_here
-@pytest.mark.skipif(launch.VERSION not in launch.VERIFIED, reason="Triton's own launcher serves")
+@pytest.mark.skipif(launch.VERSION not in VERIFIED, reason="Triton's own launcher serves")
 def test_launches_on_the_real_launcher(tmp_path):
     """Past the binder as through it; errors pass; see ``stand_in``, a process of its own."""
     program = Path(__file__).parent / "stand_in.py"
@@ -400,7 +408,13 @@ def test_a_score_costs_few_instructions():
     assert loop_instructions_per_score(code, search.launch.settings) <= 6.5
 
 
-@pytest.mark.parametrize("arch", resources.ARCHS)
+def budgeted(arch):
+    """Parameters of a test that compares with the budget of the installed Triton."""
+    missing = resources.no_budget([arch])
+    return pytest.param(arch, marks=pytest.mark.skipif(missing is not None, reason=str(missing)))
+
+
+@pytest.mark.parametrize("arch", [budgeted(arch) for arch in resources.ARCHS])
 def test_the_budget_is_complete(arch):
     """Every kernel with every setting; ``benchmarks.resources --write`` makes it so."""
     budget = {(*resources.key(row), row["tile"]) for row in resources.read_budget()}
@@ -408,14 +422,25 @@ def test_the_budget_is_complete(arch):
     assert {(j.case, j.kernel, j.arch, j.tile) for j in jobs} == {b for b in budget if arch in b}
 
 
-def test_the_budget_has_no_spills():
-    rows = resources.read_budget()
+@pytest.mark.parametrize("version", VERIFIED)
+def test_the_budgets_have_no_spills(version):
+    rows = resources.read_budget(resources.RESULTS / f"triton-{version}.csv")
+    assert {row["arch"] for row in rows} >= {"sm_90"}
     assert not resources.excesses(rows, rows)
+
+
+def test_there_is_no_budget_for_an_unknown_version(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(resources, "BUDGET", tmp_path / "triton-0.0.csv")
+    monkeypatch.setattr(resources, "VERSION", "0.0")
+    assert resources.read_budget() == []
+    assert resources.main(["--check", "--arch", "sm_80", "sm_90"]) == 1
+    words = "there is no budget of Triton 0.0 for sm_80, sm_90; --write makes it"
+    assert capsys.readouterr().err.strip() == words
 
 
 @compiled_here
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", resources.ARCHS)
+@pytest.mark.parametrize("arch", [budgeted(arch) for arch in resources.ARCHS])
 def test_resources(arch):
     """Kernels compile within the budget, for each setting where they take the most registers."""
     budget = resources.read_budget()

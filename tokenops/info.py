@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from . import __version__, _backend, _library, _native
+from ._triton import VERIFIED, release
 
 
 def report() -> str:
@@ -28,7 +29,7 @@ def _lines() -> Iterator[str]:
     system = f"{platform.system()} {platform.machine()}"
     yield f"  python           {platform.python_version()} on {system}"
     yield f"  torch            {torch.__version__} ({torch.get_num_threads()} threads)"
-    yield f"  triton           {_version('triton')}"
+    yield f"  triton           {_triton()}"
     yield f"  CUDA             {_cuda()}"
     if _native.loaded:
         yield f"  compiled library {_native.path}"
@@ -81,6 +82,15 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "installed, version unknown"
+
+
+def _triton() -> str:
+    version = _version("triton")
+    if not version[:1].isdigit() or release(version) in VERIFIED:
+        return version
+    return (
+        f"{version} (launches as Triton makes them, more slowly: verified: {', '.join(VERIFIED)})"
+    )
 
 
 def _cuda() -> str:

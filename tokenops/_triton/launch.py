@@ -14,18 +14,19 @@ import torch
 import triton
 from torch import Tensor
 
+from . import VERIFIED, release
+
 #: Whether kernels are Python functions on CPU tensors (``TRITON_INTERPRET=1``).
 interpreting: bool = bool(triton.knobs.runtime.interpret)
 
 #: Pointers that are divisible by so many bytes may be read in whole vectors.
 ALIGNMENT = 16
 
-#: Version of Triton, without the commit that vendors append: ``"3.7.1"``.
-VERSION = str(triton.__version__).partition("+")[0]
+#: Version of Triton: ``"3.7.1"``.
+VERSION = release(triton.__version__)
 
-#: Versions whose launcher for NVIDIA devices was seen to make the same launches past the binder as
-#: through it: grid, block, shared memory, stream, every pointer and every number.
-VERIFIED = ("3.6.0", "3.7.1")
+#: Whether the compiler is that of Triton 3.6, which needs more registers for some tiles.
+BEFORE_3_7: bool = tuple(map(int, VERSION.split(".")[:2])) < (3, 7)
 
 #: What a launcher raises at arguments that it does not take, before it calls the driver. Errors of
 #: the driver itself are RuntimeErrors; they are never hidden by a second try.

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from .... import _backend
-from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
+from ...._triton.launch import (
+    BEFORE_3_7,
+    Launch,
+    Settings,
+    arch,
+    ceil_div,
+    planned,
+    power_of_two,
+    rule,
+)
 from .backward_keys import attend_backward_keys, sum_heads
 from .backward_rows import attend_backward_rows
 from .forward import BLOCK
@@ -38,6 +47,8 @@ _KEYS = {
     (4, 64): (Settings(32, 32, 4, 2), Settings(16, 32, 8, 2)),
     (8, 64): (Settings(16, 16, 4, 1), Settings(16, 16, 4, 1)),
 }
+if BEFORE_3_7:
+    _KEYS[4, 64] = (Settings(32, 32, 8, 2), Settings(16, 32, 8, 2))
 
 
 @rule

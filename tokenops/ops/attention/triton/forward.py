@@ -4,13 +4,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .... import _backend
-from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
+from ...._triton.launch import (
+    BEFORE_3_7,
+    Launch,
+    Settings,
+    arch,
+    ceil_div,
+    planned,
+    power_of_two,
+    rule,
+)
 from .forward_long import attend_long, list_tiles
 from .forward_short import attend_short
 from .rows import MOST_ROWS, halves, precision, weigh_keys
@@ -50,6 +60,8 @@ _LONG_SM90 = {
     (4, 64): (Settings(64, 32, 4, 2), Settings(32, 32, 4, 1)),
     (8, 64): (Settings(16, 32, 4, 1), Settings(16, 16, 4, 1)),
 }
+if BEFORE_3_7:
+    _LONG_SM90[2, 128] = _LONG_SM90[2, 128][0], Settings(64, 32, 8, 2)
 _LONG_SM100 = {
     **_LONG_SM90,
     (4, 64): _LONG[4, 64],
@@ -61,12 +73,16 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
 
 
 @rule
-def attention_long(device: str, itemsize: int, width: int, queries: int, more: bool) -> Settings:
+def attention_long(
+    device: str, itemsize: int, width: int, queries: int, policy: bool, more: bool
+) -> Settings:
     """Settings for many keys."""
     table = _TABLES.get(device, _LONG)
     found = table[itemsize, 64 if width <= 64 else 128 if width <= 128 else 256][more]
     if queries <= 16 and found.rows > 16:
         return Settings(16, found.columns, 4, found.stages)
+    if BEFORE_3_7 and policy and found == Settings(128, 64, 4, 3):
+        return replace(found, warps=8)
     return found
 
 
@@ -108,7 +124,8 @@ def settings_short(
         return None
     if closely and device in ("sm_100", "sm_103"):
         return None
-    return Settings(16 if queries <= 16 else 64, 64 if closely else 128, 4, 1)
+    rows = 32 if BEFORE_3_7 and own and padding else 64
+    return Settings(16 if queries <= 16 else rows, 64 if closely else 128, 4, 1)
 
 
 class Weights(NamedTuple):
@@ -194,7 +211,8 @@ def plan(
         raise _backend.UnservedError("tokens lie too far apart for offsets of 32 bits in a tile")
     blocks = power_of_two(width, 16), power_of_two(value_width, 16)
     widest, has_eps = max(blocks), eps > 0
-    long = attention_long(device, dtype.itemsize, widest, queries, has_eps or position is not None)
+    more = has_eps or position is not None
+    long = attention_long(device, dtype.itemsize, widest, queries, policy is not None, more)
     has_weights = policy is not None or size is not None or mask is not None
     self_keep = self_keep and policy is not None
     short = None

@@ -3,11 +3,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ...._library import acc_dtype
-from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
+from ...._triton.launch import (
+    BEFORE_3_7,
+    Launch,
+    Settings,
+    arch,
+    ceil_div,
+    planned,
+    power_of_two,
+    rule,
+)
 from .. import common
 from . import kernels
 
@@ -20,6 +31,9 @@ FULL_DEVICE = 528
 
 #: Inputs and outputs together that one program inverts are fewer.
 SORTED = 8192
+
+#: Elements of a tile of the gradient of products that Triton 3.6 keeps in registers.
+MOST_PROD = 2048
 
 _Shape = tuple[int, ...]
 
@@ -292,6 +306,8 @@ def _select_backward_plan(
     images, tokens, channels = shape
     columns = grad_strides[2:] + x_strides[2:] + best_strides[2:]
     tile = _merging(device, dtype, images, outputs, channels, True, columns)
+    if prod and BEFORE_3_7:
+        tile = replace(tile, rows=max(min(tile.rows, MOST_PROD // tile.columns), 1))
     group_tiles = ceil_div(outputs, tile.rows)
     # Tiles of output tokens, then tiles of input tokens, among which the dropped ones are.
     rows = (group_tiles + ceil_div(tokens, tile.rows)) * tile.rows
