@@ -276,11 +276,11 @@ def _mean(x: Tensor, dim: int) -> Tensor:
 def _ranks(scores: Tensor, num_prefix: int) -> Tensor:
     """Place of each token in descending order of scores, prefix first: int32 [B, N]."""
     scores = scores.detach()
-    if num_prefix > 0:
-        first = torch.full_like(scores[:, :num_prefix], math.inf)
-        scores = torch.cat([first, scores[:, num_prefix:]], dim=1)
     # Ascending sorts put NaN last; where negation turned its sign, a radix sort might not.
-    order = torch.where(scores.isnan(), math.nan, -scores).argsort(dim=1, stable=True)
+    keys = torch.where(scores.isnan(), math.nan, -scores)
+    if num_prefix > 0:
+        keys[:, :num_prefix].fill_(-math.inf)
+    order = keys.argsort(dim=1, stable=True)
     # The members of a map that is a permutation are the inverse permutation.
     rank: Tensor = _backend.serving("invert", order)(order.int(), order.shape[1])[1]
     return rank

@@ -139,7 +139,7 @@ class TokenMap:
 
     def source_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense 0/1 matrix ``[B, M, N]`` of which input is in which output (ToMe's source)."""
-        return (self.assign[:, None, :] + 1 == self._places()[:, :, None]).to(dtype)
+        return (self.assign[:, None, :] + 1 == self._places()[:, None]).to(dtype)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> TokenMap:
         """The same map on another device.
@@ -167,8 +167,8 @@ class TokenMap:
         return self._places() <= self.counts[:, None]
 
     def _places(self) -> Tensor:
-        """1 .. M for each image, int32 [B, M]; a DTensor where the map is one."""
-        return torch.ones_like(self.offsets[:, 1:]).cumsum(1, dtype=torch.int32)
+        """1 .. M, int32 [M]; a DTensor where the map is one, which an arange would not be."""
+        return self.offsets.new_ones(self.num_tokens).cumsum(0, dtype=torch.int32)
 
     @overload
     def merge(self, x: Tensor, *, reduce: str = "mean", weight: Tensor | None = None) -> Tensor: ...
