@@ -243,6 +243,27 @@ def test_floats_compile_anew():
         torch.testing.assert_close(compiled(eps, scale), function(eps, scale))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_thresholds_do_not_compile_anew(dynamic, backend, device):
+    """The second value of a float compiles again, for all further ones; a tensor never does."""
+
+    def function(x, threshold):
+        token_map = tokenops.match(x, 5, threshold=threshold)
+        return token_map.merge(x), token_map.counts
+
+    x = random_tokens(2, 17, 8, device=device)
+    for make in (float, lambda t: torch.tensor(t, device=device)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for i in range(4):
+            threshold = make(0.05 + 0.1 * i)
+            for got, expected in zip(compiled(x, threshold), function(x, threshold), strict=True):
+                assert torch.equal(got, expected)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs <= (2 if make is float else 1)
+
+
 def test_several_tensors_are_one_node():
     """And one in the backward."""
     graphs = []
@@ -343,3 +364,24 @@ def test_exported_programs_keep_token_maps(tmp_path):
     torch.testing.assert_close(got[0], expected[0])
     torch.testing.assert_close(got[2].assign, expected[2].assign)
     assert got[2].num_tokens == 35
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_export_with_a_share_of_the_tokens(named):
+    """PyTorch's solver proves nothing about quotients: such guards have to be asserts at run time.
+
+    Slicing ``x[:, : N - N // 3]`` is refused without that option too.
+    """
+
+    class Third(torch.nn.Module):
+        def forward(self, x):
+            return tokenops.merge(x, tokenops.match(x, x.shape[1] // 3))
+
+    dim = Dim("tokens", min=16, max=600) if named else Dim.DYNAMIC
+    options = {"prefer_deferred_runtime_asserts_over_guards": True} if named else {}
+    program = torch.export.export(
+        Third(), (random_tokens(2, 37, 8),), dynamic_shapes=({1: dim},), **options
+    )
+    for tokens in (16, 50, 600):
+        x = random_tokens(2, tokens, 8)
+        torch.testing.assert_close(program.module()(x), Third()(x))

@@ -47,6 +47,9 @@ overloads: dict[str | None, SimpleNamespace] = {
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
+#: Makes plain tensors beside distributed ones alike; from ``tokenops.integrations.dtensor``.
+distribute: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
+
 
 def acc_dtype(x: Tensor) -> torch.dtype:
     """Type of sums, weights and similarities: float64 for double data, float32 for all other."""

@@ -3,6 +3,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,23 @@ def _layer(x: torch.Tensor) -> tuple[tokenops.TokenMap, torch.Tensor, torch.Tens
     token_map = tokenops.match(x, 3, num_prefix=1)
     merged, size = tokenops.merge_wavg(x, token_map)
     return token_map, token_map.unmerge(merged, residual=x), size
+
+
+def _splits(tokens: int) -> dict[str, dict[str, Any]]:
+    """Options of match that bring tensors of their own, the same at each call."""
+    generator = torch.Generator().manual_seed(2)
+    lists = torch.tensor([0, 2, 5]), torch.tensor([1, 3])
+    each = torch.stack([torch.arange(tokens) % 4 == image for image in range(4)])
+    return {
+        "random": {"split": tokenops.random(5, generator)},
+        "grid": {"split": tokenops.grid(2, 4, 1, 2), "num_prefix": 1},
+        "grid, drawn": {"split": tokenops.grid(2, 4, 1, 2, generator), "num_prefix": 1},
+        "lists": {"split": lists},
+        "protected": {"protected": each[1]},
+        "protected, each": {"protected": each, "order": "tome"},
+        "threshold": {"threshold": torch.tensor(0.1)},
+        "thresholds": {"threshold": torch.linspace(-0.3, 0.3, 4)},
+    }
 
 
 def _attend(x: torch.Tensor, policy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,9 +54,15 @@ PYTHON_SIDE = (
 
 
 def _worker(rank: int, folder: str) -> None:
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import (
+        DTensor,
+        Replicate,
+        Shard,
+        distribute_tensor,
+        init_device_mesh,
+    )
 
-    import tokenops.integrations.dtensor  # noqa: F401 - registers the sharding
+    import tokenops.integrations.dtensor
 
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -54,6 +78,19 @@ def _worker(rank: int, folder: str) -> None:
     assert torch.equal(token_map.assign.full_tensor(), expected_map.assign)
     assert torch.equal(out.full_tensor(), expected)
     assert torch.equal(size.full_tensor(), expected_size)
+
+    for name in _splits(9):
+        got = tokenops.match(sharded, 2, **_splits(9)[name])
+        wanted = tokenops.match(whole, 2, **_splits(9)[name])
+        assert got.assign.placements == (Shard(0),), name
+        assert torch.equal(got.assign.full_tensor(), wanted.assign), name
+        assert torch.equal(got.merge(sharded).full_tensor(), wanted.merge(whole)), name
+    for mask in (torch.arange(9) == 4, torch.eye(9, dtype=torch.bool)[:4]):
+        placement = Replicate() if mask.dim() == 1 else Shard(0)
+        distributed = distribute_tensor(mask, mesh, [placement])
+        got = tokenops.match(sharded, 2, protected=distributed)
+        wanted = tokenops.match(whole, 2, protected=mask)
+        assert torch.equal(got.assign.full_tensor(), wanted.assign)
 
     out.square().sum().backward()
     expected.square().sum().backward()

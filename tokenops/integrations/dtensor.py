@@ -5,15 +5,20 @@ Every operator treats each image by itself, so a batch that is split over device
 communication. Importing DTensor takes longer than all of tokenops, hence the module of its own:
 
     import tokenops.integrations.dtensor
+
+Plain tensors beside a sharded metric (masks, lists, the draws of a random split) are those of the
+whole batch, the same on every device: seed the generators of all ranks alike.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
+from .. import _library
 from .._library import overloads, shared_arguments
 
 
@@ -42,3 +47,21 @@ def _register(name: str, operator: Any) -> None:
 for _ops in overloads.values():
     for _name, _operator in vars(_ops).items():
         _register(_name, _operator)
+
+
+def _distribute(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Plain tensors beside a distributed first one count as replicated over its devices."""
+    first = arguments[0]
+    if not isinstance(first, DTensor):
+        return arguments
+    mesh = first.device_mesh
+    everywhere = [Replicate()] * mesh.ndim
+    return tuple(
+        DTensor.from_local(a, mesh, everywhere, run_check=False)
+        if isinstance(a, Tensor) and not isinstance(a, DTensor)
+        else a
+        for a in arguments
+    )
+
+
+_library.distribute = _distribute

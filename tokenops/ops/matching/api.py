@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ... import _backend, _checks
+from ... import _backend, _checks, _library
 from ..._library import acc_dtype
 from ...splits import Explicit, ResolvedSplit, Split, Strided
 from ...token_map import TokenMap
@@ -100,7 +100,9 @@ def match(
     Args:
         metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant;
             any strides, for example a view of a packed qkv; float16, bfloat16, float32 or float64.
-        r: Number of tokens to merge away, clamped to the number of sources outside the prefix.
+        r: Number of tokens to merge away, clamped to the number of sources outside the prefix. To
+            export a share of N under a named ``Dim``, give ``torch.export.export`` the option
+            ``prefer_deferred_runtime_asserts_over_guards=True``.
         num_prefix: Leading tokens (class, distillation, registers) that take no part.
         protected: Bool ``[N]`` or ``[B, N]``, true for tokens that take no part. Each image needs
             at least ``r`` sources besides, and a destination, unless a ``threshold`` is given: the
@@ -174,6 +176,8 @@ def match(
         order,
         similarity,
     )
+    if _library.distribute is not None:
+        arguments = _library.distribute(arguments)
     assign, offsets, members, counts = _backend.serving("match", metric)(*arguments)
     return TokenMap(assign, offsets, members, counts if limited else None)
 
