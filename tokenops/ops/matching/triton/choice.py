@@ -27,7 +27,7 @@ _invert = torch.ops.tokenops.invert.default
 LARGEST = 4096
 
 #: Tokens of a grid that a program looks at, at a time.
-GRID_BLOCK = 1024
+GRID_BLOCK = 512
 
 LAST_32 = tl.constexpr(2**31 - 1)
 LAST_64 = tl.constexpr(2**63 - 1)
