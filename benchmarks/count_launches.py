@@ -41,6 +41,7 @@ def eager_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     x = torch.randn(1, 197, 768, device=device).half()
     q, k, v = torch.randn(1, 197, 3, 12, 64, device=device).half().permute(2, 0, 3, 1, 4)
     metric, policy = x[..., :64], torch.ones(1, 197, device=device)
+    own = torch.eye(197, device=device)
     plan = rivals.tome_match(metric, 16, True)
     size = torch.ones(1, 197, 1, device=device)
     merged = rivals.tome_merge(x, plan, "mean")
@@ -49,8 +50,8 @@ def eager_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         "merge": lambda: rivals.tome_merge(x, plan, "mean"),
         "merge_wavg": lambda: rivals.tome_merge_wavg(x, size, plan),
         "unmerge": lambda: rivals.tome_unmerge(merged, plan),
-        "policy_attention": lambda: rivals.attention_with_policy(q, k, v, policy, 1e-6),
-        "attention_scores": lambda: rivals.attention_of_class(q, k),
+        "policy_attention": lambda: rivals.attention_with_policy(q, k, v, policy, own, 1e-6),
+        "attention_scores": lambda: rivals.attention_of_rows(q[:, :, :1], k),
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tokenops
-from benchmarks import rivals
+from benchmarks import count_launches, rivals
 from benchmarks.attention import AttentionShape, make_heads, make_weights
 from benchmarks.cases import DTYPES, Shape, make_metric
 from benchmarks.matching import mean_similarity
@@ -176,3 +176,9 @@ def test_packed_keys_are_a_view():
     metric = make_metric(Shape(2, 16, 8, 4, heads=3), torch.float32, CPU)
     assert metric.shape == (2, 3, 16, 8)
     assert not metric.is_contiguous()
+
+
+def test_recipes_whose_launches_are_counted_run():
+    for name, call in count_launches.eager_calls(CPU).items():
+        result = call()
+        assert isinstance(result, (torch.Tensor, tuple)), name
