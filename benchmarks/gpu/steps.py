@@ -152,8 +152,8 @@ def _times(plan: Plan) -> list[Step]:
         plan.step("vit", 25, *vit),
         plan.step("launches", 20, *launches, left_out=left_out),
         _bench(plan, "graph-matching", 30, "matching", "eager", "triton", graph=True),
-        _bench(plan, "graph-merging", 30, "merging", "eager", "triton", graph=True),
-        _bench(plan, "events-merging", 30, "merging", "eager"),
+        _bench(plan, "graph-merging", 30, "merging", "eager", "index", "triton", graph=True),
+        _bench(plan, "events-merging", 30, "merging", "eager", "index"),
         _bench(plan, "events-attention", 40, "attention", "eager", "sdpa+bias"),
         _bench(plan, "graph-attention", 25, "attention", "eager", graph=True),
     ]
