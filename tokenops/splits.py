@@ -123,16 +123,16 @@ class Grid(Split):
             )  # fmt: skip
         cells = (self.h // self.sy) * (self.w // self.sx)  # none where a cell exceeds the image
         cell = None
-        if self.generator is not None:
-            _check_first_pass("grid", self.generator)
-            draw = torch.randint(
-                self.sy * self.sx,
-                (cells,),
-                generator=self.generator,
-                device=self.generator.device,
-                dtype=torch.int32,
+        generator = self.generator
+        if generator is not None:
+            _check_first_pass("grid", generator)
+            origin = generator.device
+            most = self.sy * self.sx
+            cell = torch.randint(
+                most, (cells,), generator=generator, device=origin, dtype=torch.int32
             )
-            cell = draw.to(device)
+            if origin != device:
+                cell = cell.to(device)
         return ResolvedSplit(
             num_tokens - num_prefix - cells, cells, None, None, self.sx, self.w, self.sy, cell
         )

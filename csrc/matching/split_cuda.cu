@@ -37,11 +37,17 @@ __global__ void __launch_bounds__(kThreads)
   };
   int32_t* const sources = source + image * (tokens - prefix - cells);
   int32_t* const destinations = destination + image * cells;
-  enumerate(count, sums, is_destination,
-            [&](int i, int place) { destinations[before + place] = prefix + begin + i; });
-  enumerate(
-      count, sums, [&](int i) { return !is_destination(i); },
-      [&](int i, int place) { sources[begin - before + place] = prefix + begin + i; });
+  const Share share(count);
+  int mine = 0, total;
+  for (int i = share.begin; i < share.end; ++i) mine += is_destination(i);
+  int at = before + cuda::exclusive_sum(mine, sums, &total);
+  for (int i = share.begin; i < share.end; ++i) {
+    if (is_destination(i)) {
+      destinations[at++] = prefix + begin + i;
+    } else {
+      sources[begin + i - at] = prefix + begin + i;
+    }
+  }
 }
 
 const cuda::Reported reported("list_grid", list_grid, kThreads, kSharedBytes);
