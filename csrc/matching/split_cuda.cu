@@ -9,12 +9,12 @@ namespace {
 
 using cuda::Target;
 
-constexpr int kThreads = 256;
-constexpr int64_t kSharedBytes = (kMostThreads / cuda::kWarpSize + 1) * sizeof(int);
+constexpr int kListThreads = 256;
+constexpr int64_t kListBytes = (kMostThreads / cuda::kWarpSize + 1) * sizeof(int);
 
 // Both sides in ascending order. A block for a row of cells of an image, and one for the tokens
 // below the last row; `cell` has no data where destinations stand at the top left.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kListThreads)
     list_grid(Grid grid, IndexList cell, int32_t tokens, int32_t prefix, int32_t* source,
               int32_t* destination) {
   const int bands = static_cast<int>(grid.rows) + 1;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-const cuda::Reported reported("list_grid", list_grid, kThreads, kSharedBytes);
+const cuda::Reported reported_grid("list_grid", list_grid, kListThreads, kListBytes);
 
 }  // namespace
 
@@ -68,7 +68,7 @@ Lists make_lists(const Target& target, const char* op, int64_t batch, int64_t to
   const int64_t images = places.batch_stride != 0 ? batch : 1;
   const Tensor source = target.empty({images, tokens - prefix - grid.cells()}, ScalarType::Int);
   const Tensor destination = target.empty({images, grid.cells()}, ScalarType::Int);
-  target.launch(list_grid, {images * (grid.rows + 1), kThreads, kSharedBytes}, grid, places,
+  target.launch(list_grid, {images * (grid.rows + 1), kListThreads, kListBytes}, grid, places,
                 static_cast<int32_t>(tokens), static_cast<int32_t>(prefix),
                 static_cast<int32_t*>(source.mutable_data_ptr()),
                 static_cast<int32_t*>(destination.mutable_data_ptr()));
