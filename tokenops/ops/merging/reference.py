@@ -55,7 +55,7 @@ def merge(
         if scale is not None:
             out = out * scale[..., None]
     elif reduce == "prod":  # scatter_reduce is wrong under torch.func.jvp, and atomic on CUDA
-        out = _product(values, assign, offsets, members)
+        out = common.product(values, assign, offsets, members)
     else:
         # One row more than there are outputs takes the dropped tokens.
         slot = _slot(assign, num_tokens)[..., None].expand_as(values)
@@ -150,7 +150,7 @@ def merge_select_backward(
     num_tokens = offsets.shape[1] - 1
     values, grads = x.to(acc_dtype(x)), grad.to(acc_dtype(x))
     if reduce == "prod":
-        return (_take(grads, assign) * _product_of_others(values, assign, members)).to(x.dtype)
+        return (_take(grads, assign) * common.product_of_others(values, assign, members)).to(x.dtype)
     best = _take(out.to(values.dtype), assign)
     chosen = ((values == best) | (values.isnan() & best.isnan())) & _live(assign, num_tokens)
     share = _sum(chosen.to(values.dtype), assign, num_tokens).clamp(min=1)
@@ -189,49 +189,3 @@ def _take(rows: Tensor, assign: Tensor) -> Tensor:
 
 def _member_counts(offsets: Tensor) -> Tensor:
     return offsets.diff(dim=1).clamp(min=1)[..., None]  # [B, M, 1]
-
-
-def _product_of_others(values: Tensor, assign: Tensor, members: Tensor) -> Tensor:
-    """Product of all other members of each token's output token, right where some are zero.
-
-    The product of those before it times the product of those behind it.
-    """
-    sorted_values, group = _by_group(values, assign, members)
-    left = _product_before(sorted_values, group)
-    right = _product_before(sorted_values.flip(1), group.flip(1)).flip(1)
-    # Entries past the last member go to a row of their own, which is cut off.
-    target = torch.where(members >= 0, members, values.shape[1]).long()
-    out = torch.zeros_like(torch.nn.functional.pad(values, (0, 0, 0, 1)))
-    return out.scatter(1, target[..., None].expand_as(values), left * right)[:, :-1]
-
-
-def _product(values: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
-    """Product of the members of each output token, 0 without any: [B, N, C] -> [B, M, C]."""
-    sorted_values, group = _by_group(values, assign, members)
-    product = sorted_values * _product_before(sorted_values, group)
-    last = torch.where(offsets.diff(dim=1) > 0, offsets[:, 1:] - 1, -1)  # [B, M]
-    return _take(product, last)
-
-
-def _by_group(values: Tensor, assign: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
-    """Members of output token 0 first, then those of 1, ...: [B, N, C], and which token it is."""
-    order = members.clamp(min=0).long()  # [B, N]
-    group = torch.where(members >= 0, assign.gather(1, order), -1)
-    return values.gather(1, order[..., None].expand_as(values)), group
-
-
-def _product_before(x: Tensor, group: Tensor) -> Tensor:
-    """Product of all rows of the same group before each one; its reach doubles at each step."""
-    x = _shift_in_group(x, group, 1)
-    step = 1
-    while step < x.shape[1]:
-        x = x * _shift_in_group(x, group, step)
-        step *= 2
-    return x
-
-
-def _shift_in_group(x: Tensor, group: Tensor, step: int) -> Tensor:
-    """Entry ``step`` places before each one, or one where that lies in another group."""
-    moved = torch.nn.functional.pad(x[:, :-step], (0, 0, step, 0), value=1.0)
-    same = torch.nn.functional.pad(group[:, :-step], (step, 0), value=-2) == group
-    return torch.where(same[..., None], moved, 1)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging put together from PyTorch's operators: what serves where there is no kernel.
+
+A token map in CSR form is what ``embedding_bag`` takes: an output token is a bag of rows of ``x``,
+summed in one pass, in the order of the members, in float32, by one thread. So it is deterministic
+on every device, and the rows are read once. Unmerging looks up bags of one row.
+
+Letters: B batch, N tokens in, M tokens out, C channels. Nothing here is differentiable by autograd:
+the operators have their own backward formulas.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..._library import acc_dtype
+from . import common
+
+#: Modes of embedding_bag.
+_SUM, _MEAN = 0, 1
+
+
+def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """CSR inverse of ``assign`` [B, N] -> ``offsets`` [B, M + 1], ``members`` [B, N]."""
+    live = (assign >= 0) & (assign < num_tokens)
+    return _invert(torch.where(live, assign, num_tokens), num_tokens)
+
+
+def invert_partition(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The same for a map that drops no token."""
+    return _invert(assign, num_tokens)
+
+
+def _invert(slot: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    ordered, members = slot.sort(dim=1, stable=True)
+    first = torch.arange(num_tokens + 1, dtype=slot.dtype, device=slot.device)
+    offsets = torch.searchsorted(ordered, first.repeat(slot.shape[0], 1), out_int32=True)
+    return offsets, members.int().masked_fill_(ordered == num_tokens, -1)
+
+
+def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The map through ``earlier`` [B, N0] and ``assign`` [B, N]: assign [B, N0] and its inverse."""
+    through = common.route(assign, earlier, num_tokens)
+    return through, *invert(through, num_tokens)
+
+
+def merge(
+    x: Tensor,
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    reduce: str,
+) -> Tensor:
+    """Reduce the members of each output token; see the schema for the arguments."""
+    if reduce not in ("sum", "mean"):
+        return _extremes(x, assign, offsets, reduce)
+    mean = reduce == "mean"
+    if weight is None and scale is None:
+        return _reduce(x, offsets, members, None, mean)
+    return _reduce(x, offsets, members, _factor(x, assign, offsets, weight, scale, mean), False)
+
+
+def unmerge(
+    y: Tensor,
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    """Give each input token the row of its output token; see the schema for the arguments."""
+    factor = _factor(y, assign, offsets, weight, scale, mean)
+    out = _take(y, assign, factor, wide=residual is not None)
+    if residual is not None:
+        out += residual
+    return out.to(y.dtype)
+
+
+def merge_many(
+    x: list[Tensor],
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    reduce: str,
+) -> list[Tensor]:
+    """Several tensors merged by one map."""
+    return [merge(t, assign, offsets, members, weight, None, reduce) for t in x]
+
+
+def unmerge_many(
+    y: list[Tensor],
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    weight: Tensor | None,
+    mean: bool,
+) -> list[Tensor]:
+    """Several tensors unmerged by one map."""
+    return [unmerge(t, assign, offsets, members, weight, None, None, mean) for t in y]
+
+
+def pair_dot(x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
+    """Dot product [B, N] of each input row with the row of its output token."""
+    rows = _take(y, assign, None, wide=True)
+    dot = rows.mul_(x).sum(-1)
+    return _zero_dropped(dot, assign, y.shape[1])
+
+
+def merge_wavg(
+    x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, size: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Size-weighted mean ``sum(x * size) / sum(size)`` and the summed sizes [B, M]."""
+    if size is None:
+        total = offsets.diff(dim=1).to(acc_dtype(x))
+        return _reduce(x, offsets, members, None, True), total
+    total = _reduce(size[..., None], offsets, members, None, False).squeeze(-1)
+    empty = total == 0
+    inverse = torch.where(empty, 1, total).reciprocal_().masked_fill_(empty, 0)
+    # The factors of the mean, before the sum: it needs no pass of its own then.
+    factor = _factor(x, assign, offsets, size, inverse, False)
+    out = _reduce(x, offsets, members, factor, False)
+    if _may_be_true(empty):
+        out.masked_fill_(empty[..., None], 0)
+    return out, total
+
+
+def merge_select_backward(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    assign: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    reduce: str,
+) -> Tensor:
+    """Gradient of amax, amin (shared equally by ties) and prod with respect to ``x``."""
+    values = x.to(acc_dtype(x))
+    if reduce == "prod":
+        others = common.product_of_others(values, assign, members, _largest(offsets))
+        return others.mul_(_take(grad, assign, None, wide=True)).to(x.dtype)
+    best = _take(out, assign, None, wide=True)
+    chosen = values == best
+    if _may_be_true(nan := best.isnan()):
+        chosen |= values.isnan() & nan
+    chosen = _zero_dropped(chosen, assign, out.shape[1]).to(values.dtype)
+    share = _reduce(chosen, offsets, members, None, False).clamp_(min=1)
+    taken = _take(grad.to(values.dtype).div(share), assign, None, wide=True)
+    return taken.mul_(chosen).to(x.dtype)
+
+
+def _factor(
+    x: Tensor,
+    assign: Tensor,
+    offsets: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    mean: bool,
+) -> Tensor | None:
+    """Number that each input token's row is multiplied by, [B, N]; None for ones.
+
+    That of an output token (scale [B, M], the mean's division) is one of each of its members.
+    """
+    if mean:
+        inverse = offsets.diff(dim=1).clamp_(min=1).to(acc_dtype(x)).reciprocal_()  # [B, M]
+        scale = inverse if scale is None else inverse * scale
+    if scale is None or scale.shape[1] == 0:
+        return weight
+    scale = scale.gather(1, _clamped(assign, scale.shape[1]).long())
+    return scale if weight is None else scale.mul_(weight)
+
+
+def _reduce(
+    x: Tensor, offsets: Tensor, members: Tensor, factor: Tensor | None, mean: bool
+) -> Tensor:
+    """Sum of the members times their factors [B, N], or their mean: [B, N, C] -> [B, M, C]."""
+    batch, tokens, channels = x.shape
+    outputs = offsets.shape[1] - 1
+    if x.numel() == 0 or outputs == 0:
+        return x.new_zeros(batch, outputs, channels)
+    # Dropped tokens end the list of members; where there may be some, a bag of their own has them.
+    drops = _may_be_true(offsets[:, -1] != tokens)
+    # Clamped: whoever made the lists, nothing out of bounds is read.
+    starts = offsets[:, : outputs + drops].clamp(0, tokens)
+    order = members.clamp(0, tokens - 1)  # [B, N]
+    if factor is not None:
+        factor = factor.gather(1, order.long())
+    bags = _bags(x, order, starts, factor, _MEAN if mean else _SUM)
+    return bags[:, :outputs].contiguous().to(x.dtype)
+
+
+def _take(y: Tensor, assign: Tensor, factor: Tensor | None, *, wide: bool = False) -> Tensor:
+    """Row of each token's output token times its factor, 0 where dropped: [B, M, C] -> [B, N, C].
+
+    In the type of sums if ``wide``, else of ``y``.
+    """
+    batch, outputs, channels = y.shape
+    tokens = assign.shape[1]
+    dtype = acc_dtype(y) if wide else y.dtype
+    if y.numel() == 0 or tokens == 0:
+        return y.new_zeros(batch, tokens, channels, dtype=dtype)
+    row = _clamped(assign, outputs)
+    starts = torch.arange(tokens, dtype=torch.int32, device=y.device).expand(batch, -1)
+    out = _bags(y.to(dtype), row, starts, factor, _SUM).to(dtype)
+    return _zero_dropped(out, assign, outputs)
+
+
+def _bags(x: Tensor, rows: Tensor, starts: Tensor, weight: Tensor | None, mode: int) -> Tensor:
+    """Sums of bags of rows of each image: x [B, R, C], rows [B, K], starts [B, G] -> [B, G, C].
+
+    Bag g of image b has the rows from its start to that of the next bag, or to the last of K. Sums
+    with weights [B, K] come in the type of sums.
+    """
+    batch, height, channels = x.shape
+    if weight is not None:
+        x, weight = x.to(weight.dtype), weight.reshape(-1)
+    # Rows and starts among those of all images.
+    wide = batch * max(height, rows.shape[1]) > torch.iinfo(torch.int32).max
+    image = torch.arange(batch, dtype=torch.int64 if wide else torch.int32, device=x.device)[:, None]
+    flat = (rows + image * height).view(-1)
+    bags, *_ = torch.embedding_bag(
+        x.reshape(batch * height, channels),
+        flat,
+        (starts + image * rows.shape[1]).reshape(-1),
+        mode=mode,
+        per_sample_weights=weight,
+    )
+    return bags.view(batch, starts.shape[1], channels)
+
+
+def _extremes(x: Tensor, assign: Tensor, offsets: Tensor, reduce: str) -> Tensor:
+    """Largest, smallest or product of the members: [B, N, C] -> [B, M, C]; 0 without members."""
+    batch, tokens, channels = x.shape
+    outputs = offsets.shape[1] - 1
+    if x.numel() == 0 or outputs == 0:
+        return x.new_zeros(batch, outputs, channels)
+    if reduce == "prod":
+        values = x.to(acc_dtype(x))
+        return common.product(values, assign, offsets, members, _largest(offsets)).to(x.dtype)
+    live = (assign >= 0) & (assign < outputs)
+    image = torch.arange(batch, device=x.device)[:, None] * (outputs + 1)
+    # One row more than there are outputs takes the dropped tokens.
+    slot = torch.where(live, assign, outputs).long() + image
+    index = slot.view(-1, 1).expand(-1, channels)
+    start = -math.inf if reduce == "amax" else math.inf
+    out = x.new_full((batch * (outputs + 1), channels), start)
+    out = out.scatter_reduce_(0, index, x.reshape(-1, channels), reduce)
+    out = out.view(batch, outputs + 1, channels)[:, :outputs].to(x.dtype).contiguous()
+    empty = offsets.diff(dim=1) == 0
+    return out.masked_fill_(empty[..., None], 0) if _may_be_true(empty) else out
+
+
+def _largest(offsets: Tensor) -> int | None:
+    """Members of the largest output token; None where looking would wait for a device."""
+    if not offsets.is_cpu or offsets.numel() <= offsets.shape[0]:
+        return None
+    return int(offsets.diff(dim=1).amax())
+
+
+def _zero_dropped(x: Tensor, assign: Tensor, outputs: int) -> Tensor:
+    """Put 0, in place, where a token of [B, N] or [B, N, C] has no output token."""
+    dropped = (assign < 0) | (assign >= outputs)
+    if not _may_be_true(dropped):
+        return x
+    return x.masked_fill_(dropped if x.dim() == 2 else dropped[..., None], 0)
+
+
+def _may_be_true(condition: Tensor) -> bool:
+    """Whether some element is true: exactly on the CPU, where looking does not wait for anything."""
+    return not condition.is_cpu or bool(condition.any())
+
+
+def _clamped(assign: Tensor, outputs: int) -> Tensor:
+    return assign.clamp(0, max(outputs - 1, 0))
