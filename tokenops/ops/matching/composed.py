@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matching put together from PyTorch's operators: what serves where there is no kernel.
 
-Products of blocks of rows with all candidates, whose maximum is taken while the block is in the
-cache; one partial sort of the sources; places of the output tokens by counting.
+Products of blocks of rows with all candidates, whose maximum is taken while a block is in the
+cache; the best sources by one partial sort; places of the output tokens by counting.
 
 Letters: B batch, N tokens, Na or Ns sources, Nb or Nd destinations, D width of the metric.
 """
@@ -17,21 +17,61 @@ from torch import Tensor
 
 from ..._library import acc_dtype, no_autocast
 from ..merging.composed import invert, invert_partition
+from . import common
 
 #: Similarities that are held at a time: so many float32 numbers share a cache with the rows.
 SCORES_AT_A_TIME = 1 << 20
 
 
 class _Split(NamedTuple):
-    """Tokens by their role, ascending; int64 ``[B, .]`` in range, whatever indices came."""
+    """Tokens by their role; by a stride, or else by lists, int64 ``[B, .]``, ascending, in range."""
+
+    tokens: int
+    num_sources: int
+    num_destinations: int
+    stride: int  # 0 where the tokens are listed
+    prefix_sources: int  # the first sources and destinations of a stride are in the prefix
+    prefix_destinations: int
+    sources: Tensor | None = None
+    destinations: Tensor | None = None
+    source_order: Tensor | None = None  # places in the order of the split
+    destination_order: Tensor | None = None
+
+    def source_tokens(self, place: Tensor) -> Tensor:
+        """Token of each source [B, K] by its place."""
+        if self.sources is not None:
+            return self.sources.gather(1, place)
+        return place + place // (self.stride - 1) if self.stride > 2 else place * self.stride
+
+    def destination_tokens(self, place: Tensor) -> Tensor:
+        """Token of each destination [B, K] by its place."""
+        if self.destinations is not None:
+            return self.destinations.gather(1, place)
+        return place * self.stride + (self.stride - 1)
+
+    def lists(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """All sources and destinations, ascending: int64 [B, Ns], [B, Nd]."""
+        if self.sources is not None and self.destinations is not None:
+            return self.sources, self.destinations
+        sources = torch.arange(self.num_sources, device=device).expand(batch, -1)
+        destinations = torch.arange(self.num_destinations, device=device).expand(batch, -1)
+        return self.source_tokens(sources), self.destination_tokens(destinations)
+
+    def sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the sources and of the destinations: [B, N, D] -> [B, Ns, D], [B, Nd, D]."""
+        if self.stride == 2:
+            return x[:, 0::2], x[:, 1::2]
+        sources, destinations = self.lists(x.shape[0], x.device)
+        return _rows(x, sources), _rows(x, destinations)
+
+
+class _Pairs(NamedTuple):
+    """Sources that merge: all int64 ``[B, r]``, places among the ascending ones of their side."""
 
     sources: Tensor
     destinations: Tensor
-    listed: Tensor  # place of each destination in the order of the split
-    order: Tensor | None  # place of each source in the order of the split; None if it ascends
-    by_stride: bool
-    prefix_sources: int  # the first sources and destinations of a stride are in the prefix
-    prefix_destinations: int
+    live: Tensor | None  # bool, false for a source that does not merge after all
+    by_score: Tensor | None  # all sources [B, Ns] by descending score, where they are sorted
 
 
 def nearest(
@@ -55,25 +95,13 @@ def search(
     similarity: str,
 ) -> tuple[Tensor, Tensor]:
     """Best destination of each source; see the schema for the arguments and results."""
-    x = _comparable(metric, similarity)
-    tokens = x.shape[1]
-    first = 0  # destinations in the prefix, which take no part
-    if source_index is None or destination_index is None:
-        a, b = _by_stride(x, stride)
-        if protected is None:
-            first = min(num_prefix // stride, b.shape[1])
-    else:
-        a, b = _rows(x, source_index), _rows(x, _ascending(destination_index, tokens))
-    takes_part = None
-    if protected is not None or (source_index is not None and num_prefix > 0):
-        takes_part = ~_closed(x.shape[0], tokens, num_prefix, protected, x.device)
-        if source_index is None or destination_index is None:
-            takes_part = _by_stride(takes_part, stride)[1]
-        else:
-            takes_part = _rows(takes_part, _ascending(destination_index, tokens))
-    score, choice = _search(a, b[:, first:], takes_part)
-    if first > 0:
-        choice = torch.where(choice >= 0, choice + first, choice)
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    by_index = source_index, destination_index, stride
+    split = _split(batch, tokens, num_prefix, *by_index, metric.device)
+    score, choice = _best_pairs(metric, num_prefix, protected, split, similarity)
+    if split.source_order is not None:
+        score = torch.empty_like(score).scatter_(1, split.source_order, score)
+        choice = torch.empty_like(choice).scatter_(1, split.source_order, choice)
     return score, choice
 
 
@@ -90,10 +118,16 @@ def match(
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bipartite matching; see the schema for the arguments and results."""
-    split = source_index, destination_index, stride
-    score, choice = search(metric, num_prefix, protected, *split, similarity)
-    tokens = metric.shape[-2]
-    return select(score, choice, tokens, r, num_prefix, protected, *split, threshold, order)
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    by_index = source_index, destination_index, stride
+    split = _split(batch, tokens, num_prefix, *by_index, metric.device)
+    free = split.num_sources - split.prefix_sources
+    if metric.is_cpu and protected is None and split.stride > 0 and 0 < r <= free:
+        pairs = _few_pairs(metric, r, split, threshold, _sorts(order, num_prefix), similarity)
+        if pairs is not None:
+            return _map(pairs, split, r, num_prefix, threshold, order)
+    score, choice = _best_pairs(metric, num_prefix, protected, split, similarity)
+    return _select(score, choice, tokens, r, num_prefix, protected, split, threshold, order)
 
 
 def select(
@@ -110,51 +144,82 @@ def select(
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The map of the best pairs; see the schema for the arguments and results."""
-    batch, device = score.shape[0], score.device
-    outputs = tokens if threshold is not None else tokens - r
-    split = _split(
-        batch, tokens, num_prefix, source_index, destination_index, stride, device
-    )
-    if split.order is not None:
-        score, choice = score.gather(1, split.order), choice.gather(1, split.order)
-    if r <= 0 or split.destinations.shape[1] == 0 or split.sources.shape[1] == 0:
-        counts = torch.full((batch,), tokens, dtype=torch.int32, device=device)
-        return *_identity(batch, tokens, outputs, device), counts
+    by_index = source_index, destination_index, stride
+    split = _split(score.shape[0], tokens, num_prefix, *by_index, score.device)
+    if split.source_order is not None:
+        score = score.gather(1, split.source_order)
+        choice = choice.gather(1, split.source_order)
+    return _select(score, choice, tokens, r, num_prefix, protected, split, threshold, order)
 
-    grade = None
-    if protected is not None or (num_prefix > 0 and not split.by_stride):
-        # Eligible sources come first, protected ones as a last resort, prefix tokens never.
-        closed = _closed(batch, tokens, num_prefix, protected, device).gather(1, split.sources)
-        grade = closed.int() + (split.sources < num_prefix)  # [B, Ns]: 0, 1, 2
-    sort = order == "tome" and num_prefix == 0  # unmerged sources stand by their score
-    merged, by_score = _best(score, grade, r, split.prefix_sources, sort)
-    if threshold is not None:
-        merged &= (score >= threshold) & (choice >= 0)
-        if grade is not None:
-            merged &= grade == 0
-    target = choice.clamp(min=0).long()  # [B, Ns], among the destinations
-    if order == "position":
-        assign = _by_position(split, merged, target, tokens)
+
+# ---- the search ----
+
+
+def _best_pairs(
+    metric: Tensor, num_prefix: int, protected: Tensor | None, split: _Split, similarity: str
+) -> tuple[Tensor, Tensor]:
+    """Best destination of each source and its similarity, [B, Ns], both sides ascending."""
+    x = _comparable(metric, similarity)
+    takes_part, first = None, 0
+    if protected is not None or (split.stride == 0 and num_prefix > 0):
+        closed = common.taboo(*x.shape[:2], num_prefix, protected, x.device)
+        takes_part = ~closed.gather(1, split.lists(x.shape[0], x.device)[1])
     else:
-        by_score = by_score if sort else None
-        assign = _as_tome(split, merged, target, by_score, tokens, num_prefix)
-    counts = (tokens - merged.sum(dim=1)).int()
-    # Fewer may have merged than r; what has no place among the outputs is dropped.
-    if split.by_stride and threshold is not None:
-        return assign, *invert_partition(assign, outputs), counts
-    if split.by_stride and grade is None and r <= split.sources.shape[1] - split.prefix_sources:
-        return assign, *invert_partition(assign, outputs), counts
-    assign = torch.where(assign < outputs, assign, -1)
-    return assign, *invert(assign, outputs), counts
+        first = split.prefix_destinations
+    a, b = split.sides(x)
+    score, choice = _search(a, b[:, first:], takes_part)
+    if first > 0:
+        choice = torch.where(choice >= 0, choice + first, choice)
+    return score, choice
+
+
+def _few_pairs(
+    metric: Tensor, r: int, split: _Split, threshold: float | None, sort: bool, similarity: str
+) -> _Pairs | None:
+    """The best pairs, of which only the r that merge are looked up; None where that does not do.
+
+    For images whose similarities fit a block: the largest one of each row takes a fraction of the
+    time that its place takes.
+    """
+    batch = metric.shape[0]
+    rows = split.num_sources - split.prefix_sources
+    columns = split.num_destinations - split.prefix_destinations
+    if batch * rows * columns > SCORES_AT_A_TIME or columns <= 0 or metric.numel() == 0:
+        return None
+    a, b = split.sides(_comparable(metric, similarity))
+    a, b = a[:, split.prefix_sources :], b[:, split.prefix_destinations :]
+    with no_autocast(a.device.type):
+        scores = torch.bmm(a, b.transpose(1, 2))  # [B, Na, Nb]
+    best = scores.amax(dim=2)  # NaN if there is one
+    sources, by_score = _top(best, r, sort)
+    if any(math.isnan(largest) for largest in best.gather(1, sources[:, :1]).flatten().tolist()):
+        return None  # it counts as the largest of all
+    image = torch.arange(0, batch * rows, rows, device=best.device)[:, None]
+    chosen = scores.view(-1, columns).index_select(0, (sources + image).view(-1))
+    destinations = chosen.argmax(dim=1).view(sources.shape)  # the first of equal maxima
+    live = None if threshold is None else best.gather(1, sources) >= threshold
+    if split.prefix_sources > 0:
+        sources = sources + split.prefix_sources
+    if split.prefix_destinations > 0:
+        destinations += split.prefix_destinations
+    return _Pairs(sources, destinations, live, by_score)
+
+
+def _as_sums(x: Tensor) -> Tensor:
+    """The metric as [B, N, D] in the type of sums; attention keys [B, H, N, D] as their mean."""
+    return x.mean(1, dtype=acc_dtype(x)) if x.dim() == 4 else x.to(acc_dtype(x))
+
+
+def _inverse_lengths(rows: Tensor) -> Tensor:
+    """One over the length of each row [B, N, 1]; 0 where it is 0."""
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return length.reciprocal().masked_fill_(length == 0, 0)
 
 
 def _comparable(x: Tensor, similarity: str) -> Tensor:
-    """Rows [B, N, D] whose dot products are the similarities; keys [B, H, N, D] by their mean."""
-    x = x.mean(1, dtype=acc_dtype(x)) if x.dim() == 4 else x.to(acc_dtype(x))
-    if similarity != "cosine":
-        return x
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.where(length == 0, 0, length.reciprocal())
+    """Rows [B, N, D] whose dot products are the similarities."""
+    rows = _as_sums(x)
+    return rows * _inverse_lengths(rows) if similarity == "cosine" else rows
 
 
 def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -187,7 +252,7 @@ def _nearest_block(
         score, index = scores.max(dim=2)
     # Nothing but NaN among the candidates: the first candidate, or none at all.
     if _may_be_true(none := score == -math.inf):
-        first = 0
+        first = torch.zeros_like(index[:, :1])
         if b_mask is not None:
             first = torch.where(b_mask.any(dim=1), b_mask.int().argmax(dim=1), -1)[:, None]
         index = torch.where(none, first, index)
@@ -199,41 +264,7 @@ def _may_be_true(condition: Tensor) -> bool:
     return not condition.is_cpu or bool(condition.any())
 
 
-def _by_stride(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Rows of the sources and of the destinations, every stride-th: [B, N, ...], views if can be."""
-    destinations = x[:, stride - 1 :: stride]
-    if stride == 2:
-        return x[:, 0::2], destinations
-    return x.index_select(1, _strided_sources(x.shape[1], stride, x.device)), destinations
-
-
-def _strided_sources(tokens: int, stride: int, device: torch.device) -> Tensor:
-    """Tokens that are no destinations, int64 [Ns], without a mask: shapes depend on no values."""
-    count = tokens - tokens // stride
-    place = torch.arange(count, device=device)
-    return place + place // (stride - 1) if stride > 1 else place
-
-
-def _ascending(index: Tensor, tokens: int) -> Tensor:
-    return index.clamp(0, max(tokens - 1, 0)).sort(dim=-1).values
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Gather tokens: [B, N, ...], [K] or [B, K] -> [B, K, ...]; clamped, whatever a user gave."""
-    index = index.clamp(0, max(x.shape[1] - 1, 0)).long()
-    if index.dim() == 1:
-        return x.index_select(1, index)
-    if x.dim() == 2:
-        return x.gather(1, index)
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-
-
-def _closed(
-    batch: int, tokens: int, num_prefix: int, protected: Tensor | None, device: torch.device
-) -> Tensor:
-    """Bool [B, N], true for tokens that take no part."""
-    out = (torch.arange(tokens, device=device) < num_prefix).expand(batch, tokens)
-    return out if protected is None else out | protected
+# ---- the split ----
 
 
 def _split(
@@ -246,91 +277,157 @@ def _split(
     device: torch.device,
 ) -> _Split:
     if source_index is None or destination_index is None:
-        sources = _strided_sources(tokens, stride, device).expand(batch, -1)
-        listed = torch.arange(tokens // stride, device=device).expand(batch, -1)
-        destinations = listed * stride + (stride - 1)
-        before = num_prefix // stride
-        return _Split(sources, destinations, listed, None, True, num_prefix - before, before)
+        count, before = tokens // stride, num_prefix // stride
+        return _Split(tokens, tokens - count, count, stride, num_prefix - before, before)
     last = max(tokens - 1, 0)
-    sources, order = source_index.long().clamp(0, last).sort(dim=-1, stable=True)
-    destinations, listed = destination_index.long().clamp(0, last).sort(dim=-1, stable=True)
-    sides = (t.expand(batch, -1) for t in (sources, destinations, listed, order))
-    return _Split(*sides, False, 0, 0)
+    lists = []
+    for index in (source_index, destination_index):
+        ascending, order = index.long().clamp(0, last).sort(dim=-1, stable=True)
+        lists += [ascending.expand(batch, -1), order.expand(batch, -1)]
+    counts = lists[0].shape[1], lists[2].shape[1]
+    return _Split(tokens, *counts, 0, 0, 0, lists[0], lists[2], lists[1], lists[3])
 
 
-def _identity(
-    batch: int, tokens: int, outputs: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The map that keeps the first tokens, all where there are enough outputs, where they are."""
-    assign = torch.arange(tokens, dtype=torch.int32, device=device).repeat(batch, 1)
-    assign = torch.where(assign < outputs, assign, -1)
-    return assign, *invert(assign, outputs)
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Gather tokens: [B, N, D], [B, K] -> [B, K, D]."""
+    if index.stride(0) == 0 and index.shape[0] > 0:  # the same for every image
+        return x.index_select(1, index[0])
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _best(
-    score: Tensor, grade: Tensor | None, r: int, skipped: int, ranked: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The r best sources, bool [B, Ns], of equals the first; and all by score, if they are sorted."""
-    if grade is None and not ranked:
-        eligible = score[:, skipped:]
-        r = min(r, eligible.shape[1])
-        if r == 0:
-            return torch.zeros_like(score, dtype=torch.bool), None
-        last = eligible.topk(r, dim=1).values[:, -1:]  # [B, 1]
-        above, equal = eligible > last, eligible == last
-        wanted = r - above.sum(dim=1, keepdim=True)
-        merged = above | (equal & (equal.cumsum(1) <= wanted))
-        return torch.nn.functional.pad(merged, (skipped, 0)), None
-    if grade is not None:
+# ---- the choice of the sources, and the map ----
+
+
+def _sorts(order: str, num_prefix: int) -> bool:
+    """Whether unmerged sources stand by their score, so that all must be sorted."""
+    return order == "tome" and num_prefix == 0
+
+
+def _top(score: Tensor, r: int, sort: bool) -> tuple[Tensor, Tensor | None]:
+    """The r best sources [B, r], of equals the first; and all by their score if so asked."""
+    if not sort and score.is_cpu and r > 0:
+        best, index = score.topk(min(r + 1, score.shape[1]), dim=1)
+        if all(a != b for a, *rest in best[:, r - 1 :].tolist() for b in rest):
+            return index[:, :r], None
+    by_score = score.argsort(dim=1, descending=True, stable=True)
+    return by_score[:, :r], by_score if sort else None
+
+
+def _select(
+    score: Tensor,
+    choice: Tensor,
+    tokens: int,
+    r: int,
+    num_prefix: int,
+    protected: Tensor | None,
+    split: _Split,
+    threshold: float | None,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The map of the best pairs, both sides ascending."""
+    batch, device, sort = score.shape[0], score.device, _sorts(order, num_prefix)
+    r_here = r if split.num_destinations > 0 else 0
+    if protected is None and (num_prefix == 0 or split.stride > 0):
+        first = split.prefix_sources
+        sources, by_score = _top(score[:, first:], min(r_here, score.shape[1] - first), sort)
+        sources, live = sources + first, None
+    else:
+        # Eligible sources come first, protected ones as a last resort, prefix tokens never.
+        tokens_of_sources = split.lists(batch, device)[0]
+        closed = common.taboo(batch, tokens, num_prefix, protected, device)
+        grade = closed.gather(1, tokens_of_sources).int() + (tokens_of_sources < num_prefix)
         score = score.masked_fill(grade > 0, -math.inf)
-    ranking = score.argsort(dim=1, descending=True, stable=True)
-    by_score = ranking
-    if grade is not None:
-        ranking = ranking.gather(1, grade.gather(1, ranking).argsort(dim=1, stable=True))
-    merged = torch.zeros_like(score, dtype=torch.bool).scatter_(1, ranking[:, :r], True)
-    if grade is not None:
-        merged &= grade < 2
-    return merged, by_score
+        by_score = score.argsort(dim=1, descending=True, stable=True)
+        by_grade = grade.gather(1, by_score).argsort(dim=1, stable=True)
+        sources = by_score.gather(1, by_grade)[:, :r_here]
+        live = grade.gather(1, sources) < (1 if threshold is not None else 2)
+    destinations = choice.gather(1, sources)
+    if threshold is not None:
+        similar = (score.gather(1, sources) >= threshold) & (destinations >= 0)
+        live = similar if live is None else live & similar
+    pairs = _Pairs(sources, destinations.clamp(min=0).long(), live, by_score if sort else None)
+    return _map(pairs, split, r, num_prefix, threshold, order)
 
 
-def _by_position(split: _Split, merged: Tensor, target: Tensor, tokens: int) -> Tensor:
-    """Output token of each token, int32 [B, N], in the order of their first members."""
-    batch = merged.shape[0]
-    token = torch.arange(tokens, device=merged.device)
-    # The token that stands for each source's group: its destination if it merges, else itself.
-    group = torch.where(merged, split.destinations.gather(1, target), split.sources)
-    leader = token.repeat(batch, 1)  # first member of each token's group
-    leader = leader.scatter_reduce_(1, group, split.sources, "amin")
-    leader = leader.scatter_(1, split.sources, leader.gather(1, group))
-    place = (leader == token).cumsum(1, dtype=torch.int32) - 1
-    return place.gather(1, leader)
+def _map(
+    pairs: _Pairs,
+    split: _Split,
+    r: int,
+    num_prefix: int,
+    threshold: float | None,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output token of each token, its inverse, and the number of live output tokens."""
+    (batch, merged), tokens = pairs.sources.shape, split.tokens
+    outputs = tokens if threshold is not None else tokens - r
+    if order == "position" or merged == 0:  # where nothing merges, the identity in either order
+        assign = _by_position(pairs, split)
+    else:
+        assign = _as_tome(pairs, split, num_prefix)
+    if pairs.live is None:
+        counts = torch.full((batch,), tokens - merged, dtype=torch.int32, device=assign.device)
+    else:
+        counts = (tokens - pairs.live.sum(dim=1)).int()
+    if split.stride > 0 and (threshold is not None or (pairs.live is None and merged == r)):
+        return assign.int(), *invert_partition(assign, outputs), counts
+    # Fewer may have merged than r; what has no place among the outputs is dropped.
+    assign = torch.where(assign < outputs, assign, -1)
+    return assign.int(), *invert(assign, outputs), counts
 
 
-def _as_tome(
-    split: _Split, merged: Tensor, target: Tensor, by_score: Tensor | None, tokens: int, prefix: int
-) -> Tensor:
+def _by_position(pairs: _Pairs, split: _Split) -> Tensor:
+    """Output token of each token, int64 [B, N], in the order of their first members."""
+    batch = pairs.sources.shape[0]
+    token = torch.arange(split.tokens, device=pairs.sources.device)
+    leader = token.expand(batch, -1).contiguous()  # first member of each token's group
+    if pairs.sources.shape[1] == 0:
+        return leader
+    source = split.source_tokens(pairs.sources)  # [B, r]
+    group = split.destination_tokens(pairs.destinations)
+    if pairs.live is not None:
+        group = torch.where(pairs.live, group, source)
+    leader.scatter_reduce_(1, group, source, "amin")
+    leader.scatter_(1, source, leader.gather(1, group))
+    return (leader == token).cumsum(1).sub_(1).gather(1, leader)
+
+
+def _as_tome(pairs: _Pairs, split: _Split, num_prefix: int) -> Tensor:
     """The same in ToMe's order: prefix, tokens of neither side, unmerged sources, destinations."""
-    batch, sources = merged.shape
-    stays = ~merged
-    if by_score is not None:
-        place = stays.gather(1, by_score).cumsum(1) - 1
-        place = torch.empty_like(place).scatter_(1, by_score, place)
+    batch, device = pairs.sources.shape[0], pairs.sources.device
+    stays = torch.ones(batch, split.num_sources, dtype=torch.int64, device=device)
+    stays.scatter_(1, pairs.sources, 0 if pairs.live is None else (~pairs.live).long())
+    others = num_prefix
+    if split.stride == 0:
+        others = max(split.tokens - split.num_sources - split.num_destinations, 0)
+    if pairs.by_score is None:
+        place = stays.cumsum(1).add_(others - 1 - split.prefix_sources)
+        last = place[:, -1:]
     else:
-        place = stays.cumsum(1) - (1 + split.prefix_sources)
-    others = prefix
-    if not split.by_stride:
-        others = max(tokens - sources - split.listed.shape[1], 0)
-    place += others
-    last = others + stays.sum(1, keepdim=True) - split.prefix_sources
-    at = last + (split.listed - split.prefix_destinations)  # [B, Nd]
-    place = torch.where(merged, at.gather(1, target), place)  # [B, Ns]
-    if split.by_stride:
-        neither = torch.arange(tokens, device=merged.device).repeat(batch, 1)
+        ranked = stays.gather(1, pairs.by_score).cumsum(1).add_(others - 1)
+        place = torch.empty_like(ranked).scatter_(1, pairs.by_score, ranked)
+        last = ranked[:, -1:]
+    first = 1 - split.prefix_destinations
+    at = torch.arange(first, first + split.num_destinations, device=device)
+    if split.destination_order is not None:
+        at = split.destination_order + first
+    at = at + last  # [B, Nd]
+    target = at.gather(1, pairs.destinations)
+    if split.prefix_destinations > 0:  # not merged into, but where there is no other one
+        token = split.destination_tokens(pairs.destinations)
+        target = torch.where(token < num_prefix, token, target)
+    if pairs.live is not None:
+        target = torch.where(pairs.live, target, place.gather(1, pairs.sources))
+    place.scatter_(1, pairs.sources, target)
+    assign = place.new_zeros(batch, split.tokens)
+    if split.stride == 2:
+        assign[:, 0::2], assign[:, 1::2] = place, at
     else:
-        is_other = torch.ones(batch, tokens, dtype=torch.bool, device=merged.device)
-        is_other.scatter_(1, split.sources, False).scatter_(1, split.destinations, False)
-        neither = is_other.cumsum(1) - 1
-    assign = neither.scatter(1, split.sources, place).scatter_(1, split.destinations, at)
-    if split.by_stride and prefix > 0:
-        assign[:, :prefix] = neither[:, :prefix]
-    return assign.int()
+        sources, destinations = split.lists(batch, device)
+        if split.stride == 0 and others > 0:
+            neither = torch.ones_like(assign)
+            neither.scatter_(1, sources, 0).scatter_(1, destinations, 0)
+            assign = neither.cumsum(1).sub_(1)
+        assign.scatter_(1, sources, place).scatter_(1, destinations, at)
+    if split.stride > 0 and num_prefix > 1:
+        assign[:, :num_prefix] = torch.arange(num_prefix, device=device)
+    return assign

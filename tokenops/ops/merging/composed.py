@@ -26,19 +26,20 @@ _SUM, _MEAN = 0, 1
 def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """CSR inverse of ``assign`` [B, N] -> ``offsets`` [B, M + 1], ``members`` [B, N]."""
     live = (assign >= 0) & (assign < num_tokens)
-    return _invert(torch.where(live, assign, num_tokens), num_tokens)
+    slot = torch.where(live, assign, num_tokens).long()
+    offsets, members = invert_partition(slot, num_tokens + 1)
+    # Dropped tokens, in a place of their own, come last.
+    offsets = offsets[:, :-1].contiguous()
+    place = torch.arange(assign.shape[1], device=assign.device)
+    return offsets, members.masked_fill_(place >= offsets[:, -1:], -1)
 
 
 def invert_partition(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The same for a map that drops no token."""
-    return _invert(assign, num_tokens)
-
-
-def _invert(slot: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    ordered, members = slot.sort(dim=1, stable=True)
-    first = torch.arange(num_tokens + 1, dtype=slot.dtype, device=slot.device)
-    offsets = torch.searchsorted(ordered, first.repeat(slot.shape[0], 1), out_int32=True)
-    return offsets, members.int().masked_fill_(ordered == num_tokens, -1)
+    """The same for a map, int64, that drops no token."""
+    members = assign.argsort(dim=1, stable=True).int()
+    offsets = assign.new_zeros(assign.shape[0], num_tokens + 1, dtype=torch.int32)
+    one = torch.ones((), dtype=torch.int32, device=assign.device).expand(assign.shape)
+    return offsets.scatter_add_(1, assign + 1, one).cumsum_(1), members
 
 
 def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
