@@ -379,7 +379,7 @@ def _by_position(pairs: _Pairs, split: _Split) -> Tensor:
     """Output token of each token, int64 [B, N], in the order of their first members."""
     batch = pairs.sources.shape[0]
     token = torch.arange(split.tokens, device=pairs.sources.device)
-    leader = token.expand(batch, -1).contiguous()  # first member of each token's group
+    leader = token.repeat(batch, 1)  # first member of each token's group
     if pairs.sources.shape[1] == 0:
         return leader
     source = split.source_tokens(pairs.sources)  # [B, r]

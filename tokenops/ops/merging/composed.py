@@ -59,7 +59,7 @@ def merge(
 ) -> Tensor:
     """Reduce the members of each output token; see the schema for the arguments."""
     if reduce not in ("sum", "mean"):
-        return _extremes(x, assign, offsets, reduce)
+        return _extremes(x, assign, offsets, members, reduce)
     mean = reduce == "mean"
     if weight is None and scale is None:
         return _reduce(x, offsets, members, None, mean)
@@ -236,7 +236,9 @@ def _bags(x: Tensor, rows: Tensor, starts: Tensor, weight: Tensor | None, mode: 
     return bags.view(batch, starts.shape[1], channels)
 
 
-def _extremes(x: Tensor, assign: Tensor, offsets: Tensor, reduce: str) -> Tensor:
+def _extremes(
+    x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, reduce: str
+) -> Tensor:
     """Largest, smallest or product of the members: [B, N, C] -> [B, M, C]; 0 without members."""
     batch, tokens, channels = x.shape
     outputs = offsets.shape[1] - 1

@@ -1,0 +1,526 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention with key weights put together from PyTorch's operators, where there is no kernel.
+
+Blocks of images, or of rows of one image, whose maps stay in the cache: a product, few passes in
+place, a product. The weights of a row are divided by their sum after the second product. A token's
+own key, which a policy spares, is a diagonal that is kept aside while the policy multiplies.
+
+Letters: B batch, H heads of queries, Hkv heads of keys, Nq queries, Nk keys, D width, Dv width of
+the values. Nothing here is differentiable by autograd: the operators have backward formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._library import acc_dtype, no_autocast
+
+#: Entries of the two attention maps that are held at a time, and the fewest rows that a product is
+#: worth.
+MAP_AT_A_TIME = 1 << 22
+ROWS_AT_LEAST = 64
+
+_fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Keys(NamedTuple):
+    """What all rows share."""
+
+    k: Tensor  # [B, H, Nk, D] in the type of products, dense; 0 for padding
+    dtype: torch.dtype  # type of sums
+    bias: Tensor | None  # logarithm of the size, -inf for padding, [B, 1, 1, Nk]
+    policy: Tensor | None  # [B, 1 or H, 1, Nk]
+    part: Tensor | None  # bool [B, 1, Nk, 1], false for padding; None for all true
+    count: Tensor  # keys that take part, one at least, [B, 1, 1, 1]
+    position: Tensor | None  # key that stands where each query does, int64 [1 or B, 1, Nq, 1]
+    self_keep: bool
+    exclude_self: bool
+    eps: float
+    is_causal: bool
+    scale: float
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each row spreads the share of eps over keys of its own."""
+        return self.eps > 0 and (self.is_causal or self.exclude_self)
+
+
+class _Block(NamedTuple):
+    """A block of rows: images and rows of those, and where these have their own keys."""
+
+    images: slice
+    rows: slice
+    position: Tensor | None  # as in _Keys; None for the diagonal
+
+
+class _Own:
+    """The own keys of a block's rows in a map [b, H, R, Nk]: read, and written in place."""
+
+    def __init__(self, block: _Block, keys: int) -> None:
+        self._first, self._place = block.rows.start, None
+        if block.position is not None:  # [1 or b, 1, R, 1]
+            self._there = (block.position >= 0) & (block.position < keys)
+            self._place = block.position.clamp(0, max(keys - 1, 0))
+
+    def read(self, x: Tensor) -> Tensor:
+        """A copy of the own entries."""
+        if x.shape[3] == 0:
+            return x
+        if self._place is None:
+            return x.diagonal(self._first, 2, 3).clone()
+        return x.gather(3, self._place.expand(*x.shape[:3], 1))
+
+    def write(self, x: Tensor, value: Tensor | float) -> None:
+        """Replace the own entries."""
+        if x.shape[3] == 0:
+            return
+        if self._place is None:
+            own = x.diagonal(self._first, 2, 3)
+            own.copy_(value) if isinstance(value, Tensor) else own.fill_(value)
+            return
+        place = self._place.expand(*x.shape[:3], 1)
+        x.scatter_(3, place, torch.where(self._there, value, x.gather(3, place)))
+
+    def spare(self, x: Tensor, do: bool, change: Callable[[], object]) -> None:
+        """Change a map in place, but for the own entries where so asked."""
+        kept = self.read(x) if do else None
+        change()
+        if kept is not None:
+            self.write(x, kept)
+
+
+def policy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    size: Tensor | None,
+    key_padding_mask: Tensor | None,
+    position: Tensor | None,
+    self_keep: bool,
+    exclude_self: bool,
+    eps: float,
+    is_causal: bool,
+    policy_grad: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, Nq, H, Dv], L [B, H, Nq] and, with eps, floor and argmax [B, H, Nq] of each row."""
+    options = self_keep, exclude_self, eps, is_causal, scale
+    keys = _keys(q, k, policy, size, key_padding_mask, position, *options)
+    if _is_fused(q, v, keys):
+        attended, lse = _fused_attention(q, keys.k, _values(v, keys), 0.0, False, **_fused(q, keys))
+        return attended.transpose(1, 2), lse, lse[..., :0], lse[..., :0].int()
+    values, maps = _values(v, keys), _Maps(keys.dtype, q.device)
+    batch, heads, rows = q.shape[:3]
+    out = q.new_empty(batch, rows, heads, v.shape[3])
+    lse = q.new_empty(batch, heads, rows, dtype=keys.dtype)
+    floor = torch.empty_like(lse) if eps > 0 else lse[..., :0]
+    argmax = torch.empty_like(floor, dtype=torch.int32)
+    mean = _mean(values, keys) if eps > 0 else None
+    with no_autocast(q.device.type):
+        for block in _blocks(q, k, keys):
+            i, r = block.images, block.rows
+            queries = _rows(q[i, :, r], keys)
+            weight, sums = _weights(queries, block, keys, maps.take(0, queries, keys.k))
+            lse[i, :, r] = sums.lse
+            attended = _product(weight.to(values.dtype), values[i]).to(keys.dtype)
+            if mean is not None:
+                floor[i, :, r] = sums.floor[..., 0]
+                argmax[i, :, r] = -1 if sums.argmax is None else sums.argmax
+                if not keys.by_row:
+                    attended += sums.eps * mean[i]
+            out[i, r] = attended.mul_(sums.inverse).transpose(1, 2)
+    return out, lse, floor, argmax
+
+
+def policy_attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    size: Tensor | None,
+    key_padding_mask: Tensor | None,
+    position: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    floor: Tensor,
+    argmax: Tensor,
+    self_keep: bool,
+    exclude_self: bool,
+    eps: float,
+    is_causal: bool,
+    policy_grad: str,
+    scale: float,
+    need_v: bool,
+    need_policy: bool,
+    need_size: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v in the layout [B, N, heads, width], of policy and of size."""
+    options = self_keep, exclude_self, eps, is_causal, scale
+    keys = _keys(q, k, policy, size, key_padding_mask, position, *options)
+    values, maps = _values(v, keys), _Maps(keys.dtype, q.device)
+    if _is_fused(q, v, keys) and grad_lse is None and not need_size:
+        saved = q, keys.k, values, out.transpose(1, 2), lse
+        upward = grad.transpose(1, 2)
+        gradients = _fused_backward(upward, *saved, 0.0, False, **_fused(q, keys))
+        dq, dk, dv = (
+            _per_group(t, heads).transpose(1, 2)
+            for t, heads in zip(gradients, (q.shape[1], k.shape[1], k.shape[1]), strict=True)
+        )
+        return dq, dk, dv if need_v else dv[:, :0], lse.new_empty(q.shape[0], 0), lse.new_empty(q.shape[0], 0)
+    mean = _mean(values, keys) if eps > 0 else None
+    delta = (grad.to(keys.dtype) * out).sum(-1).transpose(1, 2)[..., None]  # [B, H, Nq, 1]
+    if grad_lse is not None:
+        delta = delta - grad_lse[..., None]
+    # A dropped key may dominate its row beyond all bounds; its share is capped, not infinite.
+    limit = math.log(torch.finfo(keys.dtype).max) / 2
+    shift = torch.where(lse == -math.inf, math.inf, lse)[..., None]  # rows without weights: 0
+    dq = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    dk, dv = (torch.zeros_like(t, dtype=keys.dtype) for t in (keys.k, values))
+    dpolicy, dlog = (dk.new_zeros(dk.shape[:3]) for _ in range(2))
+    with no_autocast(q.device.type):
+        for block in _blocks(q, k, keys):
+            i, r = block.images, block.rows
+            own, p = _Own(block, k.shape[2]), None if keys.policy is None else keys.policy[i]
+            queries = _rows(q[i, :, r], keys)
+            g = _rows(grad[i, r].transpose(1, 2), keys)  # [b, H, R, Dv]
+            # exp(s_ij + log z_j - L_i)
+            share = _logits(queries, block, keys, maps.take(0, queries, keys.k))
+            if p is None and eps == 0:
+                torch.softmax(share, -1, out=share)
+                if _may_be_true(empty := lse[i, :, r] == -math.inf):
+                    share.masked_fill_(empty[..., None], 0)
+            else:
+                share.sub_(shift[i, :, r])
+                share = share.clamp_(max=limit).exp_()
+            t = _product(g, values[i].transpose(2, 3), maps.take(1, queries, keys.k))  # g_i . v_j
+            if exclude_self:
+                own.write(t, 0.0)
+            if mean is not None:  # g_i . (mean of the values)
+                seen, number = _seen(block, keys) if keys.by_row else (None, keys.count[i])
+                if seen is None:
+                    by_mean = _product(g, mean[i].transpose(2, 3).to(g.dtype)).to(keys.dtype)
+                else:
+                    by_mean = (t * seen).sum(-1, keepdim=True) / number
+            t.sub_(delta[i, :, r]).mul_(share)
+            if p is not None:
+                own.spare(t, self_keep, lambda: _times(t, p, dpolicy[i], own, self_keep, need_policy))
+            if mean is not None and t.shape[3] > 0:
+                tail = floor[i, :, r, None].mul(by_mean - delta[i, :, r])
+                t.scatter_add_(3, argmax[i, :, r, None].clamp(min=0).long(), tail)
+            if need_size:
+                dlog[i] += t.sum(2)
+            ds = t.to(keys.k.dtype)
+            dq[i, r] = _product(ds, keys.k[i]).mul_(scale).transpose(1, 2)
+            dk[i] += _product(ds.transpose(2, 3), queries)
+            if not need_v:
+                continue
+            if p is not None:
+                own.spare(share, self_keep, lambda: share.mul_(p))
+            if mean is not None and seen is not None:
+                share += seen * (floor[i, :, r, None] / number)
+            if exclude_self:
+                own.write(share, 0.0)
+            dv[i] += _product(share.to(values.dtype).transpose(2, 3), g)
+            if mean is not None and seen is None:
+                dv[i] += (floor[i, :, r, None].transpose(2, 3) @ g.to(keys.dtype)) / number
+    dk *= scale
+    if keys.part is not None:
+        dv.masked_fill_(~keys.part, 0)
+    dk, dv = (_per_group(t, k.shape[1]).transpose(1, 2).to(q.dtype) for t in (dk, dv))
+    nothing = dlog[:, 0, :0]
+    dsize = nothing
+    if size is not None and need_size:
+        live = size > 0
+        dsize = dlog.sum(1).div_(torch.where(live, size, 1)).masked_fill_(~live, 0)
+    if policy is None or not need_policy:
+        dpolicy = nothing.clone()
+    else:
+        dpolicy = dpolicy.sum(1) if policy.dim() == 2 else dpolicy
+        if policy_grad == "kept":
+            dpolicy = torch.where(policy > 0, dpolicy, 0)
+    return dq, dk, dv if need_v else dv[:, :0], dpolicy, dsize
+
+
+def _times(
+    t: Tensor, policy: Tensor, total: Tensor, own: _Own, self_keep: bool, need_policy: bool
+) -> None:
+    """Multiply a map by the policy, in place; before, add its sums by key to their total."""
+    if need_policy:
+        if self_keep:  # a row's own key knows no policy
+            own.write(t, 0.0)
+        total += t.sum(2)
+    t *= policy
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    query_weight: Tensor | None,
+    policy: Tensor | None,
+    size: Tensor | None,
+    key_padding_mask: Tensor | None,
+    position: Tensor | None,
+    lse: Tensor | None,
+    self_keep: bool,
+    exclude_self: bool,
+    eps: float,
+    is_causal: bool,
+    scale: float,
+    head_reduce: str,
+) -> Tensor:
+    """Attention that each key receives, [B, Nk], or [B, H, Nk] without a reduction over heads."""
+    options = self_keep, exclude_self, eps, is_causal, scale
+    keys = _keys(q, k, policy, size, key_padding_mask, position, *options)
+    maps = _Maps(keys.dtype, q.device)
+    score = keys.k.new_zeros(keys.k.shape[:3], dtype=keys.dtype)
+    with no_autocast(q.device.type):
+        for block in _blocks(q, k, keys):
+            i, r = block.images, block.rows
+            queries = _rows(q[i, :, r], keys)
+            weight, sums = _weights(queries, block, keys, maps.take(0, queries, keys.k))
+            factor = sums.inverse.transpose(2, 3)  # [b, H, 1, R]
+            if query_weight is not None:
+                of_rows = query_weight[i, ..., r].to(keys.dtype)
+                factor = factor * (of_rows[:, None] if of_rows.dim() == 2 else of_rows)[:, :, None]
+            score[i] += (factor @ weight)[:, :, 0]
+            if eps > 0 and not keys.by_row:
+                spread = (factor @ sums.eps)[:, :, 0] / keys.count[i, 0]  # [b, H, 1]
+                score[i] += spread if keys.part is None else spread * keys.part[i, :, :, 0]
+    if head_reduce == "none":
+        return score
+    return score.mean(1) if head_reduce == "mean" else score.sum(1)
+
+
+# ---- blocks of rows ----
+
+
+def _keys(
+    q: Tensor,
+    k: Tensor,
+    policy: Tensor | None,
+    size: Tensor | None,
+    key_padding_mask: Tensor | None,
+    position: Tensor | None,
+    self_keep: bool,
+    exclude_self: bool,
+    eps: float,
+    is_causal: bool,
+    scale: float,
+) -> _Keys:
+    dtype = acc_dtype(q)
+    part = None if key_padding_mask is None else ~key_padding_mask
+    if size is not None:
+        part = size > 0 if part is None else part & (size > 0)
+    if part is not None and part.is_cpu and bool(part.all()):
+        part = None
+    bias = None if size is None else size.to(dtype).log()
+    count = torch.full((k.shape[0], 1, 1, 1), max(k.shape[2], 1), dtype=dtype, device=k.device)
+    if part is not None:
+        bias = bias if bias is not None else torch.zeros(part.shape, dtype=dtype, device=k.device)
+        bias = bias.masked_fill(~part, -math.inf)
+        count = part.sum(1).clamp(min=1).to(dtype)[:, None, None, None]
+        part = part[:, None, :, None]
+    if policy is not None:
+        policy = policy.to(dtype)
+        # The inverse of a smaller one is no number: it counts as 0.
+        policy = torch.where(policy < torch.finfo(dtype).tiny, 0, policy)
+        policy = policy[:, None, None] if policy.dim() == 2 else policy[:, :, None]
+    if position is not None:
+        position = position.long().view(1, -1) if position.dim() == 1 else position.long()
+        position = position[:, None, :, None]
+    # bfloat16 has fast products, whose sums are in float32; then maps are rounded to it, as those
+    # of eager code are, but never the sums over them.
+    low = q.dtype == torch.bfloat16 or (q.dtype == torch.float16 and not q.is_cpu)
+    k = _per_head(_without_padding(k, part).to(q.dtype if low else dtype), q.shape[1])
+    return _Keys(
+        *(k.contiguous(), dtype),
+        *(None if bias is None else bias[:, None, None], policy, part, count, position),
+        *(self_keep, exclude_self, eps, is_causal, scale),
+    )
+
+
+def _values(v: Tensor, keys: _Keys) -> Tensor:
+    """Values [B, H, Nk, Dv] in the type of products, dense; 0 for padding."""
+    v = _per_head(_without_padding(v, keys.part).to(keys.k.dtype), keys.k.shape[1])
+    return v.contiguous()
+
+
+def _is_fused(q: Tensor, v: Tensor, keys: _Keys) -> bool:
+    """Whether PyTorch's fused attention for CPUs serves: single precision, no weights but sizes.
+
+    In bfloat16 it takes longer than two products and a softmax.
+    """
+    if q.dtype != torch.float32 or not q.is_cpu or q.shape[3] != v.shape[3]:
+        return False
+    plain = keys.policy is None and keys.part is None and keys.eps == 0
+    masked = keys.is_causal or keys.exclude_self
+    return plain and not masked and min(q.numel(), keys.k.numel()) > 0
+
+
+def _fused(q: Tensor, keys: _Keys) -> dict[str, Any]:
+    bias = keys.bias
+    if bias is not None:
+        bias = bias.expand(-1, -1, q.shape[2], -1)
+    return {"attn_mask": bias, "scale": keys.scale}
+
+
+def _mean(values: Tensor, keys: _Keys) -> Tensor:
+    """Mean of the values of keys that take part, [B, H, 1, Dv] in the type of sums."""
+    return values.sum(2, keepdim=True, dtype=keys.dtype) / keys.count
+
+
+def _without_padding(x: Tensor, part: Tensor | None) -> Tensor:
+    """Keys or values with 0 for padding, whose NaN would outlast a weight of 0."""
+    return x if part is None else torch.where(part, x, 0)
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Give each head of queries the keys or values that it shares with its group."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _per_group(x: Tensor, groups: int) -> Tensor:
+    """The adjoint of :func:`_per_head`: sums over the heads of each group."""
+    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
+
+
+def _blocks(q: Tensor, k: Tensor, keys: _Keys) -> Iterator[_Block]:
+    """Several whole images where those are small, else some rows of one."""
+    (batch, heads, rows), per_row = q.shape[:3], max(1, q.shape[1] * k.shape[2])
+    images = max(1, MAP_AT_A_TIME // (per_row * max(1, rows)))
+    count = max(1, rows)
+    if per_row * rows > MAP_AT_A_TIME:
+        count = max(ROWS_AT_LEAST, MAP_AT_A_TIME // per_row)
+    for image in range(0, batch, images):
+        i = slice(image, min(image + images, batch))
+        for row in range(0, rows, count):
+            r = slice(row, min(row + count, rows))
+            position = keys.position
+            if position is not None:
+                position = position[i if position.shape[0] > 1 else slice(None), :, r]
+            yield _Block(i, r, position)
+
+
+def _rows(x: Tensor, keys: _Keys) -> Tensor:
+    """Rows of a block in the type of products, dense."""
+    return x.to(keys.k.dtype).contiguous()
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Products of matrices of images and heads, in the type of ``out`` if that is given."""
+    flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=_as_product(out, a))
+    product = flat.view(*a.shape[:3], b.shape[3])
+    return product if out is None or out.dtype == a.dtype else out.copy_(product)
+
+
+def _as_product(out: Tensor | None, a: Tensor) -> Tensor | None:
+    return None if out is None or out.dtype != a.dtype else out.flatten(0, 1)
+
+
+class _Maps:
+    """Memory for the maps of one block after the other: fresh memory costs more than it holds."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._flat = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
+
+    def take(self, which: int, rows: Tensor, keys: Tensor) -> Tensor:
+        """A map [b, H, R, Nk], not initialised."""
+        shape = *rows.shape[:3], keys.shape[2]
+        if self._flat[which].numel() < math.prod(shape):
+            self._flat[which] = self._flat[which].new_empty(math.prod(shape))
+        return self._flat[which][: math.prod(shape)].view(shape)
+
+
+def _logits(rows: Tensor, block: _Block, keys: _Keys, out: Tensor) -> Tensor:
+    """What the rows' softmax is of, before a policy; -inf for what they do not see."""
+    s = _product(rows, keys.k[block.images].transpose(2, 3), out)  # [b, H, R, Nk]
+    if keys.bias is None:
+        s *= keys.scale
+    else:
+        torch.add(keys.bias[block.images], s, alpha=keys.scale, out=s)
+    if keys.is_causal:
+        s.masked_fill_(~_not_behind(block, keys), -math.inf)
+    return s
+
+
+def _not_behind(block: _Block, keys: _Keys) -> Tensor:
+    """Bool [1 or b, 1, R, Nk], true for keys up to each row's position."""
+    key = torch.arange(keys.k.shape[2], device=keys.k.device)
+    at = block.position
+    if at is None:
+        at = torch.arange(block.rows.start, block.rows.stop, device=key.device)[None, None, :, None]
+    return key <= at
+
+
+def _seen(block: _Block, keys: _Keys) -> tuple[Tensor, Tensor]:
+    """Which keys each row sees, in the type of sums, and how many, one at least."""
+    seen = torch.ones((), dtype=torch.bool, device=keys.k.device)
+    if keys.part is not None:
+        seen = keys.part[block.images].transpose(2, 3)
+    if keys.is_causal:
+        seen = seen & _not_behind(block, keys)
+    rows = block.rows.stop - block.rows.start
+    seen = seen.expand(*torch.broadcast_shapes(seen.shape, (1, 1, rows, keys.k.shape[2])))
+    seen = seen.to(keys.dtype)
+    return seen, seen.sum(-1, keepdim=True).clamp_(min=1)
+
+
+class _Sums(NamedTuple):
+    """Of the rows of a block, [b, H, R, 1], but for the first and the last."""
+
+    lse: Tensor  # [b, H, R]
+    inverse: Tensor  # of the sum of the weights
+    eps: Tensor  # weight of the mean of the values; 0 for a row that sees nothing
+    floor: Tensor  # share of eps in the sum
+    argmax: Tensor | None  # int32 [b, H, R], with eps alone
+
+
+def _weights(rows: Tensor, block: _Block, keys: _Keys, out: Tensor) -> tuple[Tensor, _Sums]:
+    """Weights of the keys, not yet divided by their sum; see the contract's formulas."""
+    s = _logits(rows, block, keys, out)
+    own = _Own(block, s.shape[3])
+    policy = None if keys.policy is None else keys.policy[block.images]
+    if policy is not None and keys.eps == 0:  # no dropped key makes the others vanish
+        own.spare(s, keys.self_keep, lambda: s.add_(policy.log()))
+    argmax = None
+    if s.shape[3] == 0:
+        largest = s.new_full((*s.shape[:3], 1), -math.inf)
+    elif keys.eps > 0:
+        largest, argmax = s.max(-1, keepdim=True)  # the first of equals
+    else:
+        largest = s.amax(-1, keepdim=True)
+    some = largest > -math.inf
+    # PyTorch's softmax takes less time than its exponential function: w_ij / sum_j w_ij.
+    torch.softmax(s, -1, out=s)
+    if _may_be_true(~some):
+        s.masked_fill_(~some, 0)
+    top = s.amax(-1, keepdim=True) if s.shape[3] > 0 else s.new_zeros(some.shape)
+    eps = keys.eps * top  # relative to the largest weight
+    total = some.to(s.dtype)
+    if policy is not None and keys.eps > 0:
+        own.spare(s, keys.self_keep, lambda: s.mul_(policy))
+        total = s.sum(-1, keepdim=True)
+    total = total + eps
+    lse = torch.where(total > 0, largest + total.log() - top.log(), -math.inf)[..., 0]
+    inverse = torch.where(total == 0, 1, total).reciprocal_()
+    if keys.by_row:
+        seen, number = _seen(block, keys)
+        s += seen * (eps / number)
+    if keys.exclude_self:
+        own.write(s, 0.0)
+    argmax = None if argmax is None else torch.where(some, argmax, -1)[..., 0].int()
+    return s, _Sums(lse, inverse, eps, eps * inverse, argmax)
+
+
+def _may_be_true(condition: Tensor) -> bool:
+    """Whether some element is true: exactly on the CPU, where looking does not wait for anything."""
+    return not condition.is_cpu or bool(condition.any())
