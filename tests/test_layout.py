@@ -18,7 +18,7 @@ PACKAGE = ROOT / "tokenops"
 OPERATORS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "__init__.py").is_file())
 
 #: The modules that compute; ``api`` and ``schema`` only lead to them.
-IMPLEMENTATIONS = ("reference", "triton")
+IMPLEMENTATIONS = ("reference", "composed", "triton")
 
 SOURCES = sorted(
     path
@@ -57,7 +57,8 @@ def test_an_operator_is_complete(word):
     required = {
         f"tokenops/ops/{word}/api.py": "the public function: docstring, checks, choice of backend",
         f"tokenops/ops/{word}/schema.py": "schema, fake and backward of the registered operators",
-        f"tokenops/ops/{word}/reference.py": "plain PyTorch, the oracle and the fallback",
+        f"tokenops/ops/{word}/reference.py": "plain PyTorch, the oracle",
+        f"tokenops/ops/{word}/composed.py": "fast plain PyTorch, which serves where no kernel does",
         f"csrc/{word}": "compiled kernels, by the same word",
         f"csrc/{word}/{word}_cpu.cpp": "kernels for the CPU, with their registration",
         f"tests/ops/test_{word}.py": "forward and gradients on each backend, dtype and layout",
@@ -89,7 +90,7 @@ def test_every_public_operator_is_exported(word):
 
 
 def test_implementations_never_import_one_another_or_the_api():
-    """What two of them share goes to common.py; a reference may build on another reference."""
+    """What two of them share goes to common.py; one may build on another operator's of its kind."""
     wrong = []
     for path in modules("ops/*/*.py", "ops/*/triton/*.py"):
         kind = path.parent.name if path.parent.name == "triton" else path.stem
@@ -118,7 +119,7 @@ def test_schemas_do_not_import_the_api():
 def test_schemas_and_references_import_torch_alone():
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for path in modules("ops/*/schema.py", "ops/*/reference.py")
+        for path in modules("ops/*/schema.py", "ops/*/reference.py", "ops/*/composed.py")
         for name, line in imports(path)
         if name.split(".")[0] in ("numpy", "triton", "transformers", "timm", "diffusers")
     ]

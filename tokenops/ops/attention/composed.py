@@ -37,7 +37,7 @@ class _Keys(NamedTuple):
     bias: Tensor | None  # logarithm of the size, -inf for padding, [B, 1, 1, Nk]
     policy: Tensor | None  # [B, 1 or H, 1, Nk]
     part: Tensor | None  # bool [B, 1, Nk, 1], false for padding; None for all true
-    count: Tensor  # keys that take part, one at least, [B, 1, 1, 1]
+    number: Tensor  # keys that take part, one at least, [B, 1, 1, 1]
     position: Tensor | None  # key that stands where each query does, int64 [1 or B, 1, Nq, 1]
     self_keep: bool
     exclude_self: bool
@@ -110,17 +110,18 @@ def policy_attention(
     policy_grad: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, Nq, H, Dv], L [B, H, Nq] and, with eps, floor and argmax [B, H, Nq] of each row."""
+    """Output [B, Nq, H, Dv], L [B, H, Nq] and, with eps, floor and argmax [B, H, Nq] of rows."""
     options = self_keep, exclude_self, eps, is_causal, scale
     keys = _keys(q, k, policy, size, key_padding_mask, position, *options)
     if _is_fused(q, v, keys):
         attended, lse = _fused_attention(q, keys.k, _values(v, keys), 0.0, False, **_fused(q, keys))
-        return attended.transpose(1, 2), lse, lse[..., :0], lse[..., :0].int()
+        none = lse.new_empty(*lse.shape[:2], 0)
+        return attended.transpose(1, 2), lse, none, none.int()
     values, maps = _values(v, keys), _Maps(keys.dtype, q.device)
     batch, heads, rows = q.shape[:3]
     out = q.new_empty(batch, rows, heads, v.shape[3])
     lse = q.new_empty(batch, heads, rows, dtype=keys.dtype)
-    floor = torch.empty_like(lse) if eps > 0 else lse[..., :0]
+    floor = q.new_empty(batch, heads, rows if eps > 0 else 0, dtype=keys.dtype)
     argmax = torch.empty_like(floor, dtype=torch.int32)
     mean = _mean(values, keys) if eps > 0 else None
     with no_autocast(q.device.type):
@@ -175,7 +176,13 @@ def policy_attention_backward(
             _per_group(t, heads).transpose(1, 2)
             for t, heads in zip(gradients, (q.shape[1], k.shape[1], k.shape[1]), strict=True)
         )
-        return dq, dk, dv if need_v else dv[:, :0], lse.new_empty(q.shape[0], 0), lse.new_empty(q.shape[0], 0)
+        return (
+            dq,
+            dk,
+            dv if need_v else dv[:, :0],
+            lse.new_empty(q.shape[0], 0),
+            lse.new_empty(q.shape[0], 0),
+        )
     mean = _mean(values, keys) if eps > 0 else None
     delta = (grad.to(keys.dtype) * out).sum(-1).transpose(1, 2)[..., None]  # [B, H, Nq, 1]
     if grad_lse is not None:
@@ -205,14 +212,17 @@ def policy_attention_backward(
             if exclude_self:
                 own.write(t, 0.0)
             if mean is not None:  # g_i . (mean of the values)
-                seen, number = _seen(block, keys) if keys.by_row else (None, keys.count[i])
+                seen, number = _seen(block, keys) if keys.by_row else (None, keys.number[i])
                 if seen is None:
                     by_mean = _product(g, mean[i].transpose(2, 3).to(g.dtype)).to(keys.dtype)
                 else:
                     by_mean = (t * seen).sum(-1, keepdim=True) / number
             t.sub_(delta[i, :, r]).mul_(share)
             if p is not None:
-                own.spare(t, self_keep, lambda: _times(t, p, dpolicy[i], own, self_keep, need_policy))
+                kept = own.read(t) if self_keep else None
+                _times(t, p, dpolicy[i], own, self_keep, need_policy)
+                if kept is not None:
+                    own.write(t, kept)
             if mean is not None and t.shape[3] > 0:
                 tail = floor[i, :, r, None].mul(by_mean - delta[i, :, r])
                 t.scatter_add_(3, argmax[i, :, r, None].clamp(min=0).long(), tail)
@@ -224,7 +234,10 @@ def policy_attention_backward(
             if not need_v:
                 continue
             if p is not None:
-                own.spare(share, self_keep, lambda: share.mul_(p))
+                kept = own.read(share) if self_keep else None
+                share *= p
+                if kept is not None:
+                    own.write(share, kept)
             if mean is not None and seen is not None:
                 share += seen * (floor[i, :, r, None] / number)
             if exclude_self:
@@ -236,13 +249,12 @@ def policy_attention_backward(
     if keys.part is not None:
         dv.masked_fill_(~keys.part, 0)
     dk, dv = (_per_group(t, k.shape[1]).transpose(1, 2).to(q.dtype) for t in (dk, dv))
-    nothing = dlog[:, 0, :0]
-    dsize = nothing
+    dsize = lse.new_empty(q.shape[0], 0)
     if size is not None and need_size:
         live = size > 0
         dsize = dlog.sum(1).div_(torch.where(live, size, 1)).masked_fill_(~live, 0)
     if policy is None or not need_policy:
-        dpolicy = nothing.clone()
+        dpolicy = lse.new_empty(q.shape[0], 0)
     else:
         dpolicy = dpolicy.sum(1) if policy.dim() == 2 else dpolicy
         if policy_grad == "kept":
@@ -293,7 +305,7 @@ def attention_scores(
                 factor = factor * (of_rows[:, None] if of_rows.dim() == 2 else of_rows)[:, :, None]
             score[i] += (factor @ weight)[:, :, 0]
             if eps > 0 and not keys.by_row:
-                spread = (factor @ sums.eps)[:, :, 0] / keys.count[i, 0]  # [b, H, 1]
+                spread = (factor @ sums.eps)[:, :, 0] / keys.number[i, 0]  # [b, H, 1]
                 score[i] += spread if keys.part is None else spread * keys.part[i, :, :, 0]
     if head_reduce == "none":
         return score
@@ -337,14 +349,20 @@ def _keys(
     if position is not None:
         position = position.long().view(1, -1) if position.dim() == 1 else position.long()
         position = position[:, None, :, None]
-    # bfloat16 has fast products, whose sums are in float32; then maps are rounded to it, as those
-    # of eager code are, but never the sums over them.
-    low = q.dtype == torch.bfloat16 or (q.dtype == torch.float16 and not q.is_cpu)
-    k = _per_head(_without_padding(k, part).to(q.dtype if low else dtype), q.shape[1])
+    k = _per_head(_without_padding(k, part).to(dtype), q.shape[1])
     return _Keys(
-        *(k.contiguous(), dtype),
-        *(None if bias is None else bias[:, None, None], policy, part, count, position),
-        *(self_keep, exclude_self, eps, is_causal, scale),
+        k.contiguous(),
+        dtype,
+        None if bias is None else bias[:, None, None],
+        policy,
+        part,
+        count,
+        position,
+        self_keep,
+        exclude_self,
+        eps,
+        is_causal,
+        scale,
     )
 
 
@@ -375,7 +393,7 @@ def _fused(q: Tensor, keys: _Keys) -> dict[str, Any]:
 
 def _mean(values: Tensor, keys: _Keys) -> Tensor:
     """Mean of the values of keys that take part, [B, H, 1, Dv] in the type of sums."""
-    return values.sum(2, keepdim=True, dtype=keys.dtype) / keys.count
+    return values.sum(2, keepdim=True, dtype=keys.dtype) / keys.number
 
 
 def _without_padding(x: Tensor, part: Tensor | None) -> Tensor:
@@ -395,7 +413,7 @@ def _per_group(x: Tensor, groups: int) -> Tensor:
 
 def _blocks(q: Tensor, k: Tensor, keys: _Keys) -> Iterator[_Block]:
     """Several whole images where those are small, else some rows of one."""
-    (batch, heads, rows), per_row = q.shape[:3], max(1, q.shape[1] * k.shape[2])
+    batch, rows, per_row = q.shape[0], q.shape[2], max(1, q.shape[1] * k.shape[2])
     images = max(1, MAP_AT_A_TIME // (per_row * max(1, rows)))
     count = max(1, rows)
     if per_row * rows > MAP_AT_A_TIME:
@@ -522,5 +540,5 @@ def _weights(rows: Tensor, block: _Block, keys: _Keys, out: Tensor) -> tuple[Ten
 
 
 def _may_be_true(condition: Tensor) -> bool:
-    """Whether some element is true: exactly on the CPU, where looking does not wait for anything."""
+    """Whether some element is true: exactly on the CPU, where looking does not wait."""
     return not condition.is_cpu or bool(condition.any())

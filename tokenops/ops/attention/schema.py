@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import _backend
 from ..._library import acc_dtype, differentiates, register
-from . import reference
+from . import composed, reference
 
 
 def _differentiable(ops: Any) -> Any:
@@ -94,6 +94,7 @@ register(
     " bool is_causal, str policy_grad, float scale)"
     " -> (Tensor out, Tensor lse, Tensor floor, Tensor argmax)",
     reference=reference.policy_attention,
+    composed=composed.policy_attention,
     fake=_attention_fake,
     backward=_attention_backward,
     setup_context=_attention_setup,
@@ -151,6 +152,7 @@ register(
     " bool is_causal, str policy_grad, float scale, bool need_v, bool need_policy, bool need_size)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dpolicy, Tensor dsize)",
     reference=reference.policy_attention_backward,
+    composed=composed.policy_attention_backward,
     fake=_attention_backward_fake,
     flops=_attention_backward_flops,
     shared=("position",),
@@ -237,6 +239,7 @@ register(
     " Tensor? key_padding_mask, Tensor? position, Tensor? lse, bool self_keep, bool exclude_self,"
     " float eps, bool is_causal, float scale, str head_reduce) -> Tensor",
     reference=reference.attention_scores,
+    composed=composed.attention_scores,
     fake=_scores_fake,
     backward=_scores_backward,
     setup_context=_scores_setup,

@@ -24,7 +24,7 @@ SCORES_AT_A_TIME = 1 << 20
 
 
 class _Split(NamedTuple):
-    """Tokens by their role; by a stride, or else by lists, int64 ``[B, .]``, ascending, in range."""
+    """Tokens by their role; by a stride, else by ascending lists, int64 ``[B, .]``."""
 
     tokens: int
     num_sources: int
@@ -78,7 +78,8 @@ def nearest(
     a: Tensor, b: Tensor, a_mask: Tensor | None, b_mask: Tensor | None, similarity: str
 ) -> tuple[Tensor, Tensor]:
     """Most similar row of ``b`` for each row of ``a``: score [B, Na] and index [B, Na]."""
-    score, index = _search(_comparable(a, similarity), _comparable(b, similarity), b_mask)
+    cosine = similarity == "cosine"
+    score, index = _search(_comparable(a, cosine), _comparable(b, cosine), b_mask)
     if a_mask is not None:
         score = score.masked_fill_(~a_mask, -math.inf)
         index = index.masked_fill_(~a_mask, -1)
@@ -92,13 +93,16 @@ def search(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
-    similarity: str,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
+    cosine: bool,
 ) -> tuple[Tensor, Tensor]:
     """Best destination of each source; see the schema for the arguments and results."""
     batch, tokens = metric.shape[0], metric.shape[-2]
-    by_index = source_index, destination_index, stride
-    split = _split(batch, tokens, num_prefix, *by_index, metric.device)
-    score, choice = _best_pairs(metric, num_prefix, protected, split, similarity)
+    by = source_index, destination_index, stride, grid_width, cell_height, cell
+    split = _split("search", batch, tokens, num_prefix, *by, metric.device)
+    score, choice = _best_pairs(metric, num_prefix, protected, split, cosine)
     if split.source_order is not None:
         score = torch.empty_like(score).scatter_(1, split.source_order, score)
         choice = torch.empty_like(choice).scatter_(1, split.source_order, choice)
@@ -113,21 +117,27 @@ def match(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     threshold: float | None,
+    thresholds: Tensor | None,
     order: str,
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bipartite matching; see the schema for the arguments and results."""
     batch, tokens = metric.shape[0], metric.shape[-2]
-    by_index = source_index, destination_index, stride
-    split = _split(batch, tokens, num_prefix, *by_index, metric.device)
+    by = source_index, destination_index, stride, grid_width, cell_height, cell
+    split = _split("match", batch, tokens, num_prefix, *by, metric.device)
+    least, cosine = _least(threshold, thresholds, metric), similarity == "cosine"
+    r = common.mergeable(tokens, r)
     free = split.num_sources - split.prefix_sources
     if metric.is_cpu and protected is None and split.stride > 0 and 0 < r <= free:
-        pairs = _few_pairs(metric, r, split, threshold, _sorts(order, num_prefix), similarity)
+        pairs = _few_pairs(metric, r, split, least, _sorts(order, num_prefix), cosine)
         if pairs is not None:
-            return _map(pairs, split, r, num_prefix, threshold, order)
-    score, choice = _best_pairs(metric, num_prefix, protected, split, similarity)
-    return _select(score, choice, tokens, r, num_prefix, protected, split, threshold, order)
+            return _map(pairs, split, r, num_prefix, least is not None, order)
+    score, choice = _best_pairs(metric, num_prefix, protected, split, cosine)
+    return _select(score, choice, r, num_prefix, protected, split, least, order)
 
 
 def select(
@@ -140,29 +150,34 @@ def select(
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     threshold: float | None,
+    thresholds: Tensor | None,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The map of the best pairs; see the schema for the arguments and results."""
-    by_index = source_index, destination_index, stride
-    split = _split(score.shape[0], tokens, num_prefix, *by_index, score.device)
+    by = source_index, destination_index, stride, grid_width, cell_height, cell
+    split = _split("select", score.shape[0], tokens, num_prefix, *by, score.device)
     if split.source_order is not None:
         score = score.gather(1, split.source_order)
         choice = choice.gather(1, split.source_order)
-    return _select(score, choice, tokens, r, num_prefix, protected, split, threshold, order)
+    r, least = common.mergeable(tokens, r), _least(threshold, thresholds, score)
+    return _select(score, choice, r, num_prefix, protected, split, least, order)
 
 
 # ---- the search ----
 
 
 def _best_pairs(
-    metric: Tensor, num_prefix: int, protected: Tensor | None, split: _Split, similarity: str
+    metric: Tensor, num_prefix: int, protected: Tensor | None, split: _Split, cosine: bool
 ) -> tuple[Tensor, Tensor]:
     """Best destination of each source and its similarity, [B, Ns], both sides ascending."""
-    x = _comparable(metric, similarity)
+    x = _comparable(metric, cosine)
     takes_part, first = None, 0
     if protected is not None or (split.stride == 0 and num_prefix > 0):
-        closed = common.taboo(*x.shape[:2], num_prefix, protected, x.device)
+        closed = common.taboo(x.shape[0], x.shape[1], num_prefix, protected, x.device)
         takes_part = ~closed.gather(1, split.lists(x.shape[0], x.device)[1])
     else:
         first = split.prefix_destinations
@@ -174,7 +189,7 @@ def _best_pairs(
 
 
 def _few_pairs(
-    metric: Tensor, r: int, split: _Split, threshold: float | None, sort: bool, similarity: str
+    metric: Tensor, r: int, split: _Split, least: float | Tensor | None, sort: bool, cosine: bool
 ) -> _Pairs | None:
     """The best pairs, of which only the r that merge are looked up; None where that does not do.
 
@@ -186,7 +201,7 @@ def _few_pairs(
     columns = split.num_destinations - split.prefix_destinations
     if batch * rows * columns > SCORES_AT_A_TIME or columns <= 0 or metric.numel() == 0:
         return None
-    a, b = split.sides(_comparable(metric, similarity))
+    a, b = split.sides(_comparable(metric, cosine))
     a, b = a[:, split.prefix_sources :], b[:, split.prefix_destinations :]
     with no_autocast(a.device.type):
         scores = torch.bmm(a, b.transpose(1, 2))  # [B, Na, Nb]
@@ -197,7 +212,7 @@ def _few_pairs(
     image = torch.arange(0, batch * rows, rows, device=best.device)[:, None]
     chosen = scores.view(-1, columns).index_select(0, (sources + image).view(-1))
     destinations = chosen.argmax(dim=1).view(sources.shape)  # the first of equal maxima
-    live = None if threshold is None else best.gather(1, sources) >= threshold
+    live = None if least is None else best.gather(1, sources) >= least
     if split.prefix_sources > 0:
         sources = sources + split.prefix_sources
     if split.prefix_destinations > 0:
@@ -213,13 +228,14 @@ def _as_sums(x: Tensor) -> Tensor:
 def _inverse_lengths(rows: Tensor) -> Tensor:
     """One over the length of each row [B, N, 1]; 0 where it is 0."""
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return length.reciprocal().masked_fill_(length == 0, 0)
+    inverse: Tensor = length.reciprocal().masked_fill_(length == 0, 0)
+    return inverse
 
 
-def _comparable(x: Tensor, similarity: str) -> Tensor:
+def _comparable(x: Tensor, cosine: bool) -> Tensor:
     """Rows [B, N, D] whose dot products are the similarities."""
     rows = _as_sums(x)
-    return rows * _inverse_lengths(rows) if similarity == "cosine" else rows
+    return rows * _inverse_lengths(rows) if cosine else rows
 
 
 def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -260,7 +276,7 @@ def _nearest_block(
 
 
 def _may_be_true(condition: Tensor) -> bool:
-    """Whether some element is true: exactly on the CPU, where looking does not wait for anything."""
+    """Whether some element is true: exactly on the CPU, where looking does not wait."""
     return not condition.is_cpu or bool(condition.any())
 
 
@@ -268,24 +284,33 @@ def _may_be_true(condition: Tensor) -> bool:
 
 
 def _split(
+    operator: str,
     batch: int,
     tokens: int,
     num_prefix: int,
     source_index: Tensor | None,
     destination_index: Tensor | None,
     stride: int,
+    grid_width: int,
+    cell_height: int,
+    cell: Tensor | None,
     device: torch.device,
 ) -> _Split:
-    if source_index is None or destination_index is None:
-        count, before = tokens // stride, num_prefix // stride
-        return _Split(tokens, tokens - count, count, stride, num_prefix - before, before)
-    last = max(tokens - 1, 0)
-    lists = []
-    for index in (source_index, destination_index):
-        ascending, order = index.long().clamp(0, last).sort(dim=-1, stable=True)
-        lists += [ascending.expand(batch, -1), order.expand(batch, -1)]
-    counts = lists[0].shape[1], lists[2].shape[1]
-    return _Split(tokens, *counts, 0, 0, 0, lists[0], lists[2], lists[1], lists[3])
+    by = source_index, destination_index, stride, grid_width, cell_height, cell
+    common.check_split(operator, *by)
+    if source_index is not None and destination_index is not None:
+        last, lists = max(tokens - 1, 0), []
+        for index in (source_index, destination_index):
+            ascending, order = index.long().clamp(0, last).sort(dim=-1, stable=True)
+            lists += [ascending.expand(batch, -1), order.expand(batch, -1)]
+        counts = lists[0].shape[1], lists[2].shape[1]
+        return _Split(tokens, *counts, 0, 0, 0, lists[0], lists[2], lists[1], lists[3])
+    counts = common.counts(operator, tokens, num_prefix, *by[2:])
+    if grid_width == 0:
+        before = num_prefix // stride
+        return _Split(tokens, *counts, stride, num_prefix - before, before)
+    sides = common.sides(operator, batch, tokens, num_prefix, *by, device)  # ascending
+    return _Split(tokens, *counts, 0, 0, 0, sides.sources, sides.listed)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -296,6 +321,13 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 # ---- the choice of the sources, and the map ----
+
+
+def _least(
+    threshold: float | None, thresholds: Tensor | None, like: Tensor
+) -> float | Tensor | None:
+    """How similar pairs have to be: a number, one for each image [B, 1], or None."""
+    return threshold if thresholds is None else thresholds.to(acc_dtype(like))[:, None]
 
 
 def _sorts(order: str, num_prefix: int) -> bool:
@@ -316,12 +348,11 @@ def _top(score: Tensor, r: int, sort: bool) -> tuple[Tensor, Tensor | None]:
 def _select(
     score: Tensor,
     choice: Tensor,
-    tokens: int,
     r: int,
     num_prefix: int,
     protected: Tensor | None,
     split: _Split,
-    threshold: float | None,
+    least: float | Tensor | None,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The map of the best pairs, both sides ascending."""
@@ -334,19 +365,19 @@ def _select(
     else:
         # Eligible sources come first, protected ones as a last resort, prefix tokens never.
         tokens_of_sources = split.lists(batch, device)[0]
-        closed = common.taboo(batch, tokens, num_prefix, protected, device)
+        closed = common.taboo(batch, split.tokens, num_prefix, protected, device)
         grade = closed.gather(1, tokens_of_sources).int() + (tokens_of_sources < num_prefix)
         score = score.masked_fill(grade > 0, -math.inf)
         by_score = score.argsort(dim=1, descending=True, stable=True)
         by_grade = grade.gather(1, by_score).argsort(dim=1, stable=True)
         sources = by_score.gather(1, by_grade)[:, :r_here]
-        live = grade.gather(1, sources) < (1 if threshold is not None else 2)
+        live = grade.gather(1, sources) < (2 if least is None else 1)
     destinations = choice.gather(1, sources)
-    if threshold is not None:
-        similar = (score.gather(1, sources) >= threshold) & (destinations >= 0)
+    if least is not None:
+        similar = (score.gather(1, sources) >= least) & (destinations >= 0)
         live = similar if live is None else live & similar
     pairs = _Pairs(sources, destinations.clamp(min=0).long(), live, by_score if sort else None)
-    return _map(pairs, split, r, num_prefix, threshold, order)
+    return _map(pairs, split, r, num_prefix, least is not None, order)
 
 
 def _map(
@@ -354,21 +385,23 @@ def _map(
     split: _Split,
     r: int,
     num_prefix: int,
-    threshold: float | None,
+    limited: bool,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output token of each token, its inverse, and the number of live output tokens."""
     (batch, merged), tokens = pairs.sources.shape, split.tokens
-    outputs = tokens if threshold is not None else tokens - r
+    outputs = tokens if limited else tokens - r
     if order == "position" or merged == 0:  # where nothing merges, the identity in either order
         assign = _by_position(pairs, split)
     else:
         assign = _as_tome(pairs, split, num_prefix)
     if pairs.live is None:
-        counts = torch.full((batch,), tokens - merged, dtype=torch.int32, device=assign.device)
+        counts = torch.full(
+            (batch,), min(tokens - merged, outputs), dtype=torch.int32, device=assign.device
+        )
     else:
-        counts = (tokens - pairs.live.sum(dim=1)).int()
-    if split.stride > 0 and (threshold is not None or (pairs.live is None and merged == r)):
+        counts = (tokens - pairs.live.sum(dim=1)).clamp(max=outputs).int()
+    if split.stride > 0 and (limited or (pairs.live is None and merged == r)):
         return assign.int(), *invert_partition(assign, outputs), counts
     # Fewer may have merged than r; what has no place among the outputs is dropped.
     assign = torch.where(assign < outputs, assign, -1)

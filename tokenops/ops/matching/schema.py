@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import _backend
 from ..._library import acc_dtype, register
 from ..merging import schema as _merging  # noqa: F401 - registers what the backward calls
-from . import common, reference
+from . import common, composed, reference
 
 # ---- nearest ----
 
@@ -82,6 +82,7 @@ register(
     "nearest(Tensor a, Tensor b, Tensor? a_mask, Tensor? b_mask, str similarity)"
     " -> (Tensor score, Tensor index)",
     reference=reference.nearest,
+    composed=composed.nearest,
     fake=_nearest_fake,
     backward=_nearest_backward,
     setup_context=_nearest_setup,
@@ -147,6 +148,7 @@ register(
     f" {_THRESHOLD}, str order, str similarity)"
     " -> (Tensor assign, Tensor offsets, Tensor members, Tensor counts)",
     reference=reference.match,
+    composed=composed.match,
     fake=_match_fake,
     flops=_match_flops,
     shared=_SHARED,
@@ -209,6 +211,7 @@ register(
     f"search(Tensor metric, SymInt num_prefix, Tensor? protected, {_SPLIT}, bool cosine)"
     " -> (Tensor score, Tensor choice)",
     reference=reference.search,
+    composed=composed.search,
     fake=_search_fake,
     flops=_search_flops,
     shared=_SHARED,
@@ -242,6 +245,7 @@ register(
     f" Tensor? protected, {_SPLIT}, {_THRESHOLD}, str order)"
     " -> (Tensor assign, Tensor offsets, Tensor members, Tensor counts)",
     reference=reference.select,
+    composed=composed.select,
     fake=_select_fake,
     shared=_SHARED,
 )

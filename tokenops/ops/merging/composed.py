@@ -193,7 +193,10 @@ def _reduce(
     order = members.clamp(0, tokens - 1)  # [B, N]
     if factor is not None:
         factor = factor.gather(1, order.long())
-    bags = _bags(x, order, starts, factor, _MEAN if mean else _SUM)
+    if mean and x.dtype == torch.float16:  # whose sum may overflow before the division
+        bags = _bags(x.float(), order, starts, None, _MEAN)
+    else:
+        bags = _bags(x, order, starts, factor, _MEAN if mean else _SUM)
     return bags[:, :outputs].contiguous().to(x.dtype)
 
 
@@ -224,7 +227,9 @@ def _bags(x: Tensor, rows: Tensor, starts: Tensor, weight: Tensor | None, mode: 
         x, weight = x.to(weight.dtype), weight.reshape(-1)
     # Rows and starts among those of all images.
     wide = batch * max(height, rows.shape[1]) > torch.iinfo(torch.int32).max
-    image = torch.arange(batch, dtype=torch.int64 if wide else torch.int32, device=x.device)[:, None]
+    image = torch.arange(batch, dtype=torch.int64 if wide else torch.int32, device=x.device)[
+        :, None
+    ]
     flat = (rows + image * height).view(-1)
     bags, *_ = torch.embedding_bag(
         x.reshape(batch * height, channels),
@@ -236,11 +241,9 @@ def _bags(x: Tensor, rows: Tensor, starts: Tensor, weight: Tensor | None, mode: 
     return bags.view(batch, starts.shape[1], channels)
 
 
-def _extremes(
-    x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, reduce: str
-) -> Tensor:
+def _extremes(x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, reduce: str) -> Tensor:
     """Largest, smallest or product of the members: [B, N, C] -> [B, M, C]; 0 without members."""
-    batch, tokens, channels = x.shape
+    batch, _, channels = x.shape
     outputs = offsets.shape[1] - 1
     if x.numel() == 0 or outputs == 0:
         return x.new_zeros(batch, outputs, channels)
@@ -276,7 +279,7 @@ def _zero_dropped(x: Tensor, assign: Tensor, outputs: int) -> Tensor:
 
 
 def _may_be_true(condition: Tensor) -> bool:
-    """Whether some element is true: exactly on the CPU, where looking does not wait for anything."""
+    """Whether some element is true: exactly on the CPU, where looking does not wait."""
     return not condition.is_cpu or bool(condition.any())
 
 

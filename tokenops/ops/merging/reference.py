@@ -150,7 +150,9 @@ def merge_select_backward(
     num_tokens = offsets.shape[1] - 1
     values, grads = x.to(acc_dtype(x)), grad.to(acc_dtype(x))
     if reduce == "prod":
-        return (_take(grads, assign) * common.product_of_others(values, assign, members)).to(x.dtype)
+        return (_take(grads, assign) * common.product_of_others(values, assign, members)).to(
+            x.dtype
+        )
     best = _take(out.to(values.dtype), assign)
     chosen = ((values == best) | (values.isnan() & best.isnan())) & _live(assign, num_tokens)
     share = _sum(chosen.to(values.dtype), assign, num_tokens).clamp(min=1)

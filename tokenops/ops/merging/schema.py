@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import _backend
 from ..._library import acc_dtype, differentiates, register
-from . import reference
+from . import composed, reference
 
 
 def _per_output(ops: Any, value: Tensor, index: list[Tensor]) -> Tensor:
@@ -43,6 +43,7 @@ def _invert_fake(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 register(
     "invert(Tensor assign, SymInt num_tokens) -> (Tensor offsets, Tensor members)",
     reference=reference.invert,
+    composed=composed.invert,
     fake=_invert_fake,
 )
 
@@ -60,6 +61,7 @@ register(
     "compose(Tensor assign, Tensor earlier, SymInt num_tokens)"
     " -> (Tensor composed, Tensor offsets, Tensor members)",
     reference=reference.compose,
+    composed=composed.compose,
     fake=_compose_fake,
 )
 
@@ -125,6 +127,7 @@ register(
     "merge(Tensor x, Tensor assign, Tensor offsets, Tensor members, Tensor? weight, Tensor? scale,"
     " str reduce) -> Tensor",
     reference=reference.merge,
+    composed=composed.merge,
     fake=_merge_fake,
     backward=_merge_backward,
     setup_context=_merge_setup,
@@ -148,6 +151,7 @@ register(
     "merge_select_backward(Tensor grad, Tensor x, Tensor out, Tensor assign, Tensor offsets,"
     " Tensor members, str reduce) -> Tensor",
     reference=reference.merge_select_backward,
+    composed=composed.merge_select_backward,
     fake=_merge_select_backward_fake,
 )
 
@@ -192,6 +196,7 @@ register(
     "unmerge(Tensor y, Tensor assign, Tensor offsets, Tensor members, Tensor? weight,"
     " Tensor? scale, Tensor? residual, bool mean) -> Tensor",
     reference=reference.unmerge,
+    composed=composed.unmerge,
     fake=_unmerge_fake,
     backward=_unmerge_backward,
     setup_context=_unmerge_setup,
@@ -253,6 +258,7 @@ register(
     "merge_many(Tensor[] x, Tensor assign, Tensor offsets, Tensor members, Tensor? weight,"
     " str reduce) -> Tensor[]",
     reference=reference.merge_many,
+    composed=composed.merge_many,
     fake=_merge_many_fake,
     backward=_merge_many_backward,
     setup_context=_merge_many_setup,
@@ -295,6 +301,7 @@ register(
     "unmerge_many(Tensor[] y, Tensor assign, Tensor offsets, Tensor members, Tensor? weight,"
     " bool mean) -> Tensor[]",
     reference=reference.unmerge_many,
+    composed=composed.unmerge_many,
     fake=_unmerge_many_fake,
     backward=_unmerge_many_backward,
     setup_context=_unmerge_many_setup,
@@ -327,6 +334,7 @@ def _pair_dot_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 register(
     "pair_dot(Tensor x, Tensor y, Tensor assign, Tensor offsets, Tensor members) -> Tensor",
     reference=reference.pair_dot,
+    composed=composed.pair_dot,
     fake=_pair_dot_fake,
     backward=_pair_dot_backward,
     setup_context=_pair_dot_setup,
@@ -373,6 +381,7 @@ register(
     "merge_wavg(Tensor x, Tensor assign, Tensor offsets, Tensor members, Tensor? size)"
     " -> (Tensor out, Tensor size_out)",
     reference=reference.merge_wavg,
+    composed=composed.merge_wavg,
     fake=_merge_wavg_fake,
     backward=_merge_wavg_backward,
     setup_context=_merge_wavg_setup,
