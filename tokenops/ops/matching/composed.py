@@ -429,38 +429,47 @@ def _as_tome(pairs: _Pairs, split: _Split, num_prefix: int) -> Tensor:
     batch, device = pairs.sources.shape[0], pairs.sources.device
     stays = torch.ones(batch, split.num_sources, dtype=torch.int64, device=device)
     stays.scatter_(1, pairs.sources, 0 if pairs.live is None else (~pairs.live).long())
-    others = num_prefix
-    if split.stride == 0:
-        others = max(split.tokens - split.num_sources - split.num_destinations, 0)
+    first: Tensor | int = num_prefix - split.prefix_sources
+    neither, order = None, split.destination_order
+    if split.stride == 0 and num_prefix + split.num_sources + split.num_destinations > 0:
+        sources, destinations = split.lists(batch, device)
+        neither = torch.ones(batch, split.tokens, dtype=torch.int64, device=device)
+        neither.scatter_(1, sources, 0).scatter_(1, destinations, 0)
+        neither[:, :num_prefix] = 1  # whatever is listed
+        neither = neither.cumsum(1).sub_(1)
+        first = neither[:, -1:] + 1
+        if num_prefix > 0:
+            stays = stays * (sources >= num_prefix)
+            outside = (destinations >= num_prefix).long()
+            if order is not None:
+                outside = torch.empty_like(outside).scatter_(1, order, outside)
+            places = outside.cumsum(1).sub_(1)
+            order = places if order is None else places.gather(1, order)
     if pairs.by_score is None:
-        place = stays.cumsum(1).add_(others - 1 - split.prefix_sources)
+        place = stays.cumsum(1).add_(first - 1)
         last = place[:, -1:]
     else:
-        ranked = stays.gather(1, pairs.by_score).cumsum(1).add_(others - 1)
+        ranked = stays.gather(1, pairs.by_score).cumsum(1).add_(first - 1)
         place = torch.empty_like(ranked).scatter_(1, pairs.by_score, ranked)
         last = ranked[:, -1:]
-    first = 1 - split.prefix_destinations
-    at = torch.arange(first, first + split.num_destinations, device=device)
-    if split.destination_order is not None:
-        at = split.destination_order + first
-    at = at + last  # [B, Nd]
+    begin = 1 - split.prefix_destinations
+    if order is None:
+        order = torch.arange(split.num_destinations, device=device)
+    at = order + (last + begin)  # [B, Nd]
     target = at.gather(1, pairs.destinations)
-    if split.prefix_destinations > 0:  # not merged into, but where there is no other one
+    if num_prefix > 0 and (split.stride == 0 or split.prefix_destinations > 0):
+        # Not merged into, but where there is no other one.
         token = split.destination_tokens(pairs.destinations)
         target = torch.where(token < num_prefix, token, target)
     if pairs.live is not None:
         target = torch.where(pairs.live, target, place.gather(1, pairs.sources))
     place.scatter_(1, pairs.sources, target)
-    assign = place.new_zeros(batch, split.tokens)
+    assign = place.new_zeros(batch, split.tokens) if neither is None else neither
     if split.stride == 2:
         assign[:, 0::2], assign[:, 1::2] = place, at
     else:
         sources, destinations = split.lists(batch, device)
-        if split.stride == 0 and others > 0:
-            neither = torch.ones_like(assign)
-            neither.scatter_(1, sources, 0).scatter_(1, destinations, 0)
-            assign = neither.cumsum(1).sub_(1)
         assign.scatter_(1, sources, place).scatter_(1, destinations, at)
-    if split.stride > 0 and num_prefix > 1:
+    if num_prefix > 1 or (num_prefix > 0 and split.stride == 0):
         assign[:, :num_prefix] = torch.arange(num_prefix, device=device)
     return assign
