@@ -486,7 +486,7 @@ def test_bad_calls_of_the_others():
         KeepPredictor(C)(X[0])
     with pytest.raises(ValueError, match="policy must be of shape"):
         KeepPredictor(C)(X, torch.ones(B, 3))
-    with pytest.raises(ValueError, match=r"match: r must be >= 0, got int -1"):
+    with pytest.raises(ValueError, match=r"MergeStep: r must be >= 0, got int -1"):
         MergeStep(-1)(X, X)
     with pytest.raises(ValueError, match="token_map"):
         MergeStep(2)(X, X[:, :5])

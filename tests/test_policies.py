@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 import tokenops
 from tokenops.testing import as_layout, assert_valid_token_map, random_tokens
@@ -226,6 +227,33 @@ def test_the_same_draws_as_gumbel_softmax():
                 keep = both[..., :1]
             results.append((keep.detach(), *torch.autograd.grad(keep, leaf, cotangent)))
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_draws_the_same_decisions_or_none(use_reentrant):
+    """Checkpointing sets default generators back; a draw from another one is refused there."""
+    logits = torch.randn(2, 9, 2)
+
+    def run(layer):
+        leaf = logits.clone().requires_grad_()
+        torch.manual_seed(0)
+        (layer(leaf) ** 2).sum().backward()
+        return leaf.grad
+
+    expected = run(lambda x: tokenops.gumbel_keep(x, hard=False))
+    got = run(
+        lambda x: checkpoint(
+            lambda y: tokenops.gumbel_keep(y, hard=False), x, use_reentrant=use_reentrant
+        )
+    )
+    assert torch.equal(got, expected)
+    own = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="gumbel_keep: generator must be None or a default one"):
+        run(
+            lambda x: checkpoint(
+                lambda y: tokenops.gumbel_keep(y, generator=own), x, use_reentrant=use_reentrant
+            )
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

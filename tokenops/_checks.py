@@ -223,3 +223,26 @@ def check_range(operator: str, argument: str, value: Tensor, low: int, end: int)
     if values_visible(value) and not holds(((value >= low) & (value < end)).all()):
         got = f"values from {int(value.min())} to {int(value.max())}"
         raise value_mismatch(operator, argument, f"in [{low}, {end})", got)
+
+
+def check_generator(operator: str, generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise type_error(operator, "generator", "a torch.Generator or None", generator)
+
+
+def check_first_pass(operator: str, generator: torch.Generator) -> None:
+    """Refuse to draw within a backward pass: checkpointing computes a forward pass again there.
+
+    It sets default generators back, and no other one. The second draw would differ from the first,
+    and nothing would tell but the gradient.
+    """
+    if torch._C._current_graph_task_id() == -1 or generator is torch.default_generator:
+        return
+    defaults = getattr(torch.get_device_module(generator.device), "default_generators", ())
+    if not any(generator is default for default in defaults):
+        raise value_mismatch(
+            operator,
+            "generator",
+            "None or a default one where activation checkpointing computes a forward pass again",
+            "another one, which would draw other numbers",
+        )

@@ -107,8 +107,8 @@ def gumbel_keep(
         prev: Decisions of the stage before, floating ``[B, N, 1]``: who is dropped stays dropped.
         tau: Temperature, above 0.
         hard: Round to 0 or 1; otherwise ``y_0`` itself is returned.
-        generator: Source of randomness; the device's default one when None. ``torch.compile`` knows
-            the default one only.
+        generator: Source of randomness; the device's default one when None. ``torch.compile`` and
+            activation checkpointing know the default one only.
 
     Returns:
         ``[B, N, 1]`` in the dtype of ``logits``.
@@ -121,7 +121,8 @@ def gumbel_keep(
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If a shape or device does not fit, or ``tau`` is not above 0.
+        ValueError: If a shape or device does not fit, ``tau`` is not above 0, or activation
+            checkpointing would draw from a generator of your own for a second time.
 
     Source: Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017, section 2;
     DynamicViT (Rao et al., NeurIPS 2021, section 3.2).
@@ -143,8 +144,9 @@ def gumbel_keep(
     tau = _checks.check_real(name, "tau", tau)
     if tau <= 0:
         raise _checks.value_error(name, "tau", "above 0", tau)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise _checks.type_error(name, "generator", "a torch.Generator or None", generator)
+    _checks.check_generator(name, generator)
+    if generator is not None:
+        _checks.check_first_pass(name, generator)
     noisy = logits.to(acc_dtype(logits)) + _gumbel_like(logits, generator)
     lead = noisy[..., :1] - noisy[..., 1:]
     keep = (lead / tau).sigmoid()

@@ -95,7 +95,7 @@ class Random(Split):
             draw = torch.rand(batch, free, device=device)
         else:
             generator = self.generator
-            _check_first_pass("random", generator)
+            _checks.check_first_pass("random", generator)
             draw = torch.rand(batch, free, generator=generator, device=generator.device)
         index = draw.argsort(dim=1).to(device) + num_prefix
         n = self.num_sources
@@ -125,7 +125,7 @@ class Grid(Split):
         cell = None
         generator = self.generator
         if generator is not None:
-            _check_first_pass("grid", generator)
+            _checks.check_first_pass("grid", generator)
             origin = generator.device
             most = self.sy * self.sx
             cell = torch.randint(
@@ -245,7 +245,7 @@ def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
         2
     """
     num_sources = _checks.check_int("random", "num_sources", num_sources)
-    _check_generator("random", generator)
+    _checks.check_generator("random", generator)
     return Random(num_sources, generator)
 
 
@@ -285,30 +285,8 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
         _checks.check_int("grid", argument, value, minimum=1)
         for argument, value in (("h", h), ("w", w), ("sy", sy), ("sx", sx))
     )
-    _check_generator("grid", generator)
+    _checks.check_generator("grid", generator)
     return Grid(h, w, sy, sx, generator)
-
-
-def _check_generator(name: str, generator: object) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise _checks.type_error(name, "generator", "a torch.Generator or None", generator)
-
-
-def _check_first_pass(name: str, generator: torch.Generator) -> None:
-    """Refuse to draw within a backward pass: checkpointing computes a forward pass again there.
-
-    The tokens would not be those of the forward pass, and nothing would tell but the gradient.
-    """
-    if torch._C._current_graph_task_id() == -1 or generator is torch.default_generator:
-        return
-    defaults = getattr(torch.get_device_module(generator.device), "default_generators", ())
-    if not any(generator is default for default in defaults):
-        raise _checks.value_mismatch(
-            name,
-            "generator",
-            "None or a default one where activation checkpointing computes a forward pass again",
-            "another one, which would draw other tokens",
-        )
 
 
 # A saved split is data: torch.load(weights_only=True) takes it.

@@ -199,7 +199,7 @@ def choose(
     if LIMITED:
         if thresholds is not None:
             threshold = tl.load(thresholds + image * thresholds_b).to(tl.float32)
-        merged = merged & (grade == 0) & (c >= 0) & (s >= threshold)
+        merged = merged & (s >= threshold) & (grade == 0) & (c >= 0)
     c = tl.maximum(c, 0)
     if slot is None:
         target = c * stride + stride - 1
