@@ -73,7 +73,7 @@ def native() -> tuple[list[Extension], dict[str, Any], type]:
     if MODE == "cuda" and no_cuda:
         raise CannotCompileError(no_cuda)
 
-    sources = sorted(map(str, Path("csrc").glob("*/*.cpp")))
+    sources = ["csrc/isa.cpp", *sorted(map(str, Path("csrc").glob("*/*.cpp")))]
     if MODE == "emulate":
         sources = ["csrc/emulated.cpp"]
     library = torch_build.CppExtension(

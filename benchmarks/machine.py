@@ -101,7 +101,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "tokenops": tokenops.__version__,
-        "isa": _isa(),
+        "isa": getattr(_native, "isa", ""),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     if device.type == "cuda":
@@ -112,14 +112,6 @@ def environment(device: torch.device) -> dict[str, str]:
     else:
         row["malloc"] = malloc_state()
     return row
-
-
-def _isa() -> str:
-    """Instruction set that the compiled library has chosen; empty without one."""
-    inspect = getattr(_native, "inspect", lambda: None)()
-    if inspect is None:
-        return ""
-    return str(inspect.cpu_features().get("isa", ""))
 
 
 def backend_of(operator: str, tensor: torch.Tensor) -> str:

@@ -17,6 +17,8 @@ namespace tokenops {
 
 enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
 inline Isa detect_isa() {
   Isa best = Isa::portable;
 #if TOKENOPS_X86
@@ -32,9 +34,8 @@ inline Isa detect_isa() {
 #endif
   const char* wish = std::getenv("TOKENOPS_CPU_ISA");
   if (wish == nullptr) return best;
-  const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16"};
   for (int i = 0; i < static_cast<int>(best); ++i) {
-    if (std::strcmp(wish, names[i]) == 0) return static_cast<Isa>(i);
+    if (std::strcmp(wish, kIsaNames[i]) == 0) return static_cast<Isa>(i);
   }
   return best;
 }

@@ -9,7 +9,7 @@
 #include <string>
 
 #include "attributes.h"
-#include "common.h"
+#include "simd.h"
 
 namespace py = pybind11;
 
@@ -37,16 +37,6 @@ py::dict build_info() {
   return info;
 }
 
-const char* isa_name() {
-  switch (tokenops::isa()) {
-    case tokenops::Isa::avx512_bf16: return "avx512_bf16";
-    case tokenops::Isa::avx512: return "avx512";
-    case tokenops::Isa::avx2: return "avx2";
-    case tokenops::Isa::portable: break;
-  }
-  return "portable";
-}
-
 py::dict cpu_features() {
   py::dict features;
 #if TOKENOPS_X86
@@ -62,7 +52,6 @@ py::dict cpu_features() {
   features["amx_tile"] = __builtin_cpu_supports("amx-tile") != 0;
   features["amx_bf16"] = __builtin_cpu_supports("amx-bf16") != 0;
 #endif
-  features["isa"] = isa_name();
   return features;
 }
 
@@ -93,8 +82,7 @@ PYBIND11_MODULE(_inspect, module) {
   module.doc() = "How tokenops was compiled, and what this CPU offers to its kernels.";
   module.def("build_info", &build_info, "Compiler, flags and versions of this build.");
   module.def("cpu_features", &cpu_features,
-             "Vector extensions that this CPU and its system offer, and under \"isa\" the level "
-             "that the kernels use, which TOKENOPS_CPU_ISA can lower.");
+             "Vector extensions that this CPU and its system offer.");
   module.def("cuda_kernels", &cuda_kernels, py::arg("library"),
              "CUDA kernels of the library at this path, which must be loaded: registers, shared "
              "memory, and blocks that a multiprocessor of the current device runs at a time.");

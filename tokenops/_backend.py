@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from . import _checks, _library, _native
+from . import _checks, _library, _missing, _native
 from ._library import NAMESPACE, operators
 
 #: Every backend by name, the one that is preferred first.
 BACKENDS = ("native", "triton", "composed", "reference")
 
+_TOO_OLD = "the Triton kernels need compute capability 8.0"
 # Triton runs its kernels as Python on CPU tensors then.
 _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 _in_triton: dict[str, Callable[..., Any]] = {}  # Triton kernels by operator
@@ -326,7 +327,7 @@ def _triton_obstacle(operator: str, device: str) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     if device == "cuda" and not _new_enough(torch.cuda.current_device()):
-        return "the Triton kernels need compute capability 8.0"
+        return _TOO_OLD
     return None
 
 
@@ -387,7 +388,9 @@ def _on_cuda(
         index = (rest[0] if isinstance(first, list) else first).device.index
         try:
             if not _new_enough(index):
-                raise UnservedError("the Triton kernels need compute capability 8.0")
+                if otherwise is not None:
+                    _missing.warn("cuda", _TOO_OLD)
+                raise UnservedError(_TOO_OLD)
             if index == torch.cuda.current_device():
                 return kernel(first, *rest)
             with torch.cuda.device(index):

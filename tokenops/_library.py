@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from . import _flops
+from . import _flops, _missing
 
 NAMESPACE = "tokenops"
 
@@ -121,8 +121,9 @@ def register(
         operators.append(name)
     for backend in overloads:
         _define(operator, backend)
-    for overload in (name, f"{name}.composed"):
-        _library.impl(overload, dense(operator.composed), "CompositeExplicitAutograd")
+    kernel = dense(operator.composed)
+    _library.impl(f"{name}.composed", kernel, "CompositeExplicitAutograd")
+    _library.impl(name, _for_want_of_kernels(kernel), "CompositeExplicitAutograd")
     _flops.register(name, operator.flops)
 
 
@@ -231,6 +232,16 @@ def dense(function: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         with torch.no_grad():
             return pytree.tree_map_only(Tensor, Tensor.contiguous, function(*args))
+
+    return kernel
+
+
+def _for_want_of_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that serves where there is no kernel, and says so at its first call."""
+
+    def kernel(first: Any, *rest: Any) -> Any:
+        _missing.warn((first[0] if isinstance(first, list) else first).device.type)
+        return function(first, *rest)
 
     return kernel
 

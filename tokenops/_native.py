@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading of the compiled library, whose kernels register themselves with the dispatcher.
 
-Nothing here raises or touches a device: without a library the reference serves every operator, and
+Nothing here raises or touches a device: without a library plain PyTorch serves every operator, and
 ``reason`` says what is missing.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -22,6 +23,9 @@ loaded: bool = False
 reason: str = ""
 #: The library's file, also when it could not be loaded.
 path: str | None = None
+#: Level of vector instructions of its kernels for the CPU: "portable", "avx2", "avx512" or
+#: "avx512_bf16"; empty without kernels.
+isa: str = ""
 
 _package = os.path.dirname(os.path.abspath(__file__))
 
@@ -74,5 +78,15 @@ def _load() -> tuple[str | None, str]:
     return library, ""
 
 
+def _level(library: str | None) -> str:
+    try:
+        level = ctypes.CDLL(library).tokenops_cpu_isa
+    except AttributeError:  # made of kernels for another device
+        return ""
+    level.restype = ctypes.c_char_p
+    return str(level().decode())
+
+
 path, reason = _load()
 loaded = not reason
+isa = _level(path) if loaded else ""

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from . import __version__, _backend, _library, _native
+from . import __version__, _backend, _library, _missing, _native
 from ._triton import VERIFIED, release
 
 
@@ -43,15 +43,17 @@ def _lines() -> Iterator[str]:
     inspect = _native.inspect()
     if inspect is not None:
         features = inspect.cpu_features()
-        selected = features.pop("isa")
         present = " ".join(name for name, there in features.items() if there)
         yield f"  CPU              {present or 'no vector extension known'}"
-        yield f"  instruction set  {selected}"
+    if _native.isa:
+        yield f"  instruction set  {_native.isa}"
     chosen = _backend.chosen() or "the best one for the tensors' device"
     yield f"  chosen backend   {chosen}"
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         yield f"operators on {device}"
+        if missing := _missing.advice(device):
+            yield f"  plain PyTorch serves: {missing}"
         for operator in _library.operators:
             reasons = _backend.why_not(operator, torch.empty(0, device=device))
             serving = [b for b in _backend.BACKENDS if b not in reasons]

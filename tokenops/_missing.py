@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A warning for calls that plain PyTorch serves because kernels are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+import warnings
+
+import torch
+
+from . import _native
+
+_lock = threading.Lock()
+_known: set[str] = set()  # kinds of devices that need no further warning
+
+
+def advice(device: str) -> str:
+    """What is missing on a kind of device and what to do; empty where nothing is missing."""
+    if device == "cpu":
+        if _native.loaded:
+            return ""
+        return f"{_native.reason}; build tokenops with a C++17 compiler for faster operators"
+    if device == "cuda":
+        if importlib.util.find_spec("triton") is not None:
+            return ""
+        return "Triton is not installed; its kernels serve CUDA tensors faster"
+    return f"tokenops has kernels for CPU and CUDA tensors alone, not for {device} tensors"
+
+
+def warn(device: str, why: str | None = None) -> None:
+    """Warn once per process and kind of device that plain PyTorch serves its tensors.
+
+    Args:
+        device: Kind of device that a call's tensors are on, which no kernel served.
+        why: The reason; :func:`advice` by default.
+    """
+    if device in _known:
+        return
+    from . import _backend
+
+    if device == "meta" or _backend.chosen() is not None:
+        return
+    with _lock:
+        if device in _known:
+            return
+        _known.add(device)
+    why = advice(device) if why is None else why
+    if why:
+        message = (
+            f"tokenops: plain PyTorch serves {device} tensors: {why}. To take it without this "
+            'warning: tokenops.use_backend("composed") or TOKENOPS_BACKEND=composed'
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=_outside())
+
+
+def _outside() -> int:
+    """How many calls above :func:`warn` there is code of neither this package nor PyTorch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("tokenops", torch.__name__):
+            break
+        level, frame = level + 1, frame.f_back
+    return level
