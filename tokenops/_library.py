@@ -63,7 +63,7 @@ def differentiates() -> bool:
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Keep autocast from lowering the precision of a reference; not every device knows autocast."""
-    if knows_autocast(device_type):
+    if knows_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -231,9 +231,16 @@ def dense(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def kernel(*args: Any) -> Any:
         with torch.no_grad():
-            return pytree.tree_map_only(Tensor, Tensor.contiguous, function(*args))
+            return _contiguous(function(*args))
 
     return kernel
+
+
+def _contiguous(result: Any) -> Any:
+    """A tensor, or each of a tuple or list, dense."""
+    if isinstance(result, Tensor):
+        return result.contiguous()
+    return type(result)([_contiguous(t) for t in result])
 
 
 def _for_want_of_kernels(function: Callable[..., Any]) -> Callable[..., Any]:

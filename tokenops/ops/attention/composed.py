@@ -11,6 +11,7 @@ the values. Nothing here is differentiable by autograd: the operators have backw
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from ..._library import acc_dtype, no_autocast
 
 #: Entries of the two attention maps that are held at a time, and the fewest rows that a product is
 #: worth.
-MAP_AT_A_TIME = 1 << 22
+MAP_AT_A_TIME = 1 << 20
 ROWS_AT_LEAST = 64
 
 _fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -33,6 +34,7 @@ class _Keys(NamedTuple):
     """What all rows share."""
 
     k: Tensor  # [B, H, Nk, D] in the type of products, dense; 0 for padding
+    exact: Tensor | None  # with eps, in the type of sums: the largest of close logits has its share
     dtype: torch.dtype  # type of sums
     bias: Tensor | None  # logarithm of the size, -inf for padding, [B, 1, 1, Nk]
     policy: Tensor | None  # [B, 1 or H, 1, Nk]
@@ -111,13 +113,13 @@ def policy_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [B, Nq, H, Dv], L [B, H, Nq] and, with eps, floor and argmax [B, H, Nq] of rows."""
-    options = self_keep, exclude_self, eps, is_causal, scale
+    options = self_keep, exclude_self, eps, is_causal, scale, _product_dtype(q)
     keys = _keys(q, k, policy, size, key_padding_mask, position, *options)
     if _is_fused(q, v, keys):
         attended, lse = _fused_attention(q, keys.k, _values(v, keys), 0.0, False, **_fused(q, keys))
         none = lse.new_empty(*lse.shape[:2], 0)
         return attended.transpose(1, 2), lse, none, none.int()
-    values, maps = _values(v, keys), _Maps(keys.dtype, q.device)
+    values, maps = _values(v, keys), _Maps(keys, q.device)
     batch, heads, rows = q.shape[:3]
     out = q.new_empty(batch, rows, heads, v.shape[3])
     lse = q.new_empty(batch, heads, rows, dtype=keys.dtype)
@@ -128,15 +130,17 @@ def policy_attention(
         for block in _blocks(q, k, keys):
             i, r = block.images, block.rows
             queries = _rows(q[i, :, r], keys)
-            weight, sums = _weights(queries, block, keys, maps.take(0, queries, keys.k))
+            weight, sums = _weights(queries, block, keys, maps)
             lse[i, :, r] = sums.lse
-            attended = _product(weight.to(values.dtype), values[i]).to(keys.dtype)
+            attended = _product(maps.lower(weight), values[i])
             if mean is not None:
+                attended = attended.to(keys.dtype)
                 floor[i, :, r] = sums.floor[..., 0]
                 argmax[i, :, r] = -1 if sums.argmax is None else sums.argmax
                 if not keys.by_row:
                     attended += sums.eps * mean[i]
-            out[i, r] = attended.mul_(sums.inverse).transpose(1, 2)
+                attended *= sums.inverse
+            out[i, r] = attended.transpose(1, 2)
     return out, lse, floor, argmax
 
 
@@ -165,9 +169,9 @@ def policy_attention_backward(
     need_size: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v in the layout [B, N, heads, width], of policy and of size."""
-    options = self_keep, exclude_self, eps, is_causal, scale
+    options = self_keep, exclude_self, eps, is_causal, scale, _product_dtype(q)
     keys = _keys(q, k, policy, size, key_padding_mask, position, *options)
-    values, maps = _values(v, keys), _Maps(keys.dtype, q.device)
+    values, maps = _values(v, keys), _Maps(keys, q.device)
     if _is_fused(q, v, keys) and grad_lse is None and not need_size:
         saved = q, keys.k, values, out.transpose(1, 2), lse
         upward = grad.transpose(1, 2)
@@ -191,8 +195,11 @@ def policy_attention_backward(
     limit = math.log(torch.finfo(keys.dtype).max) / 2
     shift = torch.where(lse == -math.inf, math.inf, lse)[..., None]  # rows without weights: 0
     dq = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-    dk, dv = (torch.zeros_like(t, dtype=keys.dtype) for t in (keys.k, values))
-    dpolicy, dlog = (dk.new_zeros(dk.shape[:3]) for _ in range(2))
+    # Sums over the blocks of an image, or one product each.
+    sums = keys.dtype if q.shape[2] > _rows_at_a_time(q, k) else values.dtype
+    dk = torch.zeros_like(keys.k, dtype=sums)
+    dv = torch.zeros_like(values, dtype=sums if mean is None else keys.dtype)
+    dpolicy, dlog = (lse.new_zeros(dk.shape[:3]) for _ in range(2))
     with no_autocast(q.device.type):
         for block in _blocks(q, k, keys):
             i, r = block.images, block.rows
@@ -200,21 +207,23 @@ def policy_attention_backward(
             queries = _rows(q[i, :, r], keys)
             g = _rows(grad[i, r].transpose(1, 2), keys)  # [b, H, R, Dv]
             # exp(s_ij + log z_j - L_i)
-            share = _logits(queries, block, keys, maps.take(0, queries, keys.k))
+            share = _logits(queries, block, keys, maps)
             if p is None and eps == 0:
                 torch.softmax(share, -1, out=share)
                 if _may_be_true(empty := lse[i, :, r] == -math.inf):
                     share.masked_fill_(empty[..., None], 0)
             else:
                 share.sub_(shift[i, :, r])
-                share = share.clamp_(max=limit).exp_()
-            t = _product(g, values[i].transpose(2, 3), maps.take(1, queries, keys.k))  # g_i . v_j
+                if p is not None:
+                    share.clamp_(max=torch.where(p > 0, math.inf, limit))
+                share.exp_()
+            t = maps.product(1, g, values[i])  # g_i . v_j
             if exclude_self:
                 own.write(t, 0.0)
             if mean is not None:  # g_i . (mean of the values)
                 seen, number = _seen(block, keys) if keys.by_row else (None, keys.number[i])
                 if seen is None:
-                    by_mean = _product(g, mean[i].transpose(2, 3).to(g.dtype)).to(keys.dtype)
+                    by_mean = g.to(keys.dtype) @ mean[i].transpose(2, 3)
                 else:
                     by_mean = (t * seen).sum(-1, keepdim=True) / number
             t.sub_(delta[i, :, r]).mul_(share)
@@ -228,7 +237,7 @@ def policy_attention_backward(
                 t.scatter_add_(3, argmax[i, :, r, None].clamp(min=0).long(), tail)
             if need_size:
                 dlog[i] += t.sum(2)
-            ds = t.to(keys.k.dtype)
+            ds = maps.lower(t)
             dq[i, r] = _product(ds, keys.k[i]).mul_(scale).transpose(1, 2)
             dk[i] += _product(ds.transpose(2, 3), queries)
             if not need_v:
@@ -242,7 +251,7 @@ def policy_attention_backward(
                 share += seen * (floor[i, :, r, None] / number)
             if exclude_self:
                 own.write(share, 0.0)
-            dv[i] += _product(share.to(values.dtype).transpose(2, 3), g)
+            dv[i] += _product(maps.lower(share).transpose(2, 3), g)
             if mean is not None and seen is None:
                 dv[i] += (floor[i, :, r, None].transpose(2, 3) @ g.to(keys.dtype)) / number
     dk *= scale
@@ -290,15 +299,15 @@ def attention_scores(
     head_reduce: str,
 ) -> Tensor:
     """Attention that each key receives, [B, Nk], or [B, H, Nk] without a reduction over heads."""
-    options = self_keep, exclude_self, eps, is_causal, scale
+    options = self_keep, exclude_self, eps, is_causal, scale, acc_dtype(q)
     keys = _keys(q, k, policy, size, key_padding_mask, position, *options)
-    maps = _Maps(keys.dtype, q.device)
+    maps = _Maps(keys, q.device)
     score = keys.k.new_zeros(keys.k.shape[:3], dtype=keys.dtype)
     with no_autocast(q.device.type):
         for block in _blocks(q, k, keys):
             i, r = block.images, block.rows
             queries = _rows(q[i, :, r], keys)
-            weight, sums = _weights(queries, block, keys, maps.take(0, queries, keys.k))
+            weight, sums = _weights(queries, block, keys, maps)
             factor = sums.inverse.transpose(2, 3)  # [b, H, 1, R]
             if query_weight is not None:
                 of_rows = query_weight[i, ..., r].to(keys.dtype)
@@ -327,6 +336,7 @@ def _keys(
     eps: float,
     is_causal: bool,
     scale: float,
+    products: torch.dtype,
 ) -> _Keys:
     dtype = acc_dtype(q)
     part = None if key_padding_mask is None else ~key_padding_mask
@@ -349,9 +359,10 @@ def _keys(
     if position is not None:
         position = position.long().view(1, -1) if position.dim() == 1 else position.long()
         position = position[:, None, :, None]
-    k = _per_head(_without_padding(k, part).to(dtype), q.shape[1])
+    k = _per_head(_without_padding(k, part).to(products), q.shape[1]).contiguous()
     return _Keys(
-        k.contiguous(),
+        k,
+        k.to(dtype) if eps > 0 else None,
         dtype,
         None if bias is None else bias[:, None, None],
         policy,
@@ -415,9 +426,7 @@ def _blocks(q: Tensor, k: Tensor, keys: _Keys) -> Iterator[_Block]:
     """Several whole images where those are small, else some rows of one."""
     batch, rows, per_row = q.shape[0], q.shape[2], max(1, q.shape[1] * k.shape[2])
     images = max(1, MAP_AT_A_TIME // (per_row * max(1, rows)))
-    count = max(1, rows)
-    if per_row * rows > MAP_AT_A_TIME:
-        count = max(ROWS_AT_LEAST, MAP_AT_A_TIME // per_row)
+    count = _rows_at_a_time(q, k)
     for image in range(0, batch, images):
         i = slice(image, min(image + images, batch))
         for row in range(0, rows, count):
@@ -428,39 +437,68 @@ def _blocks(q: Tensor, k: Tensor, keys: _Keys) -> Iterator[_Block]:
             yield _Block(i, r, position)
 
 
+def _rows_at_a_time(q: Tensor, k: Tensor) -> int:
+    """Rows of a block, all where whole images fit."""
+    rows, per_row = max(1, q.shape[2]), max(1, q.shape[1] * k.shape[2])
+    return rows if per_row * rows <= MAP_AT_A_TIME else max(ROWS_AT_LEAST, MAP_AT_A_TIME // per_row)
+
+
 def _rows(x: Tensor, keys: _Keys) -> Tensor:
     """Rows of a block in the type of products, dense."""
     return x.to(keys.k.dtype).contiguous()
 
 
+def _product_dtype(q: Tensor) -> torch.dtype:
+    """Type of the operands of products: bfloat16 where processors multiply it faster.
+
+    Those products have sums in float32, which they round once.
+    """
+    if q.dtype == torch.bfloat16 and q.is_cpu and _multiplies_bfloat16():
+        return q.dtype
+    return acc_dtype(q)
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Products of matrices of images and heads, in the type of ``out`` if that is given."""
-    flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=_as_product(out, a))
-    product = flat.view(*a.shape[:3], b.shape[3])
-    return product if out is None or out.dtype == a.dtype else out.copy_(product)
-
-
-def _as_product(out: Tensor | None, a: Tensor) -> Tensor | None:
-    return None if out is None or out.dtype != a.dtype else out.flatten(0, 1)
+    """Products of matrices of images and heads."""
+    flat = None if out is None else out.flatten(0, 1)
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=flat).view(*a.shape[:3], b.shape[3])
 
 
 class _Maps:
     """Memory for the maps of one block after the other: fresh memory costs more than it holds."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._flat = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
+    def __init__(self, keys: _Keys, device: torch.device) -> None:
+        self._dtypes = keys.dtype, keys.dtype, keys.k.dtype
+        self._flat = [torch.empty(0, dtype=dtype, device=device) for dtype in self._dtypes]
 
-    def take(self, which: int, rows: Tensor, keys: Tensor) -> Tensor:
-        """A map [b, H, R, Nk], not initialised."""
-        shape = *rows.shape[:3], keys.shape[2]
+    def take(self, which: int, *shape: int) -> Tensor:
+        """A map, not initialised: one of two in the type of sums, or the third, of products."""
         if self._flat[which].numel() < math.prod(shape):
             self._flat[which] = self._flat[which].new_empty(math.prod(shape))
         return self._flat[which][: math.prod(shape)].view(shape)
 
+    def product(self, which: int, rows: Tensor, keys: Tensor) -> Tensor:
+        """Dot products [b, H, R, Nk] of rows and keys, in the type of sums."""
+        shape = *rows.shape[:3], keys.shape[2]
+        out = self.take(which, *shape)
+        if rows.dtype == out.dtype:
+            return _product(rows, keys.transpose(2, 3), out=out)
+        return out.copy_(_product(rows, keys.transpose(2, 3), out=self.take(2, *shape)))
 
-def _logits(rows: Tensor, block: _Block, keys: _Keys, out: Tensor) -> Tensor:
+    def lower(self, x: Tensor) -> Tensor:
+        """A map in the type of products."""
+        return x if x.dtype == self._dtypes[2] else self.take(2, *x.shape).copy_(x)
+
+
+def _logits(rows: Tensor, block: _Block, keys: _Keys, maps: _Maps) -> Tensor:
     """What the rows' softmax is of, before a policy; -inf for what they do not see."""
-    s = _product(rows, keys.k[block.images].transpose(2, 3), out)  # [b, H, R, Nk]
+    k = keys.k if keys.exact is None else keys.exact
+    s = maps.product(0, rows.to(k.dtype), k[block.images])  # [b, H, R, Nk]
     if keys.bias is None:
         s *= keys.scale
     else:
@@ -502,9 +540,9 @@ class _Sums(NamedTuple):
     argmax: Tensor | None  # int32 [b, H, R], with eps alone
 
 
-def _weights(rows: Tensor, block: _Block, keys: _Keys, out: Tensor) -> tuple[Tensor, _Sums]:
+def _weights(rows: Tensor, block: _Block, keys: _Keys, maps: _Maps) -> tuple[Tensor, _Sums]:
     """Weights of the keys, not yet divided by their sum; see the contract's formulas."""
-    s = _logits(rows, block, keys, out)
+    s = _logits(rows, block, keys, maps)
     own = _Own(block, s.shape[3])
     policy = None if keys.policy is None else keys.policy[block.images]
     if policy is not None and keys.eps == 0:  # no dropped key makes the others vanish
@@ -512,10 +550,10 @@ def _weights(rows: Tensor, block: _Block, keys: _Keys, out: Tensor) -> tuple[Ten
     argmax = None
     if s.shape[3] == 0:
         largest = s.new_full((*s.shape[:3], 1), -math.inf)
-    elif keys.eps > 0:
-        largest, argmax = s.max(-1, keepdim=True)  # the first of equals
     else:
         largest = s.amax(-1, keepdim=True)
+        if keys.eps > 0:
+            argmax = _first(s, largest, maps.take(1, *s.shape))
     some = largest > -math.inf
     # PyTorch's softmax takes less time than its exponential function: w_ij / sum_j w_ij.
     torch.softmax(s, -1, out=s)
@@ -537,6 +575,17 @@ def _weights(rows: Tensor, block: _Block, keys: _Keys, out: Tensor) -> tuple[Ten
         own.write(s, 0.0)
     argmax = None if argmax is None else torch.where(some, argmax, -1)[..., 0].int()
     return s, _Sums(lse, inverse, eps, eps * inverse, argmax)
+
+
+def _first(s: Tensor, largest: Tensor, scratch: Tensor) -> Tensor:
+    """Place of the first entry that is the largest of its row; PyTorch's max takes twice as long.
+
+    Places are numbers of the type of sums, of which float32 counts to 2^24.
+    """
+    keys = s.shape[3]
+    from_end = torch.arange(keys, 0, -1, dtype=s.dtype, device=s.device)
+    found = torch.ge(s, largest, out=scratch).mul_(from_end).amax(-1, keepdim=True)
+    return (keys - found).clamp_(max=keys - 1)  # among nothing but NaN none is found
 
 
 def _may_be_true(condition: Tensor) -> bool:

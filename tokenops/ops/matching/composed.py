@@ -207,7 +207,7 @@ def _few_pairs(
         scores = torch.bmm(a, b.transpose(1, 2))  # [B, Na, Nb]
     best = scores.amax(dim=2)  # NaN if there is one
     sources, by_score = _top(best, r, sort)
-    if any(math.isnan(largest) for largest in best.gather(1, sources[:, :1]).flatten().tolist()):
+    if math.isnan(best.amax()):
         return None  # it counts as the largest of all
     image = torch.arange(0, batch * rows, rows, device=best.device)[:, None]
     chosen = scores.view(-1, columns).index_select(0, (sources + image).view(-1))
@@ -228,7 +228,7 @@ def _as_sums(x: Tensor) -> Tensor:
 def _inverse_lengths(rows: Tensor) -> Tensor:
     """One over the length of each row [B, N, 1]; 0 where it is 0."""
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    inverse: Tensor = length.reciprocal().masked_fill_(length == 0, 0)
+    inverse: Tensor = length.reciprocal_().nan_to_num_(nan=math.nan, posinf=0)
     return inverse
 
 
@@ -412,7 +412,7 @@ def _by_position(pairs: _Pairs, split: _Split) -> Tensor:
     """Output token of each token, int64 [B, N], in the order of their first members."""
     batch = pairs.sources.shape[0]
     token = torch.arange(split.tokens, device=pairs.sources.device)
-    leader = token.repeat(batch, 1)  # first member of each token's group
+    leader = token.expand(batch, -1).clone()  # first member of each token's group
     if pairs.sources.shape[1] == 0:
         return leader
     source = split.source_tokens(pairs.sources)  # [B, r]
