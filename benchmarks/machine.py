@@ -116,7 +116,10 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def backend_of(operator: str, tensor: torch.Tensor) -> str:
     """Backend that serves an operator by default."""
-    obstacles = tokenops.why_not(operator.removesuffix("_backward"), tensor)
+    operator = operator.removesuffix("_backward")
+    obstacles = tokenops.why_not(operator, tensor)
+    if tensor.device.type == "cpu" and operator in getattr(_backend, "aside", ()):
+        return "composed"
     return next(name for name in _backend.BACKENDS if name not in obstacles)
 
 

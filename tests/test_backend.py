@@ -308,6 +308,70 @@ def test_compiled_kernels_that_step_aside(backend):
     assert run.returncode == 0, run.stderr
 
 
+ROUTED = """
+import torch, tokenops
+from tokenops import _backend, _native
+from tokenops.info import report
+
+x = torch.randn(2, 33, 16)
+q = torch.randn(2, 2, 33, 16, requires_grad=True)
+token_map = tokenops.match(x, 5)
+calls = {
+    "nearest": lambda: tokenops.nearest(x, x),
+    "match": lambda: tokenops.match(x, 5),
+    "merge": lambda: tokenops.merge(x, token_map),
+    "merge_wavg": lambda: tokenops.merge_wavg(x, token_map),
+    "unmerge": lambda: tokenops.unmerge(x[:, :28], token_map),
+    "policy_attention": lambda: tokenops.policy_attention(q, q, q, x[..., 0].abs()),
+    "policy_attention_backward": lambda: torch.autograd.grad(
+        tokenops.policy_attention(q, q, q, x[..., 0].abs()).sum(), q
+    ),
+    "attention_scores": lambda: tokenops.attention_scores(q, q),
+}
+
+def run(name, backend):
+    with tokenops.use_backend(backend), torch.profiler.profile() as profile:
+        result = calls[name]()
+    tensors = result if isinstance(result, tuple) else (getattr(result, "assign", result),)
+    return tensors, {event.name for event in profile.events() if "::" in event.name}
+
+LEVEL = _native.isa
+assert LEVEL in ("portable", WISH), LEVEL  # a CPU without AVX2 has portable kernels
+assert _backend.aside == set(_backend.SLOWER.get(LEVEL, ()))
+for name in calls:
+    result, ran = run(name, None)
+    native, ran_native = run(name, "native")
+    composed, ran_composed = run(name, "composed")
+    aside = name in _backend.aside
+    assert ran_native != ran_composed, name
+    assert ran == (ran_composed if aside else ran_native), (name, ran ^ ran_composed)
+    for a, b in zip(result, composed if aside else native, strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(result, native, strict=True):
+        torch.testing.assert_close(a, b)
+lines = report().splitlines()
+assert any(f"instruction set  {LEVEL}" in line for line in lines)
+for name in tokenops._library.operators:
+    first = "composed, native" if name in _backend.aside else "native, composed"
+    assert any(line.split()[:1] == [name] and first in line for line in lines), name
+    assert "native" not in tokenops.why_not(name, x)
+"""
+
+
+@pytest.mark.native_only
+@pytest.mark.parametrize("level", ["portable", "avx2"])
+def test_slow_kernels_step_aside_by_level(backend, level):
+    """Composed functions serve in their place, unless "native" is chosen; results are the same."""
+    run = subprocess.run(
+        [sys.executable, "-c", f"WISH = {level!r}\n{ROUTED}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TOKENOPS_CPU_ISA": level},
+    )
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_refused_name_changes_nothing():
     with tokenops.use_backend("reference"):
         for name, error in (("cuda", ValueError), (1, TypeError)):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tokenops
-from benchmarks import machine, memory, report, run, store
+from benchmarks import fallback, machine, memory, report, run, store
 from benchmarks.attention import AttentionShape
 from benchmarks.cases import RIVALS, YARDSTICKS
 from benchmarks.registry import CASES, all_cases, find, operators, select
@@ -471,3 +471,30 @@ def test_plot(results, tmp_path):
     first = path.read_bytes()
     report.main(["--plot", str(path), "--results", str(results)])
     assert path.read_bytes() == first
+
+
+# Fallback
+
+
+def test_fallback_runs_each_variant(capfd):
+    few = ["--tiny", "--threads", "1", "--only", "match plain float32", "merge mean bfloat16"]
+    assert fallback.main([*few, "--variants", "no library", "avx2", "--all"]) in (0, 1)
+    words = capfd.readouterr().out.splitlines()
+    assert [w for w in words if "threads" in w] == ["no library, 1 threads", "avx2, 1 threads"]
+    rows = [w for w in words if " ms " in w]
+    assert len(rows) == 4
+    assert all("tokenops" in w and "composed" in w for w in rows)
+    assert words[-1].split()[0] == str(sum("BELOW" in w for w in rows))
+
+
+def test_fallback_times_a_patched_model():
+    found = fallback.model_rivals(tiny=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(found["tokenops"].call(), found["eager"].call())
+
+
+def test_fallback_marks_what_is_below_the_bar():
+    row = {"case": "match", "median": {"eager": 0.94, "tokenops": 1.0}}
+    assert fallback.line({**row, "best": row["median"]})[1]
+    row["median"]["eager"] = 0.96
+    assert not fallback.line({**row, "best": row["median"]})[1]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """tokenops: fused kernels for token sparsification of transformers."""
 
+from . import _backend, _native
 from ._backend import available_backends, use_backend, why_not
 from .ops.attention.api import attention_scores, policy_attention
 from .ops.matching.api import match, nearest
@@ -11,6 +12,8 @@ from .splits import random as random  # not in __all__, where it would hide the 
 from .token_map import TokenMap
 
 __version__ = "0.1.0"
+
+_backend.step_aside(*_backend.SLOWER.get(_native.isa, ()))
 
 __all__ = [
     "TokenMap",

@@ -24,6 +24,14 @@ from ._library import NAMESPACE, operators
 #: Every backend by name, the one that is preferred first.
 BACKENDS = ("native", "triton", "composed", "reference")
 
+#: Operators whose compiled kernels are slower than plain PyTorch, by level of CPU instructions; in
+#: docs/performance.md are the measurements.
+SLOWER: dict[str, tuple[str, ...]] = {
+    "portable": ("match", "nearest", "search", "policy_attention", "policy_attention_backward"),
+}
+#: Those that step aside in this process.
+aside: set[str] = set()
+
 _TOO_OLD = "the Triton kernels need compute capability 8.0"
 # Triton runs its kernels as Python on CPU tensors then.
 _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -258,8 +266,11 @@ def step_aside(*names: str) -> None:
     where ``"native"`` is chosen.
 
     Args:
-        *names: Operators that are registered already, before :func:`serve_by_triton` for them.
+        *names: Operators that are registered already.
     """
+    if not names:
+        return
+    aside.update(names)
     if "native" not in _library.overloads:
         _library.add_overloads("native")
     for name in _library.defined:

@@ -47,6 +47,9 @@ def _lines() -> Iterator[str]:
         yield f"  CPU              {present or 'no vector extension known'}"
     if _native.isa:
         yield f"  instruction set  {_native.isa}"
+    if _backend.aside:
+        names = ", ".join(sorted(_backend.aside))
+        yield f"  step aside       {names} (composed is faster at this level)"
     chosen = _backend.chosen() or "the best one for the tensors' device"
     yield f"  chosen backend   {chosen}"
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -57,6 +60,8 @@ def _lines() -> Iterator[str]:
         for operator in _library.operators:
             reasons = _backend.why_not(operator, torch.empty(0, device=device))
             serving = [b for b in _backend.BACKENDS if b not in reasons]
+            if device == "cpu" and operator in _backend.aside:
+                serving.sort(key="composed".__ne__)
             yield f"  {operator:<16} {', '.join(serving)}"
             for backend, reason in reasons.items():
                 yield f"  {'':<16}   not {backend}: {reason}"

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Composed functions keep the scores of all pairs in blocks: no tensor grows with their number."""
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tokenops
+from tokenops import _library
+from tokenops.testing import random_tokens
+
+N = 8192
+PAIRS = N * N // 4 * 4  # bytes of float32 scores of half the tokens and the other half
+
+
+class Largest(TorchDispatchMode):
+    """Runs one kind of functions in place of our operators and sees the largest tensor's bytes."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.bytes = kind, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tokenops":
+            name = func._schema.name.partition("::")[2]
+            with self:
+                return getattr(_library.defined[name], self.kind)(*args)
+        out = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+def attend(**options):
+    """Forward and backward, of half as many tokens: all of them are queries and keys."""
+    q = random_tokens(1, N // 2, 8)[:, None].requires_grad_()
+    out = tokenops.policy_attention(q, q, q, **options)
+    torch.autograd.grad(out.sum(), q)
+
+
+def weights():
+    return torch.rand(1, N // 2, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+CALLS = {
+    "match": lambda: tokenops.match(random_tokens(1, N, 8), 1000, num_prefix=1),
+    "match, grid": lambda: tokenops.match(
+        random_tokens(1, N, 8), 1000, split=tokenops.grid(64, 128, 2, 2)
+    ),
+    "nearest": lambda: tokenops.nearest(*random_tokens(2, N // 2, 8)[:, None]),
+    "policy": lambda: attend(policy=weights().requires_grad_()),
+    "policy, causal": lambda: attend(policy=weights(), is_causal=True, eps=1e-6),
+    "size": lambda: attend(size=weights()),
+    "scores": lambda: tokenops.attention_scores(*random_tokens(2, N // 2, 8)[:, None, None]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_tensor_grows_with_the_number_of_pairs(name):
+    with tokenops.use_backend(None), Largest("composed") as largest:
+        CALLS[name]()
+    assert 0 < largest.bytes <= PAIRS // 4
+
+
+def test_the_bound_is_below_all_pairs():
+    with tokenops.use_backend(None), Largest("reference") as largest:
+        CALLS["scores"]()
+    assert largest.bytes >= PAIRS
