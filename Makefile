@@ -5,7 +5,7 @@
 #   make test VENV=/path/to/env        an environment that is already there, with its own torch
 #   make test PYTHON=python3.12        the interpreter that a new environment is made from
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-#   make matrix PYTHON312=/path/to/python3.12
+#   make matrix PYTHON312=/path/to/python3.12 MATRIX_TORCH="2.11.0 newest"
 #   make test TOKENOPS_BUILD=none      see CONTRIBUTING.md
 
 PYTHON ?= python3
@@ -14,7 +14,8 @@ TORCH ?= torch==2.13.0
 # The budget of registers is that of this compiler.
 TRITON ?= triton==3.7.1
 PYTHON312 ?= python3.12
-MATRIX_TORCH ?= torch==2.11.0
+MATRIX_TORCH ?= 2.10.0 2.11.0
+MATRIX_INDEX ?=
 SANITIZE ?= address,undefined
 SHARE ?= 1/8
 ARGS ?=
@@ -106,16 +107,21 @@ interpret: $(READY)/test $(NATIVE)
 headers: $(READY)/tools
 	$(PY) tests/headers.py $(ARGS)
 
-# The headers, then the tests with an older Python, PyTorch and Triton, in a copy of these files with
-# an environment of its own.
+# The headers, then the tests with another Python and each PyTorch that MATRIX_TORCH lists ("newest" is
+# one, too), in a copy of these files with an environment for each. Where PyTorch brings no Triton, the
+# one that it was made with comes along.
 MATRIX := $(CURDIR)/build/matrix
 matrix:
 	$(MAKE) headers ARGS=
 	rm -rf $(MATRIX)/tokenops && mkdir -p $(MATRIX)/tokenops
 	git ls-files -z --cached --others --exclude-standard | \
 		tar --create --null --files-from=- | tar --extract --directory=$(MATRIX)/tokenops
-	$(MAKE) -C $(MATRIX)/tokenops test TOKENOPS_BUILD=cpu VENV=$(MATRIX)/venv PYTHON=$(PYTHON312) \
-		TORCH="$(MATRIX_TORCH)" TRITON=triton==3.6.0
+	for version in $(MATRIX_TORCH); do \
+		torch=torch==$$version triton=$(TRITON); \
+		case $$version in newest) torch=torch;; 2.10.* | 2.11.*) triton=triton==3.6.0;; esac; \
+		$(MAKE) -C $(MATRIX)/tokenops test TOKENOPS_BUILD=cpu VENV=$(MATRIX)/$$version \
+			PYTHON=$(PYTHON312) TORCH="$$torch $(MATRIX_INDEX)" TRITON=$$triton || exit 1; \
+	done
 
 # All that needs a GPU, in eight minutes; installs nothing, so that it runs where nothing can be
 # fetched. ARGS="--resume" goes on, ARGS="--device cpu" rehearses it without a GPU.
@@ -156,8 +162,8 @@ $(READY)/triton: $(READY)/tools
 $(READY)/test: $(READY)/triton
 $(READY)/test $(READY)/lint $(READY)/bench $(READY)/demo: pyproject.toml $(READY)/tools
 	$(PY) -c "from importlib.metadata import distributions as all; \
-		print(*{f'{d.name}=={d.version}' for d in all() if d.name in ('torch', 'triton')})" | \
-		tr ' ' '\n' >$(READY)/keep.txt
+		print(*{f'{d.name}=={d.version}' for d in all() if d.name in ('torch', 'triton')}, \
+		sep='\n')" >$(READY)/keep.txt
 	PYTHONWARNINGS=ignore $(PIP) --constraint $(READY)/keep.txt --no-build-isolation \
 		--config-settings editable_mode=compat --editable ".[$(@F)]"
 	touch $@

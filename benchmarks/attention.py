@@ -157,6 +157,7 @@ def make_weights(shape: AttentionShape, device: torch.device) -> Tensor:
 def _attend(shape: AttentionShape, device: torch.device) -> dict[str, Callable[[], Attend]]:
     """What makes each rival's function of q, k, v and the keys' weights."""
     own = torch.eye(shape.tokens, device=device)
+    diagonal = own.bool()
 
     def ours(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Any:
         if shape.weights == "size":
@@ -170,7 +171,7 @@ def _attend(shape: AttentionShape, device: torch.device) -> dict[str, Callable[[
         return rivals.attention_with_policy(q, k, v, w, own, shape.eps)
 
     def biased(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        bias = rivals.size_bias(w) if shape.weights == "size" else rivals.policy_bias(w, own)
+        bias = rivals.size_bias(w) if shape.weights == "size" else rivals.policy_bias(w, diagonal)
         bias = bias.to(q.dtype).expand(-1, q.shape[1], q.shape[2], -1)  # [B, H, N, N]
         return scaled_dot_product_attention(q, k, v, attn_mask=bias)
 

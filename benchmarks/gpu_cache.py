@@ -14,6 +14,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -37,17 +38,17 @@ def versions() -> str:
     return f"Python {platform.python_version()}, Triton {importlib.metadata.version('triton')}"
 
 
-def build_stand_in(folder: Path) -> Path:
-    """Compile the stand-in for libcuda.
+def build_stand_in(folder: Path, *more: Path) -> Path:
+    """Compile the stand-in for libcuda, with more sources.
 
     Raises:
         SystemExit: If there is no C compiler.
     """
     library = folder / "libcuda.so.1"
     source = Path(__file__).parent / "gpu" / "libcuda.c"
-    compiler = os.environ.get("CC") or "gcc"
-    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source)]
-    command += ["-o", str(library)]
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    command = [*compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    command += [*map(str, (source, *more)), "-o", str(library)]
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -20,6 +20,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from . import store
 from .gpu import bars, record
 from .gpu.runner import Outcome, Run
 from .gpu.steps import Plan, phases
@@ -67,7 +68,7 @@ def failures(folder: Path) -> dict[str, list[str]]:
                     last = (row.message.strip().splitlines() or ["it did not end"])[-1]
                     lines.append(f"{row.case}: {last}")
         else:
-            for result in bars.rows(path):
+            for result in store.read(path):
                 if result["status"] in ("failed", "differs"):
                     case = " ".join(result[key] for key in ("operator", "case", "rival", "status"))
                     lines.append(f"{case}: {result['note']}")

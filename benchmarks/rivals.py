@@ -8,7 +8,7 @@ materialise the scores of all pairs, sort the sources by their best score, and a
 gathers and ``scatter_reduce``. Everything is computed in the dtype of the data, as they do it.
 
 The same merging by an index of the output row of each input row is one ``index_add_``, and undoing
-it one ``index_select``: the way to write it for who has such an index.
+it one ``index_select``: the way to write it for those who have such an index.
 
 Attention: DynamicViT (Rao et al., NeurIPS 2021, section 3.3) masks the softmax, ToMe adds the
 logarithm of sizes, and scores that rank tokens are sums over the rows of a map that has the queries
@@ -200,8 +200,8 @@ def size_bias(size: Tensor) -> Tensor:
 
 
 def policy_bias(policy: Tensor, own: Tensor) -> Tensor:
-    """What a policy [B, N] adds to logits, [B, 1, N, N]: nothing where ``own`` [N, N] is not 0."""
-    return torch.where(own > 0, 0.0, (policy + LOG_EPS).log()[:, None, None, :])
+    """What a policy [B, N] adds to logits, [B, 1, N, N]: nothing where ``own``, bool [N, N], is."""
+    return torch.where(own, 0.0, (policy + LOG_EPS).log()[:, None, None, :])
 
 
 def flex_with_policy() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from typing_extensions import Self
 
 from . import machine, memory, store
 from .cases import DTYPES, RIVALS, YARDSTICKS, Case, Work
@@ -41,7 +41,38 @@ from .timing import (
     interleave,
 )
 
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
 Progress = Callable[[int, int], None]
+
+
+class Lines:
+    """What is used of tqdm, without a bar, where that is not installed."""
+
+    n = 0.0
+
+    def __init__(self, **options: object) -> None:
+        """Takes the options of tqdm."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leaves the lines where they are."""
+
+    def set_description(self, text: str) -> None:
+        """Draws nothing."""
+
+    def refresh(self) -> None:
+        """Draws nothing."""
+
+    @staticmethod
+    def write(text: str, file: TextIO) -> None:
+        """Print a line."""
+        print(text, file=file, flush=True)
 
 
 @dataclass(frozen=True)
@@ -334,7 +365,7 @@ def run_all(jobs: list[tuple[Case, str]], settings: Settings, out: Path | None) 
     """
     failures = 0
     gc.freeze()  # what is there already need not be looked through before each case
-    with tqdm(total=len(jobs), unit="case", file=sys.stderr, disable=None) as bar:
+    with (tqdm or Lines)(total=len(jobs), unit="case", file=sys.stderr, disable=None) as bar:
         for done, (case, dtype) in enumerate(jobs):
 
             def progress(have: int, want: int, base: int = done) -> None:
@@ -350,7 +381,7 @@ def run_all(jobs: list[tuple[Case, str]], settings: Settings, out: Path | None) 
                 failures, poisoned = failures + 1, is_cuda_error(error)
             bar.n = done + 1
             bar.refresh()
-            tqdm.write(summary(rows), file=sys.stdout)
+            bar.write(summary(rows), file=sys.stdout)
             if out is not None:
                 store.merge(out, rows)
             if poisoned:
@@ -362,7 +393,11 @@ def run_all(jobs: list[tuple[Case, str]], settings: Settings, out: Path | None) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for; the result counts the cases that failed."""
+    """Run what the command line asks for.
+
+    Returns:
+        How many cases failed, those that ``--resume`` leaves out included; at most 64.
+    """
     arguments = parser().parse_args(argv)
     cases = cases_of(arguments)
     if arguments.list:
@@ -378,10 +413,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: peak {rates[0]:.0f} GFLOP/s ({settings.ceilings.source}), "
               f"torch.mm {rates[1]:.0f}")  # fmt: skip
     jobs = [(case, dtype) for case in cases for dtype in arguments.dtype]
+    failures = 0
     if arguments.resume and out is not None:
-        have = {(row["operator"], row["case"], row["dtype"]) for row in store.read(out)}
-        jobs = [(c, dtype) for c, dtype in jobs if (c.operator, c.name, dtype) not in have]
-    return min(64, run_all(jobs, settings, out))
+        have = {(row["operator"], row["case"], row["dtype"]): row["status"]
+                for row in store.read(out) if row["rival"] == "tokenops"}  # fmt: skip
+        status = [have.get((c.operator, c.name, dtype)) for c, dtype in jobs]
+        failures = status.count("failed")
+        jobs = [job for job, known in zip(jobs, status, strict=True) if known is None]
+    return min(64, failures + run_all(jobs, settings, out))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .registry import all_cases
-
 Row = dict[str, str]
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -82,6 +80,8 @@ def read(path: Path) -> list[Row]:
 
 def merge(path: Path, rows: Iterable[Row]) -> None:
     """Write rows to a file; a case's earlier rows give way, and cases that are no more."""
+    from .registry import all_cases  # it needs torch, and reading does not
+
     fresh = list(rows)
     replaced = {_key(row) for row in fresh}
     order = {(c.operator, c.name): i for i, c in enumerate(all_cases())}

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import gc
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 try:
@@ -123,11 +123,11 @@ class Series:
         """Quantile of the time of one call: 0 is the best sample, 0.5 the median."""
         everything = self.used == "all"
         kept = [s.seconds for s in self.samples if s.clean or everything]
-        return float(np.quantile(kept, quantile))
+        return torch.tensor(kept, dtype=torch.float64).quantile(quantile).item()
 
     def faults(self) -> float:
         """Median of the minor page faults per call."""
-        return float(np.median([s.faults for s in self.samples]))
+        return statistics.median(s.faults for s in self.samples)
 
 
 class Timer(Protocol):

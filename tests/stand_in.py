@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -22,12 +21,13 @@ import triton
 
 from benchmarks import launches
 from benchmarks.gpu.prefill import use_stand_in
+from benchmarks.gpu_cache import build_stand_in
 from tokenops._triton import compile as ahead
 from tokenops._triton import launch
 from tokenops._triton.launch import Recorded, record
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = (ROOT / "benchmarks" / "gpu" / "libcuda.c", ROOT / "tests" / "cpp" / "kept_launches.c")
+KEPT = ROOT / "tests" / "cpp" / "kept_launches.c"
 
 #: Launches with and without missing tensors, of one to three axes, with integers that are 1, that
 #: 16 divides and that it does not, with floats, with shared memory.
@@ -40,10 +40,7 @@ class Stand:
     """The stand-in, loaded before Triton asks for libcuda, and Triton's driver on it."""
 
     def __init__(self, folder: Path) -> None:
-        library = folder / "libcuda.so.1"
-        command = [*os.environ.get("CC", "cc").split(), "-shared", "-fPIC"]
-        command += ["-Wl,-soname,libcuda.so.1", *map(str, SOURCES), "-o", str(library)]
-        subprocess.run(command, check=True)
+        library = build_stand_in(folder, KEPT)
         os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
         os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
         self._library = ctypes.CDLL(str(library))

@@ -238,9 +238,12 @@ def test_floats_compile_anew():
         out = tokenops.policy_attention(q, q, q, policy, eps=eps, scale=scale)
         return out, tokenops.attention_scores(q, q, policy=policy, eps=eps, scale=scale)
 
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for eps, scale in ((0.0, 0.5), (1e-3, 0.5), (1e-2, 0.25)):
+    for eps, scale in ((0.0, 0.5), (1e-3, 0.5), (1e-2, 0.25), (1e-3, 0.5)):
         torch.testing.assert_close(compiled(eps, scale), function(eps, scale))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

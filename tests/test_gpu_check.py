@@ -103,9 +103,9 @@ def test_ends_before_its_deadline_whatever_steps_do(tmp_path):
         tmp_path,
         [Step("deaf", deaf, 60), Step("slow", python("import time; time.sleep(60)"), 60)],
         [Step("late", python("print()"), 60)],
-        deadline=5,
+        deadline=12,
     )
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 12
     results = [outcome.result for outcome in found.values()]
     assert results == ["stopped after its time"] * 2 + ["not reached"]
 
@@ -284,7 +284,7 @@ def test_a_cuda_error_costs_a_test_and_no_name_is_lost(tmp_path):
     path = tmp_path / "record.csv"
     command = [sys.executable, "-m", "benchmarks.gpu.suite", "--device", "cpu"]
     command += ["--record", str(path), str(tmp_path / "test_some.py")]
-    for code in (record.POISONED, 1, 0):  # the third start has nothing left to do
+    for code in (record.POISONED, 1, 1):  # the third start has nothing left to do
         assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == code
     rows = {re.search(r"test_\w+\[", c)[0]: row for c, row in record.read(path).items()}
     assert {name: row.result for name, row in rows.items()} == {
@@ -303,9 +303,9 @@ def rehearse(path):
 
 
 def test_a_benchmark_case_that_raises_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
-    def fail_at(name, error):
-        plain = run.run_case
+    plain = run.run_case
 
+    def fail_at(name, error):
         def run_case(case, *arguments):
             if case.name == name:
                 raise error
@@ -323,14 +323,14 @@ def test_a_benchmark_case_that_raises_leaves_the_others_alone(tmp_path, monkeypa
     assert len(status) == 4
     assert set(status.values()) == {"ok"}
     assert "sd-2 float32: failed: ValueError: odd" in capsys.readouterr().out
-    assert rehearse(path) == 0  # has them all
+    assert rehearse(path) == 1  # has them all, and the one that failed
 
     path.unlink()
     fail_at("sd-16", RuntimeError("CUDA error: misaligned address"))
     with pytest.raises(SystemExit) as ended:
         rehearse(path)
     assert ended.value.code == record.POISONED
-    assert rehearse(path) == 0  # goes on after it
+    assert rehearse(path) == 1  # goes on after it
     assert len({row["case"] for row in store.read(path)}) == 5
 
 
@@ -397,6 +397,15 @@ def test_the_table_says_what_was_reached(tmp_path):
     assert any("match vit-l-512-32, us | not measured" in line for line in lines)
 
 
+@pytest.mark.parametrize(("heads", "number"), [("H28", 28), ("H28/4", 28)])
+def test_exponentials_of_attention(tmp_path, heads, number):
+    for operator, passes in (("policy_attention", 1), ("policy_attention_forward_backward", 2)):
+        row = (operator, "vit-b-256", "tokenops", "bfloat16", "9", "8", "7", f"B3 {heads} N5 D4")
+        write_times(tmp_path / "times.csv", [row])
+        work = bars.Table(tmp_path / "times.csv").work(operator, "vit-b-256")
+        assert work == bars.Work(8, 7, 3 * number * 25 * passes)
+
+
 def test_bars_name_cases_that_exist(tmp_path):
     """A bar about a case that is never timed would be missed by nobody."""
 
@@ -435,7 +444,8 @@ def test_what_matters_comes_before_the_deadline(tmp_path):
     """All but memory checks and slow compilers, even where each step takes all of its time."""
     phases = steps.phases(steps.Plan("cuda", tmp_path))
     longest = [max(step.seconds for step in group) for group in phases]
-    assert sum(longest[:-2]) <= 480
+    run = Run(phases, tmp_path / "out", tmp_path / "out.tar.gz", deadline=480, summarise=str)
+    assert sum(longest[:-2]) <= 480 - run.reserve
 
 
 def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
@@ -459,14 +469,19 @@ def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
                 importlib.import_module(module).main(arguments)
 
 
-def test_the_cache_is_of_the_calls_that_the_check_makes():
+def test_the_cache_is_of_the_calls_that_the_check_makes(tmp_path):
     assert {*steps.CHECKS} == {*smoke.CHECKS}
     assert {*steps.DTYPES} == {*smoke.DTYPES}
     names = [name for name, _ in prefill.calls()]
     assert len(set(names)) == len(names)
     for check in steps.CHECKS:
         assert {f"smoke {check} {dtype}" for dtype in steps.DTYPES} <= {*names}
-    assert {"vit", "ceilings", "times match vit-b-256 tokenops", "launches layer"} <= {*names}
+    assert {"vit", "ceilings", "launches layer"} <= {*names}
+    for step in (step for group in steps.phases(steps.Plan("cuda", tmp_path)) for step in group):
+        if "benchmarks.run" in step.command:
+            arguments = step.command[step.command.index("benchmarks.run") + 1 :]
+            for case in run.cases_of(run.parser().parse_args(arguments)):
+                assert f"times {case.operator} {case.name} tokenops" in names
 
 
 # ---- the cache ----
@@ -505,18 +520,34 @@ def test_an_archive_of_another_version_says_so(tmp_path, monkeypatch):
 # ---- all of it ----
 
 
+def copy_sources(target):
+    """Copy the files of the project that git does not ignore; all, where there is no git."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file():  # and not deleted since the last commit
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, target / name)
+    else:
+        ignored = shutil.ignore_patterns("build", "*.so", "_build_info.json", ".*", "*.egg-info")
+        shutil.copytree(ROOT, target, ignore=ignored)
+
+
 @pytest.mark.slow
 def test_rehearsal_from_a_bare_copy(tmp_path):
-    """Nothing built and no compiler; killed on its way, then resumed to its end in time."""
-    copy = tmp_path / "copy"
-    ignored = shutil.ignore_patterns("build", "*.so", "_build_info.json", ".*", "*.egg-info")
-    shutil.copytree(ROOT, copy, ignore=ignored)
+    """No library, compiler, tqdm or NumPy; killed on its way, then resumed to its end in time."""
+    copy, blocked = tmp_path / "copy", tmp_path / "blocked"
+    copy_sources(copy)
+    blocked.mkdir()
+    for name in ("numpy", "tqdm"):
+        (blocked / f"{name}.py").write_text("raise ModuleNotFoundError")
     deadline = 500
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--resume"]
     command += ["--deadline", str(deadline), "--out", str(tmp_path / "out")]
     command += ["--patience", "3"]  # the machine may be busy
     environment = {name: value for name, value in os.environ.items() if "TOKENOPS" not in name}
-    environment.update(CXX="no-such-compiler", OMP_NUM_THREADS="1")
+    environment.update(CXX="no-such-compiler", OMP_NUM_THREADS="1", PYTHONPATH=str(blocked))
     with subprocess.Popen(
         command, cwd=copy, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -539,7 +570,6 @@ def test_rehearsal_from_a_bare_copy(tmp_path):
     # Figures of tiny sizes may say that merging does not pay; nothing else goes wrong.
     assert {o["result"] for n, o in state.items() if n != "vit"} <= {
         "ok",
-        "ok, 2 starts",
         f"left out: {steps.NO_GPU}",
         "left out: no archive was named",
         *(o["result"] for n, o in state.items() if n in ("library", "tests-native")),

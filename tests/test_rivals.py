@@ -81,7 +81,7 @@ def test_attention_recipes_are_what_tokenops_computes(eps):
     mask = rivals.size_bias(size.double())
     torch.testing.assert_close(out, biased(q, k, v, attn_mask=mask.expand(2, 3, 35, 35)))
     expected = tokenops.policy_attention(q, k, v, policy)
-    mask = rivals.policy_bias(policy.double(), own)
+    mask = rivals.policy_bias(policy.double(), own.bool())
     torch.testing.assert_close(biased(q, k, v, attn_mask=mask), expected, rtol=1e-4, atol=1e-4)
     expected = tokenops.attention_scores(q, k, query_weight=weight.double())
     torch.testing.assert_close(rivals.attention_received(q, k, weight), expected)

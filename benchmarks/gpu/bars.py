@@ -9,12 +9,12 @@ show what the same rule asks of an H100 and an H200 as they are known.
 
 from __future__ import annotations
 
-import csv
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from .. import store
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,14 @@ class Work:
         return times[name], name
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file of results; none if there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 class Table:
     """Rows of a CSV file by operator, case and rival, in bfloat16."""
 
     def __init__(self, *paths: Path) -> None:
         self.rows: dict[tuple[str, str, str], dict[str, str]] = {}
-        for row in (row for path in paths for row in rows(path) if row["dtype"] == "bfloat16"):
+        for row in (
+            row for path in paths for row in store.read(path) if row["dtype"] == "bfloat16"
+        ):
             self.rows[row["operator"], row["case"], row["rival"]] = row
 
     def us(self, operator: str, case: str, rival: str = "tokenops") -> float:
@@ -87,11 +81,11 @@ class Table:
     def work(self, operator: str, case: str) -> Work:
         """Least work of a case; of attention the exponentials too, by the sizes in its row."""
         row = self.rows.get((operator, case, "tokenops"), {})
-        sizes = re.match(r"B(\d+) H(\d+) N(\d+) ", row.get("shape", ""))
         exps = 0
-        if sizes and operator.startswith("policy_attention"):
-            batch, heads, tokens = map(int, sizes.groups())
-            exps = batch * heads * tokens * tokens * (2 if "backward" in operator else 1)
+        if row and operator.startswith("policy_attention"):
+            # "B1 H28/4 N2880 D128": 28 heads of queries that share 4 of keys
+            sizes = {s[0]: int(s[1:].partition("/")[0]) for s in row["shape"].split()[:3]}
+            exps = sizes["B"] * sizes["H"] * sizes["N"] ** 2 * (2 if "backward" in operator else 1)
         return Work(float(row.get("bytes") or "nan"), float(row.get("flops") or "nan"), exps)
 
     def number(self, operator: str, case: str, rival: str, column: str) -> float:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -40,7 +41,7 @@ HEADER = tuple(field.name for field in fields(Row))
 def append(path: Path, row: Row) -> None:
     """Write a row at the end of a file, which begins with a header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
+    whole = _ends_whole(path)
     with path.open("a", newline="", encoding="utf-8") as file:
         if not whole:  # a kill has cut the last line off
             file.write("\n")
@@ -48,6 +49,15 @@ def append(path: Path, row: Row) -> None:
         if file.tell() == 0:
             writer.writerow(HEADER)
         writer.writerow(astuple(row))
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether a file's last line is whole; so is that of an empty file and of none."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def read(path: Path) -> dict[str, Row]:

@@ -58,7 +58,7 @@ def phases(plan: Plan) -> list[list[Step]]:
         _preparations(plan),
         _smoke(plan),
         _tests(plan),
-        [plan.step("compiled-here", 10, "benchmarks.gpu_cache", "--count")],
+        [plan.step("compiled-here", 5, "benchmarks.gpu_cache", "--count")],
         *([step] for step in _times(plan)),
         _sanitizers(plan),
         [_compiled(plan)],
@@ -116,7 +116,7 @@ def _tests(plan: Plan) -> list[Step]:
     for check in ("match", "merging"):
         arguments = ("--backend", "triton", "--only", check)
         name = f"smoke-triton-{check}"
-        steps.append(_smoke_step(plan, name, 100, *arguments, left_out=left_out))
+        steps.append(_smoke_step(plan, name, 90, *arguments, left_out=left_out))
     return steps
 
 
@@ -127,7 +127,7 @@ def _part(number: int, of: int) -> str:
 def _test(plan: Plan, name: str, backend: str, share: str, *paths: str) -> Step:
     return plan.step(
         name,
-        100,
+        90,
         "benchmarks.gpu.suite",
         *("--device", plan.device, "--backend", backend, "--share", share),
         *("--record", str(plan.folder / f"{name}.csv")),

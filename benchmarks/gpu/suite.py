@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from .record import LEFT_OUT, POISONED, Row, append, is_cuda_error, settled
+from .record import GOOD, LEFT_OUT, POISONED, Row, append, is_cuda_error, read, settled
 
 
 class Recorder:
@@ -69,7 +69,7 @@ class Recorder:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tests; the result is pytest's, 0 if there are none left."""
+    """Run the tests; the result is 1 if the record has a failure, of an earlier start too."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.suite", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="default")
@@ -94,7 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings += ["-W", "ignore:scatter_reduce_cuda_prod_"]
     plugin = Recorder(options.record, options.backend, options.device)
     code = pytest.main([*settings, *options.paths], plugins=[plugin])
-    return 0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else int(code)
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return int(code)
+    return int(any(row.result not in GOOD for row in read(options.record).values()))
 
 
 if __name__ == "__main__":

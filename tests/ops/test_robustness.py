@@ -182,19 +182,12 @@ def test_unwritten_memory_is_poisoned():
 
 GARBAGE = """
 import itertools, sys, torch, tokenops
-from tokenops import TokenMap, _backend
+from chosen import ops
+from tokenops import TokenMap
 
 if sys.argv[1] != "default":
     tokenops.use_backend(sys.argv[1])
 generator = torch.Generator().manual_seed(0)
-
-
-class Operators:
-    def __getattr__(self, name):
-        return lambda first, *rest: _backend.serving(name, first)(first, *rest)
-
-
-ops = Operators()
 BATCH, TOKENS, OUTPUTS = 2, 13, 6
 
 def garbage(*shape):
@@ -257,7 +250,11 @@ print("survived")
 def test_garbage_indices_never_crash(backend):
     rounds = "3" if os.environ.get("HYPOTHESIS_PROFILE") == "quick" else "40"
     command = [sys.executable, "-c", GARBAGE, backend, rounds]
-    run = subprocess.run(command, capture_output=True, text=True)
+    path = os.pathsep.join(
+        filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")])
+    )  # of chosen.py
+    environment = {**os.environ, "PYTHONPATH": path}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, f"exit status {run.returncode}\n{run.stderr[-2000:]}"
     assert run.stdout.strip() == "survived"
 

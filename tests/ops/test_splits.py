@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from chosen import ops
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -89,7 +90,7 @@ def test_places_in_cells_are_clamped(each, dtype, order, backend, device):
         lists = (side.to(device) for side in cells_by_hand(5, 7, 2, 2, 1, own))
         arguments = metric[image : image + 1], 9, 1, None, *lists, 1, 0, 1, None
         expected.append(reference.match(*arguments, *rest))
-    result = serve("match", metric)(metric, 9, 1, None, None, None, 2, 7, 2, cell, *rest)
+    result = ops.match(metric, 9, 1, None, None, None, 2, 7, 2, cell, *rest)
     same_maps(result, [torch.cat(parts) for parts in zip(*expected, strict=True)])
 
 
@@ -161,13 +162,6 @@ def test_vmap_over_thresholds(backend, device):
 # ---- the operators themselves ----
 
 
-def serve(name, tensor):
-    """The implementation that the chosen backend has of an operator."""
-    from tokenops import _backend
-
-    return _backend.serving(name, tensor)
-
-
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("limit", [None, 0.1])
 @pytest.mark.parametrize("grid", [(2, 0, 1), (3, 4, 2)], ids=["alternate", "grid"])
@@ -177,7 +171,7 @@ def test_more_than_there_is_to_merge(tokens, grid, limit, order, backend, device
     metric = exact_metric(2, tokens, 4, device=device, seed=1)
     for r in (-3, tokens - 1, tokens, tokens + 5):
         arguments = metric, r, 0, None, None, None, *grid, None, limit, None, order, "cosine"
-        got = serve("match", metric)(*arguments)
+        got = ops.match(*arguments)
         outputs = tokens if limit is not None else max(tokens - max(r, 0), min(tokens, 1))
         assert got[1].shape == (2, outputs + 1)
         same_maps(got, reference.match(*arguments))
