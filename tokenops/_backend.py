@@ -395,8 +395,7 @@ def _on_cuda(
     """
 
     def serve(keys: Any, first: Any, *rest: Any) -> Any:
-        # The first argument is a tensor or a list of some.
-        index = (rest[0] if isinstance(first, list) else first).device.index
+        index = _library.device_of(first, *rest).index
         try:
             if not _new_enough(index):
                 if otherwise is not None:

@@ -38,18 +38,24 @@ def _tell(counter: ModuleType, name: str, formula: Callable[..., int]) -> None:
 class _Finder:
     """Finds the counter as the others do, to add the formulas to it once it is executed."""
 
+    asking = False
+
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != COUNTER:
+        if name != COUNTER or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.asking = True  # the others
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_tell(module: ModuleType) -> None:
                 execute(module)
+                sys.meta_path.remove(self)
                 while _formulas:
                     _tell(module, *_formulas.popitem())
 

@@ -61,8 +61,13 @@ def differentiates() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
+def may_be_true(condition: Tensor) -> bool:
+    """Whether some element is true: exactly on the CPU, where looking does not wait."""
+    return not condition.is_cpu or bool(condition.any())
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Keep autocast from lowering the precision of a reference; not every device knows autocast."""
+    """Keep autocast from lowering the precision of PyTorch's operators; not every device has it."""
     if knows_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
@@ -247,10 +252,17 @@ def _for_want_of_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that serves where there is no kernel, and says so at its first call."""
 
     def kernel(first: Any, *rest: Any) -> Any:
-        _missing.warn((first[0] if isinstance(first, list) else first).device.type)
+        _missing.warn(device_of(first, *rest).type)
         return function(first, *rest)
 
     return kernel
+
+
+def device_of(first: Any, *rest: Any) -> torch.device:
+    """Device of an operator's arguments: the first is a tensor, or a list that may be empty."""
+    tensor = rest[0] if isinstance(first, list) else first
+    device: torch.device = tensor.device
+    return device
 
 
 def shared_arguments(name: str) -> frozenset[str]:

@@ -289,5 +289,5 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
     return Grid(h, w, sy, sx, generator)
 
 
-# A saved split is data: torch.load(weights_only=True) takes it.
+# torch.load(weights_only=True) takes a split without a generator.
 torch.serialization.add_safe_globals([Strided, Random, Grid, Explicit])

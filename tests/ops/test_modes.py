@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """All operators where PyTorch asks for something else than values: shapes, tangents, FLOPs."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -270,6 +272,19 @@ def test_every_operator_has_a_formula():
         pass
     packets = {getattr(ops, name) for name in _library.defined}
     assert packets <= set(counter.flop_registry)
+
+
+def test_to_look_for_the_counter_is_not_to_import_it():
+    code = """
+import importlib.util, torch, tokenops
+assert importlib.util.find_spec("torch.utils.flop_counter")
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    tokenops.match(torch.randn(1, 8, 4), 2)
+print(counter.get_total_flops())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2 * 4 * 4 * 4
 
 
 @pytest.mark.parametrize(("queries", "width"), [(N, D), (3, D), (N, 5)])

@@ -258,6 +258,8 @@ def merge_wavg(
     Source: ToMe's ``merge_wavg``, except that half types are summed in float32, and that sizes of a
     wider type do not widen ``x``.
     """
+    if not isinstance(x, Tensor):
+        raise _checks.type_error("merge_wavg", "x", "a tensor", x)
     if size is None:
         size_dtype = x.dtype
     else:

@@ -35,8 +35,8 @@ def bipartite_soft_matching_random2d(
             N = w * h, row by row.
         w: Width in tokens.
         h: Height in tokens.
-        sx: Width of a cell, at most ``w``; it need not divide it.
-        sy: Height of a cell, at most ``h``; it need not divide it.
+        sx: Width of a cell; it need not divide ``w``. Where it exceeds ``w``, nothing merges.
+        sy: Height of a cell; it need not divide ``h``. Where it exceeds ``h``, nothing merges.
         r: Tokens to merge away, clamped to the number of sources; nothing merges when it is not
             positive.
         no_rand: Take the top left token of each cell and draw no random number.
@@ -53,7 +53,7 @@ def bipartite_soft_matching_random2d(
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If ``w * h`` is not N or a cell exceeds the image.
+        ValueError: If ``w * h`` is not N.
 
     Source: tomesd's ``bipartite_soft_matching_random2d``, except that destinations come in the
     order of their index (there an unstable sort decides), that a token of zero length is similar to

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._library import acc_dtype, no_autocast
+from ..._library import acc_dtype, may_be_true, no_autocast
 
 #: Entries of the two attention maps that are held at a time, and the fewest rows that a product is
 #: worth.
@@ -116,7 +116,8 @@ def policy_attention(
     options = self_keep, exclude_self, eps, is_causal, scale, _product_dtype(q)
     keys = _keys(q, k, policy, size, key_padding_mask, position, *options)
     if _is_fused(q, v, keys):
-        attended, lse = _fused_attention(q, keys.k, _values(v, keys), 0.0, False, **_fused(q, keys))
+        inputs = _with_dense_rows(q), keys.k, _values(v, keys)
+        attended, lse = _fused_attention(*inputs, 0.0, False, **_fused(q, keys))
         none = lse.new_empty(*lse.shape[:2], 0)
         return attended.transpose(1, 2), lse, none, none.int()
     values, maps = _values(v, keys), _Maps(keys, q.device)
@@ -173,8 +174,8 @@ def policy_attention_backward(
     keys = _keys(q, k, policy, size, key_padding_mask, position, *options)
     values, maps = _values(v, keys), _Maps(keys, q.device)
     if _is_fused(q, v, keys) and grad_lse is None and not need_size:
-        saved = q, keys.k, values, out.transpose(1, 2), lse
-        upward = grad.transpose(1, 2)
+        saved = _with_dense_rows(q), keys.k, values, out.transpose(1, 2), lse
+        upward = _with_dense_rows(grad).transpose(1, 2)
         gradients = _fused_backward(upward, *saved, 0.0, False, **_fused(q, keys))
         dq, dk, dv = (
             _per_group(t, heads).transpose(1, 2)
@@ -210,7 +211,7 @@ def policy_attention_backward(
             share = _logits(queries, block, keys, maps)
             if p is None and eps == 0:
                 torch.softmax(share, -1, out=share)
-                if _may_be_true(empty := lse[i, :, r] == -math.inf):
+                if may_be_true(empty := lse[i, :, r] == -math.inf):
                     share.masked_fill_(empty[..., None], 0)
             else:
                 share.sub_(shift[i, :, r])
@@ -392,7 +393,15 @@ def _is_fused(q: Tensor, v: Tensor, keys: _Keys) -> bool:
         return False
     plain = keys.policy is None and keys.part is None and keys.eps == 0
     masked = keys.is_causal or keys.exclude_self
-    return plain and not masked and min(q.numel(), keys.k.numel()) > 0
+    if not plain or masked or min(q.numel(), keys.k.numel()) == 0:
+        return False
+    # Where a row meets a NaN, it computes 0.
+    return math.isfinite(q.sum() + keys.k.sum())
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    """The tensor, or a copy whose last dimension is contiguous."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _fused(q: Tensor, keys: _Keys) -> dict[str, Any]:
@@ -554,10 +563,10 @@ def _weights(rows: Tensor, block: _Block, keys: _Keys, maps: _Maps) -> tuple[Ten
         largest = s.amax(-1, keepdim=True)
         if keys.eps > 0:
             argmax = _first(s, largest, maps.take(1, *s.shape))
-    some = largest > -math.inf
+    some = largest != -math.inf  # a NaN is to be seen
     # PyTorch's softmax takes less time than its exponential function: w_ij / sum_j w_ij.
     torch.softmax(s, -1, out=s)
-    if _may_be_true(~some):
+    if may_be_true(~some):
         s.masked_fill_(~some, 0)
     top = s.amax(-1, keepdim=True) if s.shape[3] > 0 else s.new_zeros(some.shape)
     eps = keys.eps * top  # relative to the largest weight
@@ -586,8 +595,3 @@ def _first(s: Tensor, largest: Tensor, scratch: Tensor) -> Tensor:
     from_end = torch.arange(keys, 0, -1, dtype=s.dtype, device=s.device)
     found = torch.ge(s, largest, out=scratch).mul_(from_end).amax(-1, keepdim=True)
     return (keys - found).clamp_(max=keys - 1)  # among nothing but NaN none is found
-
-
-def _may_be_true(condition: Tensor) -> bool:
-    """Whether some element is true: exactly on the CPU, where looking does not wait."""
-    return not condition.is_cpu or bool(condition.any())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with key weights in plain PyTorch: the oracle of every kernel, and the fallback.
+"""Attention with key weights in plain PyTorch: the oracle of every kernel.
 
 Letters: B batch, H heads of queries, Hkv heads of keys, Nq queries, Nk keys, D width, Dv width of
 the values. A row is one query of one head; what a row sees are the keys that are neither padding

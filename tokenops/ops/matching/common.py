@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows the search for the best pairs, in plain PyTorch: which merge, and into what.
+"""Sides of a split, and what follows the search for the best pairs, in plain PyTorch.
 
 Letters: B batch, N tokens, Ns sources, Nd destinations.
 """

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._library import acc_dtype, no_autocast
+from ..._library import acc_dtype, may_be_true, no_autocast
 from ..merging.composed import invert, invert_partition
 from . import common
 
@@ -101,6 +101,7 @@ def search(
     """Best destination of each source; see the schema for the arguments and results."""
     batch, tokens = metric.shape[0], metric.shape[-2]
     by = source_index, destination_index, stride, grid_width, cell_height, cell
+    num_prefix = common.prefix_of(tokens, num_prefix)
     split = _split("search", batch, tokens, num_prefix, *by, metric.device)
     score, choice = _best_pairs(metric, num_prefix, protected, split, cosine)
     if split.source_order is not None:
@@ -128,6 +129,7 @@ def match(
     """Bipartite matching; see the schema for the arguments and results."""
     batch, tokens = metric.shape[0], metric.shape[-2]
     by = source_index, destination_index, stride, grid_width, cell_height, cell
+    num_prefix = common.prefix_of(tokens, num_prefix)
     split = _split("match", batch, tokens, num_prefix, *by, metric.device)
     least, cosine = _least(threshold, thresholds, metric), similarity == "cosine"
     r = common.mergeable(tokens, r)
@@ -159,6 +161,7 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The map of the best pairs; see the schema for the arguments and results."""
     by = source_index, destination_index, stride, grid_width, cell_height, cell
+    num_prefix = common.prefix_of(tokens, num_prefix)
     split = _split("select", score.shape[0], tokens, num_prefix, *by, score.device)
     if split.source_order is not None:
         score = score.gather(1, split.source_order)
@@ -263,21 +266,16 @@ def _nearest_block(
     if b_mask is not None:
         scores.masked_fill_(~b_mask[:, None, :], -math.inf)
     score, index = scores.max(dim=2)  # the first of equal maxima; NaN if there is one
-    if _may_be_true(score.isnan()):
+    if may_be_true(score.isnan()):
         scores.masked_fill_(scores.isnan(), -math.inf)
         score, index = scores.max(dim=2)
     # Nothing but NaN among the candidates: the first candidate, or none at all.
-    if _may_be_true(none := score == -math.inf):
+    if may_be_true(none := score == -math.inf):
         first = torch.zeros_like(index[:, :1])
         if b_mask is not None:
             first = torch.where(b_mask.any(dim=1), b_mask.int().argmax(dim=1), -1)[:, None]
         index = torch.where(none, first, index)
     return score, index.int()
-
-
-def _may_be_true(condition: Tensor) -> bool:
-    """Whether some element is true: exactly on the CPU, where looking does not wait."""
-    return not condition.is_cpu or bool(condition.any())
 
 
 # ---- the split ----

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matching in plain PyTorch: the oracle of every kernel and the fallback where there is none.
+"""Matching in plain PyTorch: the oracle of every kernel.
 
 Letters: B batch, N tokens, Na sources, Nb destinations, D width of the metric.
 """

@@ -51,14 +51,15 @@ def product(
     sorted_values, group = _by_group(values, assign, members)
     through = sorted_values * _product_before(sorted_values, group, largest)
     some = offsets.diff(dim=1) > 0  # [B, M]
-    last = torch.where(some, offsets[:, 1:] - 1, values.shape[1]).long()
+    tokens = values.shape[1]
+    last = torch.where(some, offsets[:, 1:] - 1, tokens).clamp(0, tokens).long()
     padded = torch.nn.functional.pad(through, (0, 0, 0, 1))  # the last row is zero
     return padded.gather(1, last[..., None].expand(-1, -1, values.shape[2]))
 
 
 def _by_group(values: Tensor, assign: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     """Members of output token 0 first, then those of 1, ...: [B, N, C], and which token it is."""
-    order = members.clamp(min=0).long()  # [B, N]
+    order = members.clamp(0, values.shape[1] - 1).long()  # [B, N]; in range, whoever made it
     group = torch.where(members >= 0, assign.gather(1, order), -1)
     return values.gather(1, order[..., None].expand_as(values)), group
 
@@ -67,7 +68,8 @@ def _product_before(x: Tensor, group: Tensor, largest: int | None) -> Tensor:
     """Product of all rows of the same group before each one; its reach doubles at each step."""
     x = _shift_in_group(x, group, 1)
     step = 1
-    while step < (x.shape[1] if largest is None else largest):
+    reach = x.shape[1] if largest is None else min(largest, x.shape[1])
+    while step < reach:
         x = x * _shift_in_group(x, group, step)
         step *= 2
     return x

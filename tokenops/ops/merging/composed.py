@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..._library import acc_dtype
+from ..._library import acc_dtype, may_be_true
 from . import common
 
 #: Modes of embedding_bag.
@@ -124,11 +124,13 @@ def merge_wavg(
         return _reduce(x, offsets, members, None, True), total
     total = _reduce(size[..., None], offsets, members, None, False).squeeze(-1)
     empty = total == 0
-    inverse = torch.where(empty, 1, total).reciprocal_().masked_fill_(empty, 0)
-    # The factors of the mean, before the sum: it needs no pass of its own then.
-    factor = _factor(x, assign, offsets, size, inverse, False)
-    out = _reduce(x, offsets, members, factor, False)
-    if _may_be_true(empty):
+    if total.shape[1] == 0:
+        return x.new_zeros(x.shape[0], 0, x.shape[2]), total
+    # Shares of the members, before the sum: the mean needs no pass of its own then. A product with
+    # the inverse of a small total would be infinite.
+    whole = torch.where(empty, 1, total).gather(1, _clamped(assign, total.shape[1]).long())
+    out = _reduce(x, offsets, members, size / whole, False)
+    if may_be_true(empty):
         out.masked_fill_(empty[..., None], 0)
     return out, total
 
@@ -149,7 +151,7 @@ def merge_select_backward(
         return others.mul_(_take(grad, assign, None, wide=True)).to(x.dtype)
     best = _take(out, assign, None, wide=True)
     chosen = values == best
-    if _may_be_true(nan := best.isnan()):
+    if may_be_true(nan := best.isnan()):
         chosen |= values.isnan() & nan
     chosen = _zero_dropped(chosen, assign, out.shape[1]).to(values.dtype)
     share = _reduce(chosen, offsets, members, None, False).clamp_(min=1)
@@ -187,9 +189,11 @@ def _reduce(
     if x.numel() == 0 or outputs == 0:
         return x.new_zeros(batch, outputs, channels)
     # Dropped tokens end the list of members; where there may be some, a bag of their own has them.
-    drops = _may_be_true(offsets[:, -1] != tokens)
-    # Clamped: whoever made the lists, nothing out of bounds is read.
-    starts = offsets[:, : outputs + drops].clamp(0, tokens)
+    drops = may_be_true(offsets[:, -1] != tokens)
+    # In range and in order: whoever made the lists, nothing out of bounds is read, and each bag has
+    # its sum.
+    starts = offsets[:, : outputs + drops].clamp(0, tokens).cummax(1).values
+    starts[:, 0] = 0
     order = members.clamp(0, tokens - 1)  # [B, N]
     if factor is not None:
         factor = factor.gather(1, order.long())
@@ -260,7 +264,7 @@ def _extremes(x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, reduc
     out = out.scatter_reduce_(0, index, x.reshape(-1, channels), reduce)
     out = out.view(batch, outputs + 1, channels)[:, :outputs].to(x.dtype).contiguous()
     empty = offsets.diff(dim=1) == 0
-    return out.masked_fill_(empty[..., None], 0) if _may_be_true(empty) else out
+    return out.masked_fill_(empty[..., None], 0) if may_be_true(empty) else out
 
 
 def _largest(offsets: Tensor) -> int | None:
@@ -273,14 +277,9 @@ def _largest(offsets: Tensor) -> int | None:
 def _zero_dropped(x: Tensor, assign: Tensor, outputs: int) -> Tensor:
     """Put 0, in place, where a token of [B, N] or [B, N, C] has no output token."""
     dropped = (assign < 0) | (assign >= outputs)
-    if not _may_be_true(dropped):
+    if not may_be_true(dropped):
         return x
     return x.masked_fill_(dropped if x.dim() == 2 else dropped[..., None], 0)
-
-
-def _may_be_true(condition: Tensor) -> bool:
-    """Whether some element is true: exactly on the CPU, where looking does not wait."""
-    return not condition.is_cpu or bool(condition.any())
 
 
 def _clamped(assign: Tensor, outputs: int) -> Tensor:

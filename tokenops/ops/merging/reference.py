@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging in plain PyTorch: the oracle of every kernel and the fallback where there is none.
+"""Merging in plain PyTorch: the oracle of every kernel.
 
 Letters: B batch, N tokens in, M tokens out, C channels. All functions but ``invert`` are
 differentiable by ordinary autograd.
