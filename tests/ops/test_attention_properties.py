@@ -110,6 +110,35 @@ def test_gradient_at_dropped_keys_by_differences(kind, options, backend, device)
         assert gradient[at] != 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "above", "share"),
+    [
+        (torch.float32, 40.0, math.exp(40)),
+        (torch.float32, 50.0, 2.0**64),
+        (torch.float32, 1e4, 2.0**64),
+        (torch.float64, 350.0, math.exp(350)),
+        (torch.float64, 360.0, 2.0**512),
+        (torch.float64, 1e4, 2.0**512),
+    ],
+    ids=str,
+)
+def test_share_of_a_dropped_key_is_capped(dtype, above, share, backend, device):
+    """The gradient of a policy is that of the cap where a dropped key's logit is far above."""
+
+    def column(*values):
+        return torch.tensor(values, dtype=dtype, device=device).view(1, 1, -1, 1).requires_grad_()
+
+    q, k, v = column(above, 0), column(0, 1), column(1, 3)
+    policy = torch.tensor([[1.0, 0.0]], dtype=dtype, device=device, requires_grad=True)
+    out = tokenops.policy_attention(q, k, v, policy, scale=1.0)
+    assert out[0, 0, 0, 0] == 1
+    grads = torch.autograd.grad(out[0, 0, 0, 0], (policy, q, k, v))
+    # share * (v_dropped - out); the own key of a query does not depend on the policy
+    assert grads[0][0, 1].item() == pytest.approx(share * (3 - 1), rel=1e-4)
+    assert grads[0][0, 0] == 0
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "policy", "size"])
 def test_gradient_through_the_maximum_by_differences(name, backend, device):
     """With a large eps the maximum of each row matters a lot."""
