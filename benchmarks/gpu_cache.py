@@ -21,6 +21,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from .gpu.runner import new_archive
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Where the cache lies, on every machine.
@@ -80,13 +82,10 @@ def fill(folder: Path, jobs: int, only: list[str]) -> int:
 
 def pack(folder: Path, archive: Path) -> None:
     """Put the cache into an archive."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    temporary = archive.with_name(archive.name + ".new")
-    with tarfile.open(temporary, "w:xz") as tar:
+    with new_archive(archive, "w:xz") as tar:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.name != STAMP:
                 tar.add(path, str(path.relative_to(folder)))
-    temporary.replace(archive)
 
 
 def unpack(archive: Path, folder: Path) -> str:

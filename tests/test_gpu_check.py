@@ -297,6 +297,24 @@ def test_a_cuda_error_costs_a_test_and_no_name_is_lost(tmp_path):
     assert "1 == 2" in rows["test_fails["].message
 
 
+def test_a_step_with_an_early_failure_is_not_ok(tmp_path):
+    """A failure, a CUDA error, and a second start in which everything passes."""
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('device', ['cpu'])\n"
+        "@pytest.mark.parametrize('number', range(3))\n"
+        "def test_it(number, device):\n"
+        "    if number == 1: raise RuntimeError('CUDA error: misaligned address')\n"
+        "    assert number > 0\n"
+    )
+    command = [sys.executable, "-m", "benchmarks.gpu.suite", "--device", "cpu"]
+    command += ["--record", str(tmp_path / "record.csv"), str(tmp_path / "test_some.py")]
+    found = go(tmp_path, [Step("tests", command, 200, goes_on=True)], cwd=ROOT, deadline=300)
+    assert found["tests"].result == "failed (1), 2 starts"
+    results = [row.result for row in record.read(tmp_path / "record.csv").values()]
+    assert results == ["failed", "failed", "passed"]
+
+
 def rehearse(path):
     command = ["--rehearse", "--threads", "1", "--op", "merge", "--rivals", "eager", "--resume"]
     return run.main([*command, "--dtype", "float32", "--out", str(path)])

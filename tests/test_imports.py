@@ -41,7 +41,7 @@ print(json.dumps({
 
 
 def test_without_a_library():
-    """The reference serves everything, and the missing library is named."""
+    """Plain PyTorch serves everything, and the missing library is named."""
     found = python(USE, TOKENOPS_LIBRARY="/nonexistent/_C.so")
     assert not found["loaded"]
     assert "/nonexistent/_C.so" in found["reason"]

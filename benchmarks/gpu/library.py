@@ -2,7 +2,7 @@
 """The compiled library that is there, else one that is built here.
 
 A library that was built elsewhere serves as it is: ``TOKENOPS_LIBRARY`` names it, or it lies in the
-package. Without any, Triton's kernels and the references are all that can be checked.
+package. Without any, Triton's kernels and plain PyTorch are all that can be checked.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -327,11 +327,19 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+@contextlib.contextmanager
+def new_archive(path: Path, mode: Any, **options: Any) -> Iterator[tarfile.TarFile]:
+    """An archive to be filled, which replaces the file when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".new")
+    with tarfile.open(temporary, mode, **options) as tar:
+        yield tar
+    temporary.replace(path)
+
+
 def pack(folder: Path, archive: Path) -> None:
     """Replace the archive of a folder; files are still being written meanwhile."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    temporary = archive.with_name(archive.name + ".new")
-    with tarfile.open(temporary, "w:gz", compresslevel=3) as tar:
+    with new_archive(archive, "w:gz", compresslevel=3) as tar:
         for path in sorted(folder.rglob("*")):
             if not path.is_file() or path.suffix == ".new":
                 continue
@@ -342,4 +350,3 @@ def pack(folder: Path, archive: Path) -> None:
             entry = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder)}")
             entry.size, entry.mtime = len(content), int(path.stat().st_mtime)
             tar.addfile(entry, io.BytesIO(content))
-    temporary.replace(archive)
