@@ -235,7 +235,7 @@ def policy_attention_backward(
                     own.write(t, kept)
             if mean is not None and t.shape[3] > 0:
                 tail = floor[i, :, r, None].mul(by_mean - delta[i, :, r])
-                t.scatter_add_(3, argmax[i, :, r, None].clamp(min=0).long(), tail)
+                t.scatter_add_(3, argmax[i, :, r, None].clamp(0, t.shape[3] - 1).long(), tail)
             if need_size:
                 dlog[i] += t.sum(2)
             ds = maps.lower(t)
