@@ -355,15 +355,19 @@ def plan_choice(
         sources.group if split.list is None else 1, *split.by, *protected, by_thresholds or 0,
         threshold or 0.0,
     )  # fmt: skip
+    in_tome_order = tome and r > 0
     return Launch(
-        choose, (batch,), numbers, Settings(block, block_s, _warps(block)),
-        LIMITED=limited, TOME=tome and r > 0,
+        choose, (batch,), numbers, Settings(block, block_s, _warps(block, in_tome_order)),
+        LIMITED=limited, TOME=in_tome_order,
         BITS=block.bit_length() - 1, BITS_S=block_s.bit_length() - 1,
     )  # fmt: skip
 
 
-def _warps(block: int) -> int:
+def _warps(block: int, wide: bool = False) -> int:
+    """Warps that sort a block of keys, of 64 bits each if ``wide``."""
     warps = 4 if block <= 512 else 8 if block <= 1024 else 32
+    if wide and block == 2048:  # each of 32 warps would have 32 registers on sm_90, too few
+        warps = 16
     return warps if torch.version.hip is None else min(warps, 16)  # waves of 64 threads
 
 
