@@ -53,7 +53,8 @@ _choices: ContextVar[tuple[_Choice, ...]] = ContextVar("tokenops_backend", defau
 _default: str | None = None  # of the process: TOKENOPS_BACKEND
 
 #: Choices that functions make which torch.compile is tracing: it follows this variable and no other
-#: one, and no other code ever sees it filled.
+#: one. No other code sees it filled, unless a graph breaks inside of such a choice: until its end,
+#: the choice then holds in all threads.
 _traced: tuple[str | None, ...] = ()
 
 
