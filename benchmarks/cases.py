@@ -112,7 +112,7 @@ class Shape:
         if self.grid is None:
             return token[0::2], token[1::2]
         resolved = self.split().resolve(self.batch, self.tokens, self.prefix, device)
-        both = sides("benchmarks", 1, self.tokens, self.prefix, *resolved.rule, device)
+        both = sides("benchmarks", 1, self.tokens, self.prefix, *resolved.rule(), device)
         return both.sources[0], both.destinations[0]
 
 

@@ -41,12 +41,11 @@ class ResolvedSplit(NamedTuple):
     cell_height: int = 1
     cell: Tensor | None = None
 
-    @property
     def rule(
         self,
     ) -> tuple[Tensor | None, Tensor | None, int, int, int, Tensor | None]:
         """The arguments of an operator that say all of this."""
-        return self[2:]
+        return self[2:]  # no property: torch.compile of PyTorch 2.10 knows none of a named tuple
 
 
 class Split:

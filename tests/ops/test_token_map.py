@@ -393,7 +393,7 @@ def test_padding_has_size_zero(threshold, backend, device):
 def resolved_masks(split, batch, tokens, prefix):
     device = torch.device("cpu")
     resolved = split.resolve(batch, tokens, prefix, device)
-    sides = common.sides("match", batch, tokens, prefix, *resolved.rule, device)
+    sides = common.sides("match", batch, tokens, prefix, *resolved.rule(), device)
     masks = []
     for index in (sides.sources, sides.destinations):
         mask = torch.zeros(batch, tokens, dtype=torch.int)

@@ -183,7 +183,7 @@ def _split_masks(
     if not isinstance(split, Split):
         split = Explicit(*split)
     resolved = split.resolve(batch, tokens, num_prefix, device)
-    sides = common.sides("testing", batch, tokens, num_prefix, *resolved.rule, device)
+    sides = common.sides("testing", batch, tokens, num_prefix, *resolved.rule(), device)
     masks = []
     for index in (sides.sources, sides.destinations):
         mask = torch.zeros(batch, tokens, dtype=torch.bool, device=device)

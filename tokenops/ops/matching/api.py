@@ -170,7 +170,7 @@ def match(
         r,
         num_prefix,
         protected,
-        *resolved.rule,
+        *resolved.rule(),
         threshold,
         thresholds,
         order,
@@ -235,7 +235,7 @@ def _check_enough_tokens(
         is_destination = token % split.stride == split.stride - 1
         sources, destinations = free & ~is_destination, free & is_destination
     else:
-        sides = common.sides("match", batch, tokens, num_prefix, *split.rule, token.device)
+        sides = common.sides("match", batch, tokens, num_prefix, *split.rule(), token.device)
         sources = free.gather(1, sides.sources)
         destinations = free.gather(1, sides.destinations)
     enough = (sources.sum(1) >= r) & destinations.any(1)  # [B]

@@ -59,6 +59,8 @@ def check_split(
 
 def prefix_of(tokens: int, num_prefix: int) -> int:
     """Tokens of the prefix, of which there are no more than tokens."""
+    if isinstance(tokens, int) and isinstance(num_prefix, int):
+        return min(max(num_prefix, 0), tokens)  # sym_min of PyTorch 2.10 wants symbols when traced
     prefix: int = torch.sym_min(torch.sym_max(num_prefix, 0), tokens)
     return prefix
 
