@@ -235,6 +235,8 @@ def dense(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def kernel(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return _contiguous(function(*args))
         with torch.no_grad():
             return _contiguous(function(*args))
 
@@ -245,7 +247,7 @@ def _contiguous(result: Any) -> Any:
     """A tensor, or each of a tuple or list, dense."""
     if isinstance(result, Tensor):
         return result.contiguous()
-    return type(result)([_contiguous(t) for t in result])
+    return type(result)([t.contiguous() for t in result])
 
 
 def _for_want_of_kernels(function: Callable[..., Any]) -> Callable[..., Any]:

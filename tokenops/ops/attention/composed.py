@@ -26,6 +26,10 @@ from ..._library import acc_dtype, may_be_true, no_autocast
 MAP_AT_A_TIME = 1 << 20
 ROWS_AT_LEAST = 64
 
+#: Share of a row's sum above which that sum follows from the logit that has the share; the error
+#: of the sum's logarithm is 4e-6 at most, far below that of logits which are products in bfloat16.
+SHARE_AT_LEAST = 1e-30
+
 _fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -197,9 +201,9 @@ def policy_attention_backward(
     shift = torch.where(lse == -math.inf, math.inf, lse)[..., None]  # rows without weights: 0
     dq = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     # Sums over the blocks of an image, or one product each.
-    sums = keys.dtype if q.shape[2] > _rows_at_a_time(q, k) else values.dtype
-    dk = torch.zeros_like(keys.k, dtype=sums)
-    dv = torch.zeros_like(values, dtype=sums if mean is None else keys.dtype)
+    whole = 0 < q.shape[2] <= _rows_at_a_time(q, k)
+    dk = torch.zeros_like(keys.k, dtype=values.dtype if whole else keys.dtype)
+    dv = torch.zeros_like(values, dtype=dk.dtype if mean is None else keys.dtype)
     dpolicy, dlog = (lse.new_zeros(dk.shape[:3]) for _ in range(2))
     with no_autocast(q.device.type):
         for block in _blocks(q, k, keys):
@@ -240,7 +244,7 @@ def policy_attention_backward(
                 dlog[i] += t.sum(2)
             ds = maps.lower(t)
             dq[i, r] = _product(ds, keys.k[i]).mul_(scale).transpose(1, 2)
-            dk[i] += _product(ds.transpose(2, 3), queries)
+            _add_product(dk[i], ds.transpose(2, 3), queries, whole)
             if not need_v:
                 continue
             if p is not None:
@@ -252,7 +256,7 @@ def policy_attention_backward(
                 share += seen * (floor[i, :, r, None] / number)
             if exclude_self:
                 own.write(share, 0.0)
-            dv[i] += _product(maps.lower(share).transpose(2, 3), g)
+            _add_product(dv[i], maps.lower(share).transpose(2, 3), g, whole)
             if mean is not None and seen is None:
                 dv[i] += (floor[i, :, r, None].transpose(2, 3) @ g.to(keys.dtype)) / number
     dk *= scale
@@ -308,12 +312,13 @@ def attention_scores(
         for block in _blocks(q, k, keys):
             i, r = block.images, block.rows
             queries = _rows(q[i, :, r], keys)
-            weight, sums = _weights(queries, block, keys, maps)
+            weight, sums = _weights(queries, block, keys, maps, need_lse=False)
             factor = sums.inverse.transpose(2, 3)  # [b, H, 1, R]
             if query_weight is not None:
                 of_rows = query_weight[i, ..., r].to(keys.dtype)
                 factor = factor * (of_rows[:, None] if of_rows.dim() == 2 else of_rows)[:, :, None]
-            score[i] += (factor @ weight)[:, :, 0]
+            received = factor * weight if weight.shape[2] == 1 else factor @ weight
+            score[i] += received[:, :, 0]
             if eps > 0 and not keys.by_row:
                 spread = (factor @ sums.eps)[:, :, 0] / keys.number[i, 0]  # [b, H, 1]
                 score[i] += spread if keys.part is None else spread * keys.part[i, :, :, 0]
@@ -478,6 +483,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=flat).view(*a.shape[:3], b.shape[3])
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor, alone: bool) -> None:
+    """Add products to a total, which holds zeros if this one comes alone."""
+    if alone and total.dtype == a.dtype:
+        _product(a, b, out=total)
+    else:
+        total += _product(a, b)
+
+
 class _Maps:
     """Memory for the maps of one block after the other: fresh memory costs more than it holds."""
 
@@ -549,13 +562,20 @@ class _Sums(NamedTuple):
     argmax: Tensor | None  # int32 [b, H, R], with eps alone
 
 
-def _weights(rows: Tensor, block: _Block, keys: _Keys, maps: _Maps) -> tuple[Tensor, _Sums]:
+def _weights(
+    rows: Tensor, block: _Block, keys: _Keys, maps: _Maps, need_lse: bool = True
+) -> tuple[Tensor, _Sums]:
     """Weights of the keys, not yet divided by their sum; see the contract's formulas."""
-    s = _logits(rows, block, keys, maps)
+    s = _kept_logits(rows, block, keys, maps)
+    if s.is_cpu and keys.eps == 0 and (not need_lse or s.dtype != keys.k.dtype):
+        if (lse := _softmax(s, SHARE_AT_LEAST if need_lse else 0)) is not None:
+            if keys.exclude_self:
+                _Own(block, s.shape[3]).write(s, 0.0)
+            one, none = s.new_ones(()), s.new_zeros(())
+            return s, _Sums(lse, one.expand(*lse.shape, 1), none, none, None)
+        s = _kept_logits(rows, block, keys, maps)
     own = _Own(block, s.shape[3])
     policy = None if keys.policy is None else keys.policy[block.images]
-    if policy is not None and keys.eps == 0:  # no dropped key makes the others vanish
-        own.spare(s, keys.self_keep, lambda: s.add_(policy.log()))
     argmax = None
     if s.shape[3] == 0:
         largest = s.new_full((*s.shape[:3], 1), -math.inf)
@@ -584,6 +604,29 @@ def _weights(rows: Tensor, block: _Block, keys: _Keys, maps: _Maps) -> tuple[Ten
         own.write(s, 0.0)
     argmax = None if argmax is None else torch.where(some, argmax, -1)[..., 0].int()
     return s, _Sums(lse, inverse, eps, eps * inverse, argmax)
+
+
+def _kept_logits(rows: Tensor, block: _Block, keys: _Keys, maps: _Maps) -> Tensor:
+    """The logits; without eps they count the policy, since no dropped key may outdo all others."""
+    s = _logits(rows, block, keys, maps)
+    if keys.policy is not None and keys.eps == 0:
+        dropped = keys.policy[block.images].log()
+        _Own(block, s.shape[3]).spare(s, keys.self_keep, lambda: s.add_(dropped))
+    return s
+
+
+def _softmax(s: Tensor, least: float) -> Tensor | None:
+    """The softmax of each row, in place, and the logarithm of its sum.
+
+    The sum follows from the first key's logit and its share, which spares two passes for maxima.
+    None where such a share is below ``least`` or a row is empty.
+    """
+    first = s[..., :1].clone()
+    torch.softmax(s, -1, out=s)
+    share = s[..., :1]
+    if share.numel() == 0 or not bool(share.amin() >= least):  # NaN in an empty row
+        return None
+    return (first - share.log())[..., 0]
 
 
 def _first(s: Tensor, largest: Tensor, scratch: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ from . import common
 #: Similarities that are held at a time: so many float32 numbers share a cache with the rows.
 SCORES_AT_A_TIME = 1 << 20
 
+#: Length of a row of zeros, as a divisor.
+SHORTEST = torch.finfo(torch.float32).tiny
+
 
 class _Split(NamedTuple):
     """Tokens by their role; by a stride, else by ascending lists, int64 ``[B, .]``."""
@@ -47,7 +50,7 @@ class _Split(NamedTuple):
         """Token of each destination [B, K] by its place."""
         if self.destinations is not None:
             return self.destinations.gather(1, place)
-        return place * self.stride + (self.stride - 1)
+        return (place * self.stride).add_(self.stride - 1)
 
     def lists(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """All sources and destinations, ascending: int64 [B, Ns], [B, Nd]."""
@@ -205,16 +208,16 @@ def _few_pairs(
     if batch * rows * columns > SCORES_AT_A_TIME or columns <= 0 or metric.numel() == 0:
         return None
     a, b = split.sides(_comparable(metric, cosine))
-    a, b = a[:, split.prefix_sources :], b[:, split.prefix_destinations :]
+    a = a[:, split.prefix_sources :] if split.prefix_sources > 0 else a
+    b = b[:, split.prefix_destinations :] if split.prefix_destinations > 0 else b
     with no_autocast(a.device.type):
-        scores = torch.bmm(a, b.transpose(1, 2))  # [B, Na, Nb]
+        scores = torch.bmm(a, b.mT)  # [B, Na, Nb]
     best = scores.amax(dim=2)  # NaN if there is one
     sources, by_score = _top(best, r, sort)
     if math.isnan(best.amax()):
         return None  # it counts as the largest of all
-    image = torch.arange(0, batch * rows, rows, device=best.device)[:, None]
-    chosen = scores.view(-1, columns).index_select(0, (sources + image).view(-1))
-    destinations = chosen.argmax(dim=1).view(sources.shape)  # the first of equal maxima
+    chosen = scores.gather(1, sources[..., None].expand(-1, -1, columns))
+    destinations = chosen.argmax(dim=2)  # the first of equal maxima
     live = None if least is None else best.gather(1, sources) >= least
     if split.prefix_sources > 0:
         sources = sources + split.prefix_sources
@@ -223,22 +226,16 @@ def _few_pairs(
     return _Pairs(sources, destinations, live, by_score)
 
 
-def _as_sums(x: Tensor) -> Tensor:
-    """The metric as [B, N, D] in the type of sums; attention keys [B, H, N, D] as their mean."""
-    return x.mean(1, dtype=acc_dtype(x)) if x.dim() == 4 else x.to(acc_dtype(x))
-
-
-def _inverse_lengths(rows: Tensor) -> Tensor:
-    """One over the length of each row [B, N, 1]; 0 where it is 0."""
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    inverse: Tensor = length.reciprocal_().nan_to_num_(nan=math.nan, posinf=0)
-    return inverse
-
-
 def _comparable(x: Tensor, cosine: bool) -> Tensor:
-    """Rows [B, N, D] whose dot products are the similarities."""
-    rows = _as_sums(x)
-    return rows * _inverse_lengths(rows) if cosine else rows
+    """Rows [B, N, D], in the type of sums, whose dot products are the similarities."""
+    dtype = acc_dtype(x)
+    if x.dim() == 4:  # attention keys [B, H, N, D]: their mean, whose length does not matter here
+        x = x.sum(1, dtype=dtype) if cosine else x.mean(1, dtype=dtype)
+    x = x.to(dtype)
+    if not cosine:
+        return x
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_(min=SHORTEST)  # rows of zeros remain rows of zeros
 
 
 def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -390,36 +387,35 @@ def _map(
     (batch, merged), tokens = pairs.sources.shape, split.tokens
     outputs = tokens if limited else tokens - r
     if order == "position" or merged == 0:  # where nothing merges, the identity in either order
-        assign = _by_position(pairs, split)
+        number = _by_position(pairs, split)
     else:
-        assign = _as_tome(pairs, split, num_prefix)
+        number = _as_tome(pairs, split, num_prefix)
     if pairs.live is None:
-        counts = torch.full(
-            (batch,), min(tokens - merged, outputs), dtype=torch.int32, device=assign.device
-        )
+        counts = number.new_full((batch,), min(tokens - merged, outputs), dtype=torch.int32)
     else:
         counts = (tokens - pairs.live.sum(dim=1)).clamp(max=outputs).int()
     if split.stride > 0 and (limited or (pairs.live is None and merged == r)):
-        return assign.int(), *invert_partition(assign, outputs), counts
+        inverse = invert_partition(number, outputs)
+        return number.sub_(1).int(), *inverse, counts
     # Fewer may have merged than r; what has no place among the outputs is dropped.
-    assign = torch.where(assign < outputs, assign, -1)
+    assign = torch.where(number <= outputs, number - 1, -1)
     return assign.int(), *invert(assign, outputs), counts
 
 
 def _by_position(pairs: _Pairs, split: _Split) -> Tensor:
-    """Output token of each token, int64 [B, N], in the order of their first members."""
+    """Number of each token's output token, int64 [B, N], from one up by their first members."""
     batch = pairs.sources.shape[0]
     token = torch.arange(split.tokens, device=pairs.sources.device)
     leader = token.expand(batch, -1).clone()  # first member of each token's group
     if pairs.sources.shape[1] == 0:
-        return leader
+        return leader.add_(1)
     source = split.source_tokens(pairs.sources)  # [B, r]
     group = split.destination_tokens(pairs.destinations)
     if pairs.live is not None:
         group = torch.where(pairs.live, group, source)
     leader.scatter_reduce_(1, group, source, "amin")
     leader.scatter_(1, source, leader.gather(1, group))
-    return (leader == token).cumsum(1).sub_(1).gather(1, leader)
+    return (leader == token).cumsum(1).gather(1, leader)
 
 
 def _as_tome(pairs: _Pairs, split: _Split, num_prefix: int) -> Tensor:
@@ -434,8 +430,8 @@ def _as_tome(pairs: _Pairs, split: _Split, num_prefix: int) -> Tensor:
         neither = torch.ones(batch, split.tokens, dtype=torch.int64, device=device)
         neither.scatter_(1, sources, 0).scatter_(1, destinations, 0)
         neither[:, :num_prefix] = 1  # whatever is listed
-        neither = neither.cumsum(1).sub_(1)
-        first = neither[:, -1:] + 1
+        neither = neither.cumsum(1)
+        first = neither[:, -1:]
         if num_prefix > 0:
             stays = stays * (sources >= num_prefix)
             outside = (destinations >= num_prefix).long()
@@ -444,10 +440,10 @@ def _as_tome(pairs: _Pairs, split: _Split, num_prefix: int) -> Tensor:
             places = outside.cumsum(1).sub_(1)
             order = places if order is None else places.gather(1, order)
     if pairs.by_score is None:
-        place = stays.cumsum(1).add_(first - 1)
+        place = stays.cumsum(1).add_(first)
         last = place[:, -1:]
     else:
-        ranked = stays.gather(1, pairs.by_score).cumsum(1).add_(first - 1)
+        ranked = stays.gather(1, pairs.by_score).cumsum(1).add_(first)
         place = torch.empty_like(ranked).scatter_(1, pairs.by_score, ranked)
         last = ranked[:, -1:]
     begin = 1 - split.prefix_destinations
@@ -458,16 +454,16 @@ def _as_tome(pairs: _Pairs, split: _Split, num_prefix: int) -> Tensor:
     if num_prefix > 0 and (split.stride == 0 or split.prefix_destinations > 0):
         # Not merged into, but where there is no other one.
         token = split.destination_tokens(pairs.destinations)
-        target = torch.where(token < num_prefix, token, target)
+        target = torch.where(token < num_prefix, token + 1, target)
     if pairs.live is not None:
         target = torch.where(pairs.live, target, place.gather(1, pairs.sources))
     place.scatter_(1, pairs.sources, target)
-    assign = place.new_zeros(batch, split.tokens) if neither is None else neither
+    number = place.new_zeros(batch, split.tokens) if neither is None else neither
     if split.stride == 2:
-        assign[:, 0::2], assign[:, 1::2] = place, at
+        number[:, 0::2], number[:, 1::2] = place, at
     else:
         sources, destinations = split.lists(batch, device)
-        assign.scatter_(1, sources, place).scatter_(1, destinations, at)
+        number.scatter_(1, sources, place).scatter_(1, destinations, at)
     if num_prefix > 1 or (num_prefix > 0 and split.stride == 0):
-        assign[:, :num_prefix] = torch.arange(num_prefix, device=device)
-    return assign
+        number[:, :num_prefix] = torch.arange(1, num_prefix + 1, device=device)
+    return number

@@ -26,20 +26,20 @@ _SUM, _MEAN = 0, 1
 def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """CSR inverse of ``assign`` [B, N] -> ``offsets`` [B, M + 1], ``members`` [B, N]."""
     live = (assign >= 0) & (assign < num_tokens)
-    slot = torch.where(live, assign, num_tokens).long()
-    offsets, members = invert_partition(slot, num_tokens + 1)
+    number = torch.where(live, assign + 1, num_tokens + 1).long()
+    offsets, members = invert_partition(number, num_tokens + 1)
     # Dropped tokens, in a place of their own, come last.
     offsets = offsets[:, :-1].contiguous()
     place = torch.arange(assign.shape[1], device=assign.device)
     return offsets, members.masked_fill_(place >= offsets[:, -1:], -1)
 
 
-def invert_partition(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The same for a map, int64, that drops no token."""
-    members = assign.argsort(dim=1, stable=True).int()
-    offsets = assign.new_zeros(assign.shape[0], num_tokens + 1, dtype=torch.int32)
-    one = torch.ones((), dtype=torch.int32, device=assign.device).expand(assign.shape)
-    return offsets.scatter_add_(1, assign + 1, one).cumsum_(1), members
+def invert_partition(number: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The same for a map that drops no token, by the number of each output token, int64, from 1."""
+    members = number.argsort(dim=1, stable=True).int()
+    offsets = number.new_zeros(number.shape[0], num_tokens + 1, dtype=torch.int32)
+    one = offsets.new_ones(()).expand(number.shape)
+    return offsets.scatter_add_(1, number, one).cumsum_(1), members
 
 
 def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
