@@ -66,6 +66,18 @@ def may_be_true(condition: Tensor) -> bool:
     return not condition.is_cpu or bool(condition.any())
 
 
+def map_at_a_time(device: torch.device) -> int:
+    """How many entries of a map of similarities or attention are worth holding at a time.
+
+    On the CPU as many as stay in a cache in float32; elsewhere 64 MiB of them keep a device busy.
+    """
+    return 1 << 20 if device.type == "cpu" else 1 << 24
+
+
+#: The fewest rows of a map that a product is worth: each product reads all of the columns.
+ROWS_AT_LEAST = 64
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Keep autocast from lowering the precision of PyTorch's operators; not every device has it."""
     if knows_autocast(device_type) and torch.is_autocast_enabled(device_type):

@@ -19,12 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._library import acc_dtype, may_be_true, no_autocast
-
-#: Entries of the two attention maps that are held at a time, and the fewest rows that a product is
-#: worth.
-MAP_AT_A_TIME = 1 << 20
-ROWS_AT_LEAST = 64
+from ..._library import ROWS_AT_LEAST, acc_dtype, map_at_a_time, may_be_true, no_autocast
 
 #: Share of a row's sum above which that sum follows from the logit that has the share; the error
 #: of the sum's logarithm is 4e-6 at most, far below that of logits which are products in bfloat16.
@@ -439,7 +434,7 @@ def _per_group(x: Tensor, groups: int) -> Tensor:
 def _blocks(q: Tensor, k: Tensor, keys: _Keys) -> Iterator[_Block]:
     """Several whole images where those are small, else some rows of one."""
     batch, rows, per_row = q.shape[0], q.shape[2], max(1, q.shape[1] * k.shape[2])
-    images = max(1, MAP_AT_A_TIME // (per_row * max(1, rows)))
+    images = max(1, map_at_a_time(q.device) // (per_row * max(1, rows)))
     count = _rows_at_a_time(q, k)
     for image in range(0, batch, images):
         i = slice(image, min(image + images, batch))
@@ -454,7 +449,8 @@ def _blocks(q: Tensor, k: Tensor, keys: _Keys) -> Iterator[_Block]:
 def _rows_at_a_time(q: Tensor, k: Tensor) -> int:
     """Rows of a block, all where whole images fit."""
     rows, per_row = max(1, q.shape[2]), max(1, q.shape[1] * k.shape[2])
-    return rows if per_row * rows <= MAP_AT_A_TIME else max(ROWS_AT_LEAST, MAP_AT_A_TIME // per_row)
+    most = map_at_a_time(q.device)
+    return rows if per_row * rows <= most else max(ROWS_AT_LEAST, most // per_row)
 
 
 def _rows(x: Tensor, keys: _Keys) -> Tensor:

@@ -15,12 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._library import acc_dtype, may_be_true, no_autocast
+from ..._library import ROWS_AT_LEAST, acc_dtype, map_at_a_time, may_be_true, no_autocast
 from ..merging.composed import invert, invert_partition
 from . import common
-
-#: Similarities that are held at a time: so many float32 numbers share a cache with the rows.
-SCORES_AT_A_TIME = 1 << 20
 
 #: Length of a row of zeros, as a divisor.
 SHORTEST = torch.finfo(torch.float32).tiny
@@ -205,7 +202,7 @@ def _few_pairs(
     batch = metric.shape[0]
     rows = split.num_sources - split.prefix_sources
     columns = split.num_destinations - split.prefix_destinations
-    if batch * rows * columns > SCORES_AT_A_TIME or columns <= 0 or metric.numel() == 0:
+    if batch * rows * columns > map_at_a_time(metric.device) or columns <= 0 or metric.numel() == 0:
         return None
     a, b = split.sides(_comparable(metric, cosine))
     a = a[:, split.prefix_sources :] if split.prefix_sources > 0 else a
@@ -244,7 +241,7 @@ def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor
     if batch * rows * columns == 0:
         score = a.new_full((batch, rows), -math.inf)
         return score, torch.full_like(score, -1, dtype=torch.int32)
-    block = max(1, SCORES_AT_A_TIME // (batch * columns))
+    block = max(ROWS_AT_LEAST, map_at_a_time(a.device) // (batch * columns))
     if rows <= block:
         return _nearest_block(a, b, b_mask, None)
     buffer = a.new_empty(batch * block * columns)
