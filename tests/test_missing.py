@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tokenops
 from tokenops import _missing, _native
+from tokenops.info import report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -127,6 +129,14 @@ assert len(caught) == 1, caught
 def test_info_names_what_is_missing():
     text = run("from tokenops.info import report; print(report()); assert not caught")
     assert "plain PyTorch serves: no compiled library: TOKENOPS_LIBRARY=/nonexistent" in text
+
+
+def test_info_knows_every_accelerator(monkeypatch):
+    meta = torch.device("meta")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: meta)
+    text = report()
+    assert "operators on meta\n  plain PyTorch serves: tokenops has kernels for CPU and" in text
+    assert text.count("  merge_wavg ") == 2
 
 
 @pytest.mark.native_only

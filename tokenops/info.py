@@ -52,8 +52,7 @@ def _lines() -> Iterator[str]:
         yield f"  step aside       {names} (composed is faster at this level)"
     chosen = _backend.chosen() or "the best one for the tensors' device"
     yield f"  chosen backend   {chosen}"
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
+    for device in _devices():
         yield f"operators on {device}"
         if missing := _missing.advice(device):
             yield f"  plain PyTorch serves: {missing}"
@@ -67,6 +66,12 @@ def _lines() -> Iterator[str]:
                 yield f"  {'':<16}   not {backend}: {reason}"
     if inspect is not None and _native.build_info().get("built") == "cuda":
         yield from _kernels(inspect)
+
+
+def _devices() -> list[str]:
+    """The CPU, and the accelerator that is there."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
 def _kernels(inspect: ModuleType) -> Iterator[str]:
