@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from .. import TokenMap, _checks, policy_attention, unmerge
-from .._library import acc_dtype
 
 __all__ = [
     "attention_with_policy",
@@ -236,7 +235,7 @@ def masked_mean(x: Tensor, policy: Tensor) -> Tensor:
     name = "masked_mean"
     _checks.check_floating(name, "x", x, dims=(3,))
     policy = _as_column(name, policy, x.shape[0], x.shape[1])
-    dtype = acc_dtype(x)
+    dtype = _sum_dtype(x)
     total = policy.sum(1, keepdim=True, dtype=dtype)  # [B, 1, 1]
     total = torch.where(total == 0, 1, total)
     mean: Tensor = (x * policy.to(x.dtype)).sum(1, keepdim=True, dtype=dtype) / total
@@ -291,7 +290,7 @@ class _Softmax(torch.autograd.Function):
 
 def _weights(attn: Tensor, policy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``exp(s - m)`` in the type of sums, and the key [B, H, N, 1] of each row's maximum m."""
-    s = attn.to(acc_dtype(attn))
+    s = attn.to(_sum_dtype(attn))
     if s.shape[-1] == 0:
         return s.exp(), torch.zeros_like(s, dtype=torch.int64)
     candidates = s.detach()
@@ -309,6 +308,10 @@ def _weights(attn: Tensor, policy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _nonzero(total: Tensor) -> Tensor:
     return torch.where(total == 0, 1, total)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _take(x: Tensor, idx: Tensor) -> Tensor:
