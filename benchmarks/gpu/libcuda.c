@@ -29,6 +29,14 @@ Result cuCtxGetLimit(size_t* value, int limit) {
   return 0;
 }
 Result cuCtxSetLimit(int limit, size_t value) { return 0; }
+Result cuCtxGetDevice(int* device) {
+  *device = 0;
+  return 0;
+}
+Result cuStreamIsCapturing(void* stream, int* status) {
+  *status = 0;
+  return 0;
+}
 Result cuDeviceGet(int* device, int index) {
   *device = index;
   return 0;
@@ -61,6 +69,7 @@ Result cuModuleLoadData(void** module, const void* image) {
   *module = last += 16;
   return 0;
 }
+Result cuModuleUnload(void* module) { return 0; }
 Result cuModuleGetFunction(void** function, void* module, const char* name) {
   *function = (char*)module + 8;
   return 0;

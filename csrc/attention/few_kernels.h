@@ -57,6 +57,8 @@ TOKENOPS_INLINE void multiply_few_tile(const A* rows, int64_t pitch, const Token
   const int64_t count = keys.count - first < kKeys ? keys.count - first : kKeys;
   const T* key[kKeys];
   for (int j = 0; j < kKeys; ++j) key[j] = keys.row(first + (j < count ? j : count - 1));
+  // The keys after these: hardware prefetches poorly what is read from so many rows in turn.
+  const int64_t ahead = V::W * keys.stride;
   V sum[V::W] = {};
   const auto step = [&](int64_t word, const auto& load) {
     V row[Rows];
@@ -64,6 +66,7 @@ TOKENOPS_INLINE void multiply_few_tile(const A* rows, int64_t pitch, const Token
     for (int i = 0; i < Rows; ++i) row[i] = V::load(rows + i * pitch + word);
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
+      __builtin_prefetch(key[j] + ahead + word * kPerWord<T>);
       const V x = load(key[j] + word * kPerWord<T>);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {

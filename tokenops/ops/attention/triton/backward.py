@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -54,13 +55,22 @@ if BEFORE_3_7:
 @rule
 def backward_rows(device: str, itemsize: int, width: int, is_plain: bool) -> Settings:
     """Settings of the pass by rows; 64 KB of shared memory do not hold the larger tiles."""
-    return _ROWS[_kind(itemsize, width)][not is_plain or device.startswith("gfx")]
+    found = _ROWS[_kind(itemsize, width)][not is_plain or device.startswith("gfx")]
+    if BEFORE_3_7 and device.startswith("sm_8") and found == Settings(64, 32, 4, 3):
+        return replace(found, stages=2)
+    return found
 
 
 @rule
 def backward_keys(device: str, itemsize: int, width: int, is_plain: bool) -> Settings:
     """Settings of the pass by keys."""
-    return _KEYS[_kind(itemsize, width)][not is_plain or device.startswith("gfx")]
+    found = _KEYS[_kind(itemsize, width)][not is_plain or device.startswith("gfx")]
+    if BEFORE_3_7 and not is_plain:
+        if device.startswith("sm_8") and found == Settings(32, 64, 4, 2):
+            return replace(found, stages=1)
+        if device in ("sm_100", "sm_103") and found == Settings(32, 64, 8, 2):
+            return replace(found, columns=32)
+    return found
 
 
 def _kind(itemsize: int, width: int) -> tuple[int, int]:

@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
+from ...._triton.launch import (
+    BEFORE_3_7,
+    Launch,
+    Settings,
+    arch,
+    ceil_div,
+    planned,
+    power_of_two,
+    rule,
+)
 from .forward import BLOCK, Layout, Plan, plan, weigh
 from .forward_tile import load_weights
 from .rows import LOG2E, crossing, halves, load_queries, load_tile, precision
@@ -27,6 +36,8 @@ _TABLE = {
     (8, 64): Settings(16, 32, 4, 1),
     (8, 128): Settings(16, 16, 4, 1),
 }
+if BEFORE_3_7:
+    _TABLE[2, 256] = Settings(64, 32, 8, 2)
 
 
 @rule

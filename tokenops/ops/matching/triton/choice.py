@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import Launch, Settings, planned, power_of_two
+from ...._triton.launch import BEFORE_3_7, Launch, Settings, planned, power_of_two
 from .. import common
 from .launches import Side, find_best
 
@@ -368,6 +368,8 @@ def _warps(block: int, wide: bool = False) -> int:
     warps = 4 if block <= 512 else 8 if block <= 1024 else 32
     if wide and block == 2048:  # each of 32 warps would have 32 registers on sm_90, too few
         warps = 16
+    if wide and BEFORE_3_7:
+        warps = {512: 8, 4096: 16}.get(block, warps)
     return warps if torch.version.hip is None else min(warps, 16)  # waves of 64 threads
 
 

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from ...._library import acc_dtype
-from ...._triton.launch import Launch, Settings, arch, ceil_div, planned, power_of_two, rule
+from ...._triton.launch import (
+    BEFORE_3_7,
+    Launch,
+    Settings,
+    arch,
+    ceil_div,
+    planned,
+    power_of_two,
+    rule,
+)
 from . import kernels
 
 #: Widest rows that are kept whole.
@@ -82,7 +91,7 @@ def nearest_tile(device: str, dtype: torch.dtype, exact: bool, width: int, few: 
         if device == "sm_100":
             return Settings(64, 64, 8, 2)
         if few:
-            return Settings(64, 64, 4, 2)
+            return Settings(64, 64, 4, 3 if BEFORE_3_7 and device.startswith("sm_8") else 2)
         # Half the warps do more for each of the instructions that a tile costs once.
         return Settings(128, 64, 4 if device == "sm_90" and width <= CHUNK else 8, 2)
     if few:
