@@ -133,7 +133,9 @@ def test_info_names_what_is_missing():
 
 def test_info_knows_every_accelerator(monkeypatch):
     meta = torch.device("meta")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: meta)
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: meta
+    )
     text = report()
     assert "operators on meta\n  plain PyTorch serves: tokenops has kernels for CPU and" in text
     assert text.count("  merge_wavg ") == 2

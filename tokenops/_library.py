@@ -66,15 +66,15 @@ def may_be_true(condition: Tensor) -> bool:
     return not condition.is_cpu or bool(condition.any())
 
 
-def map_at_a_time(device: torch.device) -> int:
-    """How many entries of a map of similarities or attention are worth holding at a time.
+def block_entries(device: torch.device) -> int:
+    """Entries of a similarity or attention matrix that one block computes.
 
-    On the CPU as many as stay in a cache in float32; elsewhere 64 MiB of them keep a device busy.
+    On the CPU 4 MiB of float32, which stay in a cache; elsewhere 64 MiB, which keep a device busy.
     """
     return 1 << 20 if device.type == "cpu" else 1 << 24
 
 
-#: The fewest rows of a map that a product is worth: each product reads all of the columns.
+#: Fewest rows of a block, unless there are fewer: each block's product reads all keys again.
 ROWS_AT_LEAST = 64
 
 
@@ -247,7 +247,7 @@ def dense(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def kernel(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # no_grad takes microseconds, whether needed or not
             return _contiguous(function(*args))
         with torch.no_grad():
             return _contiguous(function(*args))

@@ -57,7 +57,7 @@ TOKENOPS_INLINE void multiply_few_tile(const A* rows, int64_t pitch, const Token
   const int64_t count = keys.count - first < kKeys ? keys.count - first : kKeys;
   const T* key[kKeys];
   for (int j = 0; j < kKeys; ++j) key[j] = keys.row(first + (j < count ? j : count - 1));
-  // The keys after these: hardware prefetches poorly what is read from so many rows in turn.
+  // Prefetch the same words of the next W keys: hardware does not follow so many streams.
   const int64_t ahead = V::W * keys.stride;
   V sum[V::W] = {};
   const auto step = [&](int64_t word, const auto& load) {

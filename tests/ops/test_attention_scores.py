@@ -368,16 +368,18 @@ FEW = [
 ]  # fmt: skip
 
 
-def served(width, backend):
-    """The width of heads, at most what the Triton kernels serve in float32 and float64."""
-    return min(width, 128) if backend == "triton" else width
+def served(width, dtype, backend, device):
+    """The width, or 128, the most that the Triton kernels serve in float32 and float64."""
+    # On the CPU the interpreter computes bfloat16 in float32.
+    narrow = dtype.itemsize > 2 or (dtype == torch.bfloat16 and device == "cpu")
+    return min(width, 128) if backend == "triton" and narrow else width
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 64, 130])
 @pytest.mark.parametrize(("heads", "key_heads", "queries"), FEW)
 def test_few_queries(heads, key_heads, queries, width, backend, device):
-    width = served(width, backend)
+    width = served(width, torch.float64, backend, device)
     common = {"key_heads": key_heads, "dtype": torch.float64, "device": device, "seed": 11}
     w = weights("per head", heads, 2, queries, device=device)
     for keys in (1, 18, 271):
@@ -394,7 +396,7 @@ def test_few_queries(heads, key_heads, queries, width, backend, device):
 @pytest.mark.parametrize("width", [5, 48, 64, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_precision_of_few_queries(dtype, width, layout, backend, device):
-    width = served(width, backend)
+    width = served(width, dtype, backend, device)
     common = {"dtype": dtype, "device": device, "layout": layout, "seed": 12}
     for heads, key_heads, rows in ((1, 1, 1), (6, 2, 1), (4, 2, 7)):
         for kinds in ({}, {"policy": "hard", "padding": 0.2}):

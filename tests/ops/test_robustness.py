@@ -390,6 +390,22 @@ def test_extreme_metrics_give_valid_maps(similarity, value, backend, device):
 
 
 @pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rows_whose_length_is_tiny(dtype, backend, device):
+    """The length of a tiny row may be 0 in float32: its similarity is then 0, and never huge."""
+    metric = random_tokens(1, 12, 64, dtype=dtype, device=device, seed=3)
+    metric[0, [0, 3]] *= 1e-40 if dtype == torch.float64 else 1e-25
+    a, b = metric[:, 0::2], metric[:, 1::2]
+    with tokenops.use_backend("reference"):
+        expected, index = tokenops.nearest(a, b)
+        token_map = tokenops.match(metric, 2)
+    score, found = tokenops.nearest(a, b)
+    torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[:, 1:], index[:, 1:])  # all are equal to the first row
+    assert torch.equal(tokenops.match(metric, 2).assign, token_map.assign)
+
+
+@pytest.mark.isa
 def test_offsets_beyond_32_bits(backend, device, tmp_path):
     """Strides that reach past 2**31 elements, on the CPU over a file with almost nothing in it."""
     size = 2**31 + 64

@@ -15,18 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._library import ROWS_AT_LEAST, acc_dtype, map_at_a_time, may_be_true
+from ..._library import ROWS_AT_LEAST, acc_dtype, block_entries, may_be_true
 
-#: Share of a row's sum above which that sum follows from the logit that has the share; the error
-#: of the sum's logarithm is 4e-6 at most, far below that of logits which are products in bfloat16.
-SHARE_AT_LEAST = 1e-30
+#: Smallest softmax probability of the first key from which a row's log-sum-exp is taken, as logit -
+#: log(probability). That is off by less than 1e-5, far less than logits from bfloat16 products.
+LEAST_PROBABILITY = 1e-30
 
 
 class Keys(NamedTuple):
     """What all rows share."""
 
     k: Tensor  # [B, H, Nk, D] in the type of products, dense; 0 for padding
-    exact: Tensor | None  # with eps, in the type of sums: the largest of close logits has its share
+    exact: Tensor | None  # k in the type of sums, with eps: logits in bfloat16 would tie
     dtype: torch.dtype  # type of sums
     bias: Tensor | None  # logarithm of the size, -inf for padding, [B, 1, 1, Nk]
     policy: Tensor | None  # [B, 1 or H, 1, Nk]
@@ -172,7 +172,7 @@ def per_group(x: Tensor, groups: int) -> Tensor:
 def blocks(q: Tensor, k: Tensor, keys: Keys) -> Iterator[Block]:
     """Several whole images where those are small, else some rows of one."""
     batch, rows, per_row = q.shape[0], q.shape[2], max(1, q.shape[1] * k.shape[2])
-    images = max(1, map_at_a_time(q.device) // (per_row * max(1, rows)))
+    images = max(1, block_entries(q.device) // (per_row * max(1, rows)))
     count = rows_at_a_time(q, k)
     for image in range(0, batch, images):
         i = slice(image, min(image + images, batch))
@@ -187,7 +187,7 @@ def blocks(q: Tensor, k: Tensor, keys: Keys) -> Iterator[Block]:
 def rows_at_a_time(q: Tensor, k: Tensor) -> int:
     """Rows of a block, all where whole images fit."""
     rows, per_row = max(1, q.shape[2]), max(1, q.shape[1] * k.shape[2])
-    most = map_at_a_time(q.device)
+    most = block_entries(q.device)
     return rows if per_row * rows <= most else max(ROWS_AT_LEAST, most // per_row)
 
 
@@ -218,7 +218,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, alone: bool) -> None:
-    """Add products to a total, which holds zeros if this one comes alone."""
+    """total += a @ b; with ``alone`` the total is still zero, and is written instead."""
     if alone and total.dtype == a.dtype:
         product(a, b, out=total)
     else:
@@ -226,7 +226,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alone: bool) -> None:
 
 
 class Maps:
-    """Memory for the maps of one block after the other: fresh memory costs more than it holds."""
+    """Buffers that all blocks reuse: new memory would cost page faults in each block."""
 
     def __init__(self, keys: Keys, device: torch.device) -> None:
         self._dtypes = keys.dtype, keys.dtype, keys.k.dtype
@@ -287,7 +287,10 @@ def seen_keys(block: Block, keys: Keys) -> tuple[Tensor, Tensor]:
 
 
 class _Sums(NamedTuple):
-    """Of the rows of a block, [b, H, R, 1], but for the first and the last."""
+    """Of the rows of a block, [b, H, R, 1], but for the first and the last.
+
+    Without eps, ``eps`` and ``floor`` have no dimension.
+    """
 
     lse: Tensor  # [b, H, R]
     inverse: Tensor  # of the sum of the weights
@@ -299,10 +302,16 @@ class _Sums(NamedTuple):
 def weigh(
     rows: Tensor, block: Block, keys: Keys, maps: Maps, need_lse: bool = True
 ) -> tuple[Tensor, _Sums]:
-    """Weights of the keys, not yet divided by their sum; see the contract's formulas."""
+    """Weights of the keys: times ``inverse`` they are the attention; see the contract's formulas.
+
+    Without ``need_lse``, ``lse`` may be infinite or NaN.
+    """
     s = _kept_logits(rows, block, keys, maps)
-    if s.is_cpu and keys.eps == 0 and (not need_lse or s.dtype != keys.k.dtype):
-        if (lse := _softmax(s, SHARE_AT_LEAST if need_lse else 0)) is not None:
+    quick = s.is_cpu and keys.eps == 0 and s.numel() > 0
+    if quick and need_lse:
+        quick = s.dtype != keys.k.dtype and bool((s[..., 0] > -math.inf).all())
+    if quick:
+        if (lse := _softmax(s, LEAST_PROBABILITY if need_lse else 0)) is not None:
             if keys.exclude_self:
                 Own(block, s.shape[3]).write(s, 0.0)
             one, none = s.new_ones(()), s.new_zeros(())
@@ -341,7 +350,11 @@ def weigh(
 
 
 def _kept_logits(rows: Tensor, block: Block, keys: Keys, maps: Maps) -> Tensor:
-    """The logits; without eps they count the policy, since no dropped key may outdo all others."""
+    """The logits, plus log(policy) if eps is 0.
+
+    A row's maximum is then that of kept keys: a dropped key with a huge logit cannot make the
+    others underflow.
+    """
     s = logits(rows, block, keys, maps)
     if keys.policy is not None and keys.eps == 0:
         dropped = keys.policy[block.images].log()
@@ -350,17 +363,17 @@ def _kept_logits(rows: Tensor, block: Block, keys: Keys, maps: Maps) -> Tensor:
 
 
 def _softmax(s: Tensor, least: float) -> Tensor | None:
-    """The softmax of each row, in place, and the logarithm of its sum.
+    """Softmax of each row, in place; returns its log-sum-exp [b, H, R].
 
-    The sum follows from the first key's logit and its share, which spares two passes for maxima.
-    None where such a share is below ``least`` or a row is empty.
+    For any key, lse = logit - log(probability). The first key's saves two passes for the maximum.
+    None, with ``s`` overwritten, where that probability is below ``least`` or NaN (an empty row).
     """
-    first = s[..., :1].clone()
+    logit = s[..., 0].clone()
     torch.softmax(s, -1, out=s)
-    share = s[..., :1]
-    if share.numel() == 0 or not bool(share.amin() >= least):  # NaN in an empty row
+    probability = s[..., 0]
+    if not bool(probability.amin() >= least):
         return None
-    return (first - share.log())[..., 0]
+    return logit - probability.log()
 
 
 def _first(s: Tensor, largest: Tensor, scratch: Tensor) -> Tensor:

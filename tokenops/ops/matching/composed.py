@@ -15,12 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._library import ROWS_AT_LEAST, acc_dtype, map_at_a_time, may_be_true, no_autocast
+from ..._library import ROWS_AT_LEAST, acc_dtype, block_entries, may_be_true, no_autocast
 from ..merging.composed import invert, invert_partition
 from . import common
-
-#: Length of a row of zeros, as a divisor.
-SHORTEST = torch.finfo(torch.float32).tiny
 
 
 class _Split(NamedTuple):
@@ -202,7 +199,7 @@ def _few_pairs(
     batch = metric.shape[0]
     rows = split.num_sources - split.prefix_sources
     columns = split.num_destinations - split.prefix_destinations
-    if batch * rows * columns > map_at_a_time(metric.device) or columns <= 0 or metric.numel() == 0:
+    if batch * rows * columns > block_entries(metric.device) or columns <= 0 or metric.numel() == 0:
         return None
     a, b = split.sides(_comparable(metric, cosine))
     a = a[:, split.prefix_sources :] if split.prefix_sources > 0 else a
@@ -226,13 +223,12 @@ def _few_pairs(
 def _comparable(x: Tensor, cosine: bool) -> Tensor:
     """Rows [B, N, D], in the type of sums, whose dot products are the similarities."""
     dtype = acc_dtype(x)
-    if x.dim() == 4:  # attention keys [B, H, N, D]: their mean, whose length does not matter here
-        x = x.sum(1, dtype=dtype) if cosine else x.mean(1, dtype=dtype)
-    x = x.to(dtype)
+    # Attention keys [B, H, N, D] count by their mean.
+    x = x.mean(1, dtype=dtype) if x.dim() == 4 else x.to(dtype)
     if not cosine:
         return x
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / length.clamp_(min=SHORTEST)  # rows of zeros remain rows of zeros
+    return x / torch.threshold_(length, 0, math.inf)  # a row of length 0 has similarity 0
 
 
 def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -241,7 +237,7 @@ def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor
     if batch * rows * columns == 0:
         score = a.new_full((batch, rows), -math.inf)
         return score, torch.full_like(score, -1, dtype=torch.int32)
-    block = max(ROWS_AT_LEAST, map_at_a_time(a.device) // (batch * columns))
+    block = max(ROWS_AT_LEAST, block_entries(a.device) // (batch * columns))
     if rows <= block:
         return _nearest_block(a, b, b_mask, None)
     buffer = a.new_empty(batch * block * columns)
@@ -400,7 +396,7 @@ def _map(
 
 
 def _by_position(pairs: _Pairs, split: _Split) -> Tensor:
-    """Number of each token's output token, int64 [B, N], from one up by their first members."""
+    """assign + 1, int64 [B, N], with output tokens in the order of their first members."""
     batch = pairs.sources.shape[0]
     token = torch.arange(split.tokens, device=pairs.sources.device)
     leader = token.expand(batch, -1).clone()  # first member of each token's group

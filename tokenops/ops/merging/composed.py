@@ -35,7 +35,10 @@ def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def invert_partition(number: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The same for a map that drops no token, by the number of each output token, int64, from 1."""
+    """The same for a map that drops no token, by ``number`` = assign + 1, int64 [B, N].
+
+    That is the slot of ``offsets`` in which a token is counted before the cumulative sum.
+    """
     members = number.argsort(dim=1, stable=True).int()
     offsets = number.new_zeros(number.shape[0], num_tokens + 1, dtype=torch.int32)
     one = offsets.new_ones(()).expand(number.shape)

@@ -48,27 +48,29 @@ _KEYS = {
     (4, 64): (Settings(32, 32, 4, 2), Settings(16, 32, 8, 2)),
     (8, 64): (Settings(16, 16, 4, 1), Settings(16, 16, 4, 1)),
 }
-if BEFORE_3_7:
+if BEFORE_3_7:  # 4 warps spill registers
     _KEYS[4, 64] = (Settings(32, 32, 8, 2), Settings(16, 32, 8, 2))
 
 
 @rule
 def backward_rows(device: str, itemsize: int, width: int, is_plain: bool) -> Settings:
     """Settings of the pass by rows; 64 KB of shared memory do not hold the larger tiles."""
-    found = _ROWS[_kind(itemsize, width)][not is_plain or device.startswith("gfx")]
-    if BEFORE_3_7 and device.startswith("sm_8") and found == Settings(64, 32, 4, 3):
-        return replace(found, stages=2)
+    kind, small = _kind(itemsize, width), not is_plain or device.startswith("gfx")
+    found = _ROWS[kind][small]
+    if BEFORE_3_7 and small and kind == (2, 64) and device.startswith("sm_8"):
+        return replace(found, stages=2)  # Triton 3.6 spills registers with three
     return found
 
 
 @rule
 def backward_keys(device: str, itemsize: int, width: int, is_plain: bool) -> Settings:
     """Settings of the pass by keys."""
-    found = _KEYS[_kind(itemsize, width)][not is_plain or device.startswith("gfx")]
-    if BEFORE_3_7 and not is_plain:
-        if device.startswith("sm_8") and found == Settings(32, 64, 4, 2):
+    kind, small = _kind(itemsize, width), not is_plain or device.startswith("gfx")
+    found = _KEYS[kind][small]
+    if BEFORE_3_7 and small:  # the usual ones spill registers there
+        if kind == (2, 64) and device.startswith("sm_8"):
             return replace(found, stages=1)
-        if device in ("sm_100", "sm_103") and found == Settings(32, 64, 8, 2):
+        if kind == (2, 128) and device in ("sm_100", "sm_103"):
             return replace(found, columns=32)
     return found
 

@@ -50,8 +50,8 @@ _LONG = {
     (8, 64): (Settings(16, 32, 4, 1), Settings(16, 32, 4, 1)),
     (8, 128): (Settings(16, 16, 4, 1), Settings(16, 16, 8, 1)),
 }
-if BEFORE_3_7:
-    _LONG[4, 64] = Settings(32, 32, 4, 1), Settings(32, 32, 4, 1)
+if BEFORE_3_7:  # 4 warps spill registers
+    _LONG[4, 64] = Settings(32, 32, 8, 2), Settings(32, 32, 4, 1)
 
 #: The same where products of whole warp groups leave more registers.
 _LONG_SM90 = {
@@ -62,14 +62,14 @@ _LONG_SM90 = {
     (4, 64): (Settings(64, 32, 4, 2), Settings(32, 32, 4, 1)),
     (8, 64): (Settings(16, 32, 4, 1), Settings(16, 16, 4, 1)),
 }
-if BEFORE_3_7:
+if BEFORE_3_7:  # 4 warps spill registers
     _LONG_SM90[2, 128] = _LONG_SM90[2, 128][0], Settings(64, 32, 8, 2)
 _LONG_SM100 = {
     **_LONG_SM90,
     (4, 64): _LONG[4, 64],
     (8, 64): (Settings(16, 32, 4, 1), Settings(16, 32, 8, 1)),
 }
-if BEFORE_3_7:
+if BEFORE_3_7:  # 4 warps spill registers
     _LONG_SM100[4, 64] = _LONG[4, 64][0], Settings(32, 32, 8, 1)
 _TABLES = {"sm_90": _LONG_SM90, "sm_100": _LONG_SM100, "sm_103": _LONG_SM100}
 

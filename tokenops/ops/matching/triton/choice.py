@@ -368,7 +368,7 @@ def _warps(block: int, wide: bool = False) -> int:
     warps = 4 if block <= 512 else 8 if block <= 1024 else 32
     if wide and block == 2048:  # each of 32 warps would have 32 registers on sm_90, too few
         warps = 16
-    if wide and BEFORE_3_7:
+    if wide and BEFORE_3_7:  # other numbers spill registers on sm_80
         warps = {512: 8, 4096: 16}.get(block, warps)
     return warps if torch.version.hip is None else min(warps, 16)  # waves of 64 threads
 

@@ -91,7 +91,9 @@ def nearest_tile(device: str, dtype: torch.dtype, exact: bool, width: int, few: 
         if device == "sm_100":
             return Settings(64, 64, 8, 2)
         if few:
-            return Settings(64, 64, 4, 3 if BEFORE_3_7 and device.startswith("sm_8") else 2)
+            # Triton 3.6 spills registers of narrow rows with two stages, of wide ones with three.
+            deeper = BEFORE_3_7 and device.startswith("sm_8") and width <= CHUNK
+            return Settings(64, 64, 4, 3 if deeper else 2)
         # Half the warps do more for each of the instructions that a tile costs once.
         return Settings(128, 64, 4 if device == "sm_90" and width <= CHUNK else 8, 2)
     if few:
