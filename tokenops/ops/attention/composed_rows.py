@@ -218,7 +218,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, alone: bool) -> None:
-    """total += a @ b; with ``alone`` the total is still zero, and is written instead."""
+    """Add ``a @ b`` to the total; with ``alone`` the total is still zero, and is written."""
     if alone and total.dtype == a.dtype:
         product(a, b, out=total)
     else:

@@ -396,7 +396,7 @@ def _map(
 
 
 def _by_position(pairs: _Pairs, split: _Split) -> Tensor:
-    """assign + 1, int64 [B, N], with output tokens in the order of their first members."""
+    """Output token of each token, plus 1, int64 [B, N], in the order of their first members."""
     batch = pairs.sources.shape[0]
     token = torch.arange(split.tokens, device=pairs.sources.device)
     leader = token.expand(batch, -1).clone()  # first member of each token's group
