@@ -309,5 +309,9 @@ void score(const Head<T>& head, const ForwardWork<T>& work, const ScoreRows<acc_
       sum.store(work.columns + k);
     }
   }
+  if (work.keys.count == head.k.count) {
+    for (int64_t k = 0; k < work.keys.count; ++k) rows.score[k] += work.columns[k];
+    return;
+  }
   for (int64_t k = 0; k < work.keys.count; ++k) rows.score[work.keys.list[k]] += work.columns[k];
 }
