@@ -119,7 +119,7 @@ class Run:
         cwd: Path | None = None,
         label: str = "",
         resume: bool = False,
-        renew: float = 2.0,
+        renew: float = 0.5,
         grace: float = 5.0,
     ) -> None:
         self.start = time.monotonic()
