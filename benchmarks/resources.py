@@ -56,7 +56,7 @@ def jobs(archs: Iterable[str] = ARCHS, only: str = "") -> list[Job]:
                 call()
             for number, item in enumerate(recorded):
                 kernel, tile = item.launch.kernel.__name__, item.launch.settings
-                words = f"{tile.rows}x{tile.columns} {tile.warps}w {tile.stages}s"
+                words = f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
                 variant = f"{arch} {kernel} {source(item)}"
                 found.setdefault(variant, Job(case, number, arch, kernel, words))
     return [job for job in found.values() if only in job.case]

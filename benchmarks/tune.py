@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search better launch settings on the GPU at hand: ``python -m benchmarks.tune --op match``.
 
-For each case, and each rule that chooses settings in it, a walk from the shipped settings: of all
-neighbours, which halve or double one number, the fastest is taken until none is faster by a
-percent. Prints what it finds; a table of settings in the kernels' module is where it goes.
+For each case and each heuristic that picks its settings, a hill climb from the shipped settings: of
+all neighbours, which halve or double one number, it takes the fastest until none is faster by a
+percent. It prints the settings; they go into the heuristic's table in the kernels' module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .registry import operators, select
 from .timing import CudaTimer
 
 #: Bounds of each number, and whether it doubles or counts.
-LIMITS = {"rows": (1, 256), "columns": (16, 256), "warps": (1, 16), "stages": (1, 6)}
+LIMITS = {"block_m": (1, 256), "block_n": (16, 256), "num_warps": (1, 16), "num_stages": (1, 6)}
 
 #: A setting has to be so much faster to take another's place.
 GAIN = 0.99
@@ -33,10 +33,10 @@ Time = Callable[[Settings], float]
 
 
 def neighbours(settings: Settings) -> Iterator[Settings]:
-    """Settings that differ in one number, by a factor of two; in stages by one."""
+    """Settings that differ in one number, by a factor of two; num_stages by one."""
     for name, (low, high) in LIMITS.items():
         value = getattr(settings, name)
-        near = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
+        near = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         for other in near:
             if low <= other <= high:
                 yield replace(settings, **{name: other})
@@ -58,23 +58,23 @@ def walk(start: Settings, time: Time) -> tuple[Settings, float, float]:
 
 @contextlib.contextmanager
 def watch() -> Iterator[dict[str, Settings]]:
-    """Note what each rule chooses."""
+    """Note what each heuristic picks."""
     chosen: dict[str, Settings] = {}
-    original = dict(launch.rules)
+    original = dict(launch.heuristics)
 
     def watched(name: str) -> Callable[..., Settings]:
-        def rule(*arguments: Any) -> Settings:
+        def heuristic(*arguments: Any) -> Settings:
             chosen[name] = original[name](*arguments)
             return chosen[name]
 
-        return rule
+        return heuristic
 
-    launch.rules.update({name: watched(name) for name in original})
+    launch.heuristics.update({name: watched(name) for name in original})
     launch.forget_plans()
     try:
         yield chosen
     finally:
-        launch.rules.update(original)
+        launch.heuristics.update(original)
 
 
 def tune(case: Case, dtype: str) -> list[str]:

@@ -121,7 +121,8 @@ def test_slicing_leaves_as_many_tokens_as_merging():
 
 def test_walk_finds_the_best():
     def time(s):
-        return abs(s.rows - 16) + abs(s.columns - 256) / 16 + abs(s.warps - 8) + abs(s.stages - 3)
+        tiles = abs(s.block_m - 16) + abs(s.block_n - 256) / 16
+        return tiles + abs(s.num_warps - 8) + abs(s.num_stages - 3)
 
     start = Settings(64, 64, 4, 1)
     best, seconds, before = tune.walk(start, lambda s: 10 + time(s))

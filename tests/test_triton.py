@@ -49,7 +49,7 @@ def double(x, y, count, BLOCK: tl.constexpr):
 
 def doubling(count=100, block=64):
     grid = (launch.ceil_div(count, block),)
-    return Launch(double, grid, (count,), Settings(1, block, warps=2), BLOCK=block)
+    return Launch(double, grid, (count,), Settings(1, block, num_warps=2), BLOCK=block)
 
 
 # ---- launches ----
@@ -263,8 +263,8 @@ def test_a_launch_under_the_interpreter():
 
 
 def test_settings_for_trial():
-    name = sorted(launch.rules)[0] if launch.rules else None
-    with pytest.raises(ValueError, match="no_rule"), use_settings("no_rule", Settings(1, 1)):
+    name = sorted(launch.heuristics)[0] if launch.heuristics else None
+    with pytest.raises(ValueError, match="unknown"), use_settings("unknown", Settings(1, 1)):
         pass
     if name is not None:
         with use_settings(name, Settings(16, 16)):
@@ -393,7 +393,7 @@ def loop_instructions_per_score(code, settings):
         if start < at and any("MMA" in line for line in code[start:at]):
             lengths.append(at + 1 - start)
     assert lengths, "no loop with a matrix product"
-    return min(lengths) * 32 * settings.warps / (settings.rows * settings.columns)
+    return min(lengths) * 32 * settings.num_warps / (settings.block_m * settings.block_n)
 
 
 @compiled_here

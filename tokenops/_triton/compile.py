@@ -86,7 +86,7 @@ def source(recorded: Recorded) -> Source:
             aligned = value % ALIGNMENT == 0
         if aligned:
             attributes[(place,)] = [["tt.divisibility", ALIGNMENT]]
-    options = {"num_warps": launch.settings.warps, "num_stages": launch.settings.stages}
+    options = {"num_warps": launch.settings.num_warps, "num_stages": launch.settings.num_stages}
     return Source(signature, constants, attributes, options)
 
 

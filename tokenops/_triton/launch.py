@@ -38,8 +38,8 @@ _direct = not interpreting and torch.version.hip is None and VERSION in VERIFIED
 _recording: list[Recorded] | None = None
 _recorded_arch: str | None = None
 
-#: Rules that choose settings, by name, and the settings that take the place of their choice.
-rules: dict[str, Callable[..., Settings]] = {}
+#: Functions that pick settings, by name, and the settings that replace their result.
+heuristics: dict[str, Callable[..., Settings]] = {}
 _instead: dict[str, Settings] = {}
 _plans: list[Any] = []
 
@@ -48,19 +48,19 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Settings:
-    """How a kernel is launched: the tile that a program works on, its warps, its pipeline.
+    """Launch settings of a kernel, named as ``triton.Config`` names them.
 
     Attributes:
-        rows: Rows of a tile, or of the output that a program writes.
-        columns: Columns of a tile: keys, candidates or channels at a time.
-        warps: Warps of a program.
-        stages: Depth of the software pipeline of its loop.
+        block_m: Rows of a tile, or of the output that a program writes.
+        block_n: Columns of a tile: keys, candidates or channels at a time.
+        num_warps: Warps of a program.
+        num_stages: Depth of the software pipeline of its loop.
     """
 
-    rows: int
-    columns: int
-    warps: int = 4
-    stages: int = 2
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -78,33 +78,33 @@ def planned(function: Function) -> Function:
     return kept  # type: ignore[return-value]
 
 
-def rule(function: Callable[..., Settings]) -> Callable[..., Settings]:
-    """A function that chooses settings, by a name of its own that :func:`use_settings` knows."""
+def heuristic(function: Callable[..., Settings]) -> Callable[..., Settings]:
+    """Register a function that picks settings, under its name, for :func:`use_settings`."""
     name = function.__name__.strip("_")
 
     @functools.wraps(function)
     def choose(*arguments: Any) -> Settings:
-        return _instead.get(name) or rules[name](*arguments)
+        return _instead.get(name) or heuristics[name](*arguments)
 
-    rules[name] = function
+    heuristics[name] = function
     return choose
 
 
 def forget_plans() -> None:
-    """Let everything be planned anew, by rules that may have changed."""
+    """Let everything be planned anew, by heuristics that may have changed."""
     for kept in _plans:
         kept.cache_clear()
 
 
 @contextlib.contextmanager
 def use_settings(name: str, settings: Settings) -> Iterator[None]:
-    """Let a rule choose these settings: for trying out what may be better.
+    """Let a heuristic pick these settings, to try whether they are better.
 
     Raises:
-        ValueError: If there is no rule of this name.
+        ValueError: If there is no heuristic of this name.
     """
-    if name not in rules:
-        raise ValueError(f"use_settings: name must be one of {sorted(rules)}, got {name!r}")
+    if name not in heuristics:
+        raise ValueError(f"use_settings: name must be one of {sorted(heuristics)}, got {name!r}")
     _instead[name] = settings
     forget_plans()
     try:
@@ -127,7 +127,7 @@ class Launch:
         kernel: A function under ``triton.jit``.
         grid: Programs along up to three axes; where one is 0, nothing is launched.
         numbers: Its integers and floats.
-        settings: Warps and stages; rows and columns are among the constants where a kernel asks.
+        settings: Warps and stages; block sizes are among the constants where a kernel takes them.
         constants: Its constants by name.
     """
 
@@ -177,8 +177,8 @@ class Launch:
             *tensors,
             *self.numbers,
             **self.constants,
-            num_warps=self.settings.warps,
-            num_stages=self.settings.stages,
+            num_warps=self.settings.num_warps,
+            num_stages=self.settings.num_stages,
         )
         if refusal is None and _direct and all(_aligned(tensor) for tensor in tensors):
             try:

@@ -17,9 +17,9 @@ from ...._triton.launch import (
     Settings,
     arch,
     ceil_div,
+    heuristic,
     planned,
     power_of_two,
-    rule,
 )
 from .backward_keys import attend_backward_keys, sum_heads
 from .backward_rows import attend_backward_rows
@@ -52,26 +52,26 @@ if BEFORE_3_7:  # 4 warps spill registers
     _KEYS[4, 64] = (Settings(32, 32, 8, 2), Settings(16, 32, 8, 2))
 
 
-@rule
+@heuristic
 def backward_rows(device: str, itemsize: int, width: int, is_plain: bool) -> Settings:
     """Settings of the pass by rows; 64 KB of shared memory do not hold the larger tiles."""
     kind, small = _kind(itemsize, width), not is_plain or device.startswith("gfx")
     found = _ROWS[kind][small]
     if BEFORE_3_7 and small and kind == (2, 64) and device.startswith("sm_8"):
-        return replace(found, stages=2)  # Triton 3.6 spills registers with three
+        return replace(found, num_stages=2)  # Triton 3.6 spills registers with three
     return found
 
 
-@rule
+@heuristic
 def backward_keys(device: str, itemsize: int, width: int, is_plain: bool) -> Settings:
     """Settings of the pass by keys."""
     kind, small = _kind(itemsize, width), not is_plain or device.startswith("gfx")
     found = _KEYS[kind][small]
     if BEFORE_3_7 and small:  # the usual ones spill registers there
         if kind == (2, 64) and device.startswith("sm_8"):
-            return replace(found, stages=1)
+            return replace(found, num_stages=1)
         if kind == (2, 128) and device in ("sm_100", "sm_103"):
-            return replace(found, columns=32)
+            return replace(found, block_n=32)
     return found
 
 
@@ -204,11 +204,11 @@ def _plan(
         )
     rows = Launch(
         attend_backward_rows,
-        (batch * heads * parts[0] * ceil_div(queries, by_rows.rows),),
+        (batch * heads * parts[0] * ceil_div(queries, by_rows.block_m),),
         (heads, group, weight_heads, *numbers, *factors, *strides),
         by_rows,
-        ROWS=by_rows.rows,
-        KEYS=by_rows.columns,
+        ROWS=by_rows.block_m,
+        KEYS=by_rows.block_n,
         **tile,
         PADDING=size is not None or mask is not None,
         SELF_KEEP=self_keep,
@@ -218,11 +218,11 @@ def _plan(
     )
     by_key = Launch(
         attend_backward_keys,
-        (batch * key_heads * max(parts) * ceil_div(keys, by_keys.columns),),
+        (batch * key_heads * max(parts) * ceil_div(keys, by_keys.block_n),),
         (key_heads, group, weight_heads, *numbers, bias_end, size_sums_at, *factors, *strides),
         by_keys,
-        ROWS=by_keys.rows,
-        KEYS=by_keys.columns,
+        ROWS=by_keys.block_m,
+        KEYS=by_keys.block_n,
         **tile,
         DROPPED=dropped,
         SELF_KEEP=self_keep,

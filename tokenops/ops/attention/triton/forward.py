@@ -17,9 +17,9 @@ from ...._triton.launch import (
     Settings,
     arch,
     ceil_div,
+    heuristic,
     planned,
     power_of_two,
-    rule,
 )
 from .forward_long import attend_long, list_tiles
 from .forward_short import attend_short
@@ -76,17 +76,17 @@ _TABLES = {"sm_90": _LONG_SM90, "sm_100": _LONG_SM100, "sm_103": _LONG_SM100}
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
 
 
-@rule
+@heuristic
 def attention_long(
     device: str, itemsize: int, width: int, queries: int, policy: bool, more: bool
 ) -> Settings:
     """Settings for many keys."""
     table = _TABLES.get(device, _LONG)
     found = table[itemsize, 64 if width <= 64 else 128 if width <= 128 else 256][more]
-    if queries <= 16 and found.rows > 16:
-        return Settings(16, found.columns, 4, found.stages)
+    if queries <= 16 and found.block_m > 16:
+        return Settings(16, found.block_n, 4, found.num_stages)
     if BEFORE_3_7 and policy and found == Settings(128, 64, 4, 3):
-        return replace(found, warps=8)
+        return replace(found, num_warps=8)
     return found
 
 
@@ -232,7 +232,7 @@ def plan(
     )
     double = dtype == torch.float64
     tiny = torch.finfo(torch.float64 if double else torch.float32).tiny
-    tile = long.columns if listed else 0
+    tile = long.block_n if listed else 0
     weights = plan_weights(batch, heads, keys, policy, size, mask, tiny, tile)
     at_strides = (0, 0) if position is None else (0, *position)[-2:]
     slope = abs(scale) * math.log2(math.e) or 1.0
@@ -260,15 +260,15 @@ def plan(
     }
     narrow = {"NARROW": dtype == torch.float16}  # of few exponents
     if short is not None:
-        c0, c1, c2, c3 = chunks(keys, short.columns)
-        row_blocks = ceil_div(queries, short.rows)
+        c0, c1, c2, c3 = chunks(keys, short.block_n)
+        row_blocks = ceil_div(queries, short.block_m)
         parts = max(1, min(row_blocks, ceil_div(_ENOUGH, max(1, batch * heads))))
         attend = Launch(
             attend_short,
             (batch * heads * parts if queries else 0,),
             (*numbers, parts, *factors, *strides),
             short,
-            ROWS=short.rows,
+            ROWS=short.block_m,
             C0=c0,
             C1=c1,
             C2=c2,
@@ -279,11 +279,11 @@ def plan(
         return Plan(weights, attend, True)
     attend = Launch(
         attend_long,
-        (batch * heads * ceil_div(queries, long.rows),),
+        (batch * heads * ceil_div(queries, long.block_m),),
         (*numbers, weights.row_tiles, *factors, *strides),
         long,
-        ROWS=long.rows,
-        KEYS=long.columns,
+        ROWS=long.block_m,
+        KEYS=long.block_n,
         **common,
         VALUES=v is not None,
         **narrow,

@@ -17,9 +17,9 @@ from ...._triton.launch import (
     Settings,
     arch,
     ceil_div,
+    heuristic,
     planned,
     power_of_two,
-    rule,
 )
 from .forward import BLOCK, Layout, Plan, plan, weigh
 from .forward_tile import load_weights
@@ -40,11 +40,11 @@ if BEFORE_3_7:  # 64 columns spill registers on sm_100
     _TABLE[2, 256] = Settings(64, 32, 8, 2)
 
 
-@rule
+@heuristic
 def attention_received(itemsize: int, width: int, queries: int) -> Settings:
     """Settings of the sums over rows."""
     found = _TABLE[itemsize, 64 if width <= 64 else 128 if width <= 128 else 256]
-    return found if queries > 16 else Settings(16, found.columns, 4, 1)
+    return found if queries > 16 else Settings(16, found.block_n, 4, 1)
 
 
 @triton.jit
@@ -249,15 +249,15 @@ def _plan(
     slope = abs(scale) * math.log2(math.e) or 1.0
     launch = Launch(
         receive,
-        (batch * heads * ceil_div(keys, tile.columns),),
+        (batch * heads * ceil_div(keys, tile.block_n),),
         (
             *(heads, heads // key_heads, weights.heads, queries, keys, width),
             *(weights.padded, weights.plane, *halves(slope)),
             *(*q_strides, *k_strides, *lse, *weight_strides, *at_strides),
         ),
         tile,
-        ROWS=tile.rows,
-        KEYS=tile.columns,
+        ROWS=tile.block_m,
+        KEYS=tile.block_n,
         BLOCK_D=block,
         WHOLE_D=width == block,
         PRECISION=precision(device, dtype),

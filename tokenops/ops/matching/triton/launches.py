@@ -15,9 +15,9 @@ from ...._triton.launch import (
     Settings,
     arch,
     ceil_div,
+    heuristic,
     planned,
     power_of_two,
-    rule,
 )
 from . import kernels
 
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
     prepare_b: Launch | None = None
 
 
-@rule
+@heuristic
 def nearest_tile(device: str, dtype: torch.dtype, exact: bool, width: int, few: bool) -> Settings:
     """Tile of a search.
 
@@ -135,7 +135,7 @@ def plan(
     )
     tile = nearest_tile(device, acc, exact, width, few)
     whole = resident(device, width) if exact else width <= CHUNK and acc == torch.float32
-    padded = ceil_div(max(b.rows, 1), tile.columns) * tile.columns
+    padded = ceil_div(max(b.rows, 1), tile.block_n) * tile.block_n
     precision = "ieee" if device.startswith("gfx") else "tf32x3"
     if whole and width <= WHOLE:
         chunk, chunks = power_of_two(width, 16), 1
@@ -169,7 +169,7 @@ def plan(
     else:
         kind = kernels.PREPARED
         padded_width = ceil_div(max(width, 1), chunk) * chunk
-        high = ceil_div(a.rows, tile.rows) * tile.rows
+        high = ceil_div(a.rows, tile.block_m) * tile.block_m
         rows = (batch, high, padded_width), (batch, padded, padded_width)
         prepare_a = prepare(a, high, a_strides, (0, 0), 0)
         prepare_b = prepare(b, padded, b_strides, b_mask, prefix)
@@ -179,13 +179,13 @@ def plan(
     full = width % chunk == 0 and width > 0
     constants = {
         "INPUT": kind.value, "COSINE": cosine, "PROTECTED": protected, "PRECISION": precision,
-        "ROWS": tile.rows, "COLUMNS": tile.columns, "CHUNK": chunk,
+        "ROWS": tile.block_m, "COLUMNS": tile.block_n, "CHUNK": chunk,
     }  # fmt: skip
     rest = (
         *(a.listed or (0, 0)), *(b.listed or (0, 0)), *a_mask, *b_mask,
         a.group, b.step, b.first, prefix,
     )  # fmt: skip
-    grid = (batch * ceil_div(a.rows, tile.rows),)
+    grid = (batch * ceil_div(a.rows, tile.block_m),)
     if whole:
         sizes = a.rows, b.rows, padded, tokens, width, heads
         constants["CHUNKS"] = chunks

@@ -15,9 +15,9 @@ from ...._triton.launch import (
     Settings,
     arch,
     ceil_div,
+    heuristic,
     planned,
     power_of_two,
-    rule,
 )
 from .. import common
 from . import kernels
@@ -38,7 +38,7 @@ MOST_PROD = 2048
 _Shape = tuple[int, ...]
 
 
-@rule
+@heuristic
 def _merging(
     device: str,
     dtype: torch.dtype,
@@ -78,14 +78,14 @@ def _merging(
         )
         for vectors in amounts
     )
-    programs = images * ceil_div(rows, many.rows) * (ceil_div(channels, columns) if split else 1)
+    programs = images * ceil_div(rows, many.block_m) * (ceil_div(channels, columns) if split else 1)
     vectors = strides.count(1) == len(strides) or channels == 1
     return many if vectors and programs >= FULL_DEVICE else few
 
 
 def _grid(images: int, tile: Settings, rows: int, channels: int) -> tuple[_Shape, int, int]:
     """Grid, tiles of an image, blocks of a row."""
-    tiles, blocks = ceil_div(rows, tile.rows), max(ceil_div(channels, tile.columns), 1)
+    tiles, blocks = ceil_div(rows, tile.block_m), max(ceil_div(channels, tile.block_n), 1)
     return (images * tiles * blocks,), tiles, blocks
 
 
@@ -122,7 +122,13 @@ def _merge_plan(
     grid, tiles, blocks = _grid(images, tile, outputs, channels)
     numbers = tokens, outputs, channels, *strides, tiles, blocks
     return Launch(
-        kernels.merge_rows, grid, numbers, tile, REDUCE=reduce, ROWS=tile.rows, COLUMNS=tile.columns
+        kernels.merge_rows,
+        grid,
+        numbers,
+        tile,
+        REDUCE=reduce,
+        ROWS=tile.block_m,
+        COLUMNS=tile.block_n,
     )
 
 
@@ -196,7 +202,13 @@ def _unmerge_plan(
     grid, tiles, blocks = _grid(images, tile, tokens, channels)
     numbers = tokens, outputs, channels, *strides, *(residual_strides or (0, 0, 0)), tiles, blocks
     return Launch(
-        kernels.unmerge_rows, grid, numbers, tile, MEAN=mean, ROWS=tile.rows, COLUMNS=tile.columns
+        kernels.unmerge_rows,
+        grid,
+        numbers,
+        tile,
+        MEAN=mean,
+        ROWS=tile.block_m,
+        COLUMNS=tile.block_n,
     )
 
 
@@ -271,7 +283,9 @@ def _pair_dot_plan(
     tile = _merging(device, dtype, images, tokens, channels, False, x_strides[2:] + y_strides[2:])
     grid, tiles, _ = _grid(images, tile, tokens, 0)
     numbers = tokens, outputs, channels, *x_strides, *y_strides, tiles
-    return Launch(kernels.pair_dot_rows, grid, numbers, tile, ROWS=tile.rows, COLUMNS=tile.columns)
+    return Launch(
+        kernels.pair_dot_rows, grid, numbers, tile, ROWS=tile.block_m, COLUMNS=tile.block_n
+    )
 
 
 def pair_dot(x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
@@ -307,10 +321,10 @@ def _select_backward_plan(
     columns = grad_strides[2:] + x_strides[2:] + best_strides[2:]
     tile = _merging(device, dtype, images, outputs, channels, True, columns)
     if prod and BEFORE_3_7:
-        tile = replace(tile, rows=max(min(tile.rows, MOST_PROD // tile.columns), 1))
-    group_tiles = ceil_div(outputs, tile.rows)
+        tile = replace(tile, block_m=max(min(tile.block_m, MOST_PROD // tile.block_n), 1))
+    group_tiles = ceil_div(outputs, tile.block_m)
     # Tiles of output tokens, then tiles of input tokens, among which the dropped ones are.
-    rows = (group_tiles + ceil_div(tokens, tile.rows)) * tile.rows
+    rows = (group_tiles + ceil_div(tokens, tile.block_m)) * tile.block_m
     grid, tiles, blocks = _grid(images, tile, rows, channels)
     numbers = (
         tokens, outputs, channels, *grad_strides, *x_strides, *best_strides,
@@ -322,8 +336,8 @@ def _select_backward_plan(
         numbers,
         tile,
         PROD=prod,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
+        ROWS=tile.block_m,
+        COLUMNS=tile.block_n,
     )
 
 
