@@ -20,10 +20,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tokenops._triton.compile import compile_launch, resources, source
-from tokenops._triton.launch import VERSION, record
+from tokenops._triton.launch import VERSION
 
 from . import launches
+from .ahead_of_time import compile_launch, record, resources, source
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 RESULTS = Path(__file__).parent / "results"

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Search better launch settings on the GPU at hand: ``python -m benchmarks.tune --op match``.
+"""Search faster launch settings on the GPU at hand: ``python -m benchmarks.tune --op match``.
 
-For each case and each heuristic that picks its settings, a hill climb from the shipped settings: of
-all neighbours, which halve or double one number, it takes the fastest until none is faster by a
-percent. It prints the settings; they go into the heuristic's table in the kernels' module.
+For each case, and each heuristic that picks settings in it, a walk from the shipped settings: all
+neighbours, which halve or double one number, are timed, and the fastest is the next position, until
+none is faster by a percent. Prints the settings that it finds; they go into the table of settings
+in the kernels' module.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -23,13 +25,13 @@ from .cases import DTYPES, Case
 from .registry import operators, select
 from .timing import CudaTimer
 
-#: Bounds of each number, and whether it doubles or counts.
+#: Least and largest value of each number.
 LIMITS = {"block_m": (1, 256), "block_n": (16, 256), "num_warps": (1, 16), "num_stages": (1, 6)}
 
-#: A setting has to be so much faster to take another's place.
+#: Settings must take at most this share of the time of the ones that they replace.
 GAIN = 0.99
 
-Time = Callable[[Settings], float]
+Heuristic = Callable[..., Settings]
 
 
 def neighbours(settings: Settings) -> Iterator[Settings]:
@@ -42,8 +44,8 @@ def neighbours(settings: Settings) -> Iterator[Settings]:
                 yield replace(settings, **{name: other})
 
 
-def walk(start: Settings, time: Time) -> tuple[Settings, float, float]:
-    """The best settings found from a start, their time and that of the start."""
+def walk(start: Settings, time: Callable[[Settings], float]) -> tuple[Settings, float, float]:
+    """The fastest settings found from a start, their time and the time of the start."""
     times = {start: time(start)}
     best = start
     while True:
@@ -56,59 +58,68 @@ def walk(start: Settings, time: Time) -> tuple[Settings, float, float]:
         best = fastest
 
 
-@contextlib.contextmanager
-def watch() -> Iterator[dict[str, Settings]]:
-    """Note what each heuristic picks."""
-    chosen: dict[str, Settings] = {}
-    original = dict(launch.heuristics)
+@contextmanager
+def replaced(heuristics: dict[str, Heuristic]) -> Iterator[None]:
+    """Replace heuristics by name.
 
-    def watched(name: str) -> Callable[..., Settings]:
-        def heuristic(*arguments: Any) -> Settings:
-            chosen[name] = original[name](*arguments)
-            return chosen[name]
-
-        return heuristic
-
-    launch.heuristics.update({name: watched(name) for name in original})
-    launch.forget_plans()
+    Raises:
+        ValueError: If there is no heuristic of a name.
+    """
+    for name in heuristics.keys() - launch.heuristics.keys():
+        raise ValueError(f"heuristic must be one of {sorted(launch.heuristics)}, got {name!r}")
     try:
-        yield chosen
+        with mock.patch.dict(launch.heuristics, heuristics):
+            forget_plans()
+            yield
     finally:
-        launch.heuristics.update(original)
+        forget_plans()
 
 
-def tune(case: Case, dtype: str) -> list[str]:
-    """Lines about what was found for a case."""
-    device = torch.device("cuda")
-    work = case.prepare(DTYPES[dtype], device)
+def forget_plans() -> None:
+    """Make the next launches ask the heuristics again."""
+    for cache in launch.plans:
+        cache.cache_clear()
+
+
+def tune(case: Case, dtype: str) -> Iterator[str]:
+    """For each heuristic of a case, a line with the shipped settings and faster ones."""
+    work = case.prepare(DTYPES[dtype], torch.device("cuda"))
     timer = CudaTimer()
-    lines = []
+    picked: dict[str, Settings] = {}
+
+    def noting(name: str, heuristic: Heuristic) -> Heuristic:
+        def pick(*arguments: Any) -> Settings:
+            picked[name] = heuristic(*arguments)
+            return picked[name]
+
+        return pick
+
     with torch.inference_mode(work.inference):
         call = work.rivals["tokenops"]().call
-        with watch() as chosen:
+        with replaced({name: noting(name, h) for name, h in launch.heuristics.items()}):
             expected = call()
-        for name, shipped in chosen.items():
+        for name, shipped in picked.items():
 
             def time(settings: Settings, name: str = name) -> float:
+                def heuristic(*arguments: Any) -> Settings:
+                    return settings
+
                 try:
-                    with launch.use_settings(name, settings):
+                    with replaced({name: heuristic}):
                         result = call()
                         if not abs(work.difference("tokenops", result, expected)) <= work.tolerance:
                             return float("inf")
                         return min(timer.sample(call, 10).seconds for _ in range(5))
-                except Exception:  # tiles that no kernel of this kind can have, or no room for them
+                except Exception:  # the kernel has no such tiles, or they need too much memory
                     return float("inf")
 
             best, seconds, before = walk(shipped, time)
-            lines.append(
-                f"{case.operator} {case.name} {dtype} {name}: {shipped} {before * 1e6:.1f} us"
-                + ("" if best == shipped else f" -> {best} {seconds * 1e6:.1f} us")
-            )
-    return lines
+            line = f"{case.operator} {case.name} {dtype} {name}: {shipped} {before * 1e6:.1f} us"
+            yield line + ("" if best == shipped else f" -> {best} {seconds * 1e6:.1f} us")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Tune what the command line asks for."""
+    """Tune the cases that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--op", nargs="+", choices=operators(), default=[], metavar="OP")
     parser.add_argument("--case", nargs="+", default=[], metavar="NAME")

@@ -20,11 +20,10 @@ import torch
 import triton
 
 from benchmarks import launches
+from benchmarks.ahead_of_time import Recorded, record, source
 from benchmarks.gpu.prefill import use_stand_in
 from benchmarks.gpu_cache import build_stand_in
-from tokenops._triton import compile as ahead
 from tokenops._triton import launch
-from tokenops._triton.launch import Recorded, record
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests" / "cpp" / "kept_launches.c"
@@ -65,7 +64,7 @@ class Stand:
 
 def sizes(item: Recorded) -> list[int]:
     """Bytes of each parameter of a recorded launch, the two scratch pointers last."""
-    signature = ahead.source(item).signature.values()
+    signature = source(item).signature.values()
     return [8 if s[0] == "*" else _SIZES[s] for s in signature if s != "constexpr"] + [8, 8]
 
 

@@ -11,7 +11,9 @@ from benchmarks.gpu import record
 
 pytest.importorskip("triton")
 
-from benchmarks import tune
+from benchmarks import launches, tune
+from benchmarks.ahead_of_time import record as record_launches
+from tokenops._triton import launch
 from tokenops._triton.launch import Settings
 
 CPU = torch.device("cpu")
@@ -134,3 +136,22 @@ def test_walk_stays_where_nothing_is_clearly_faster():
     start = Settings(64, 64, 4, 1)
     assert tune.walk(start, lambda s: 1.0 if s == start else 0.995)[0] == start
     assert tune.walk(start, lambda s: 1.0 if s == start else float("inf"))[0] == start
+
+
+def test_replaced_heuristics():
+    def settings():
+        with record_launches("sm_90") as recorded:
+            launches.cases()["wavg size bf16 C768 B1024"]()
+        return recorded[0].launch.settings
+
+    def pick(*arguments):
+        return trial
+
+    shipped, trial = settings(), Settings(16, 16)
+    before = dict(launch.heuristics)
+    with tune.replaced(dict.fromkeys(before, pick)):
+        assert settings() == trial != shipped
+    assert settings() == shipped
+    assert launch.heuristics == before
+    with pytest.raises(ValueError, match="unknown"), tune.replaced({"unknown": pick}):
+        pass

@@ -23,10 +23,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from benchmarks import launches, resources
+from benchmarks import ahead_of_time, launches, resources
+from benchmarks.ahead_of_time import record
 from tokenops._triton import VERIFIED, launch, release
-from tokenops._triton import compile as ahead
-from tokenops._triton.launch import Launch, Settings, record, use_settings
+from tokenops._triton.launch import Launch, Settings
 
 #: Operators that have a Triton kernel, by the word of their folder.
 FAMILIES = {
@@ -262,16 +262,6 @@ def test_a_launch_under_the_interpreter():
     assert torch.equal(y, 2 * x)
 
 
-def test_settings_for_trial():
-    name = sorted(launch.heuristics)[0] if launch.heuristics else None
-    with pytest.raises(ValueError, match="unknown"), use_settings("unknown", Settings(1, 1)):
-        pass
-    if name is not None:
-        with use_settings(name, Settings(16, 16)):
-            assert launch._instead == {name: Settings(16, 16)}
-        assert launch._instead == {}
-
-
 @pytest.mark.parametrize(("number", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
 def test_power_of_two(number, power):
     assert launch.power_of_two(number) == power
@@ -374,12 +364,12 @@ def test_what_a_launch_is_compiled_from():
         doubling(count=1)(x, x)
         doubling(count=32)(x, x)
         doubling(count=100)(x, x)
-    one, aligned, odd = map(ahead.source, recorded)
+    one, aligned, odd = map(ahead_of_time.source, recorded)
     assert one.constants == {"count": 1, "BLOCK": 64}
     assert aligned.signature == {"x": "*fp16", "y": "*fp16", "count": "i32", "BLOCK": "constexpr"}
     assert set(aligned.attributes) == {(0,), (1,), (2,)}
     assert set(odd.attributes) == {(0,), (1,)}
-    used = ahead.resources(ahead.compile_launch(recorded[2], "sm_90"))
+    used = ahead_of_time.resources(ahead_of_time.compile_launch(recorded[2], "sm_90"))
     assert 0 < used.registers <= 255
     assert (used.stack, used.spills, used.shared) == (0, 0, 0)
 
@@ -404,7 +394,7 @@ def test_a_score_costs_few_instructions():
     with record("sm_90") as recorded:
         nearest(x, x, None, None, "cosine")
     search = recorded[-1]
-    code = ahead.sass(ahead.compile_launch(search, "sm_90"))
+    code = ahead_of_time.sass(ahead_of_time.compile_launch(search, "sm_90"))
     assert loop_instructions_per_score(code, search.launch.settings) <= 6.5
 
 

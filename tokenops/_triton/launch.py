@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,13 +34,10 @@ _REFUSALS = (TypeError, AttributeError, ValueError)
 #: Whether launches that are ready go straight to the driver; ends with the first refusal.
 _direct = not interpreting and torch.version.hip is None and VERSION in VERIFIED
 
-_recording: list[Recorded] | None = None
-_recorded_arch: str | None = None
-
-#: Functions that pick settings, by name, and the settings that replace their result.
+#: Functions that pick settings, by name.
 heuristics: dict[str, Callable[..., Settings]] = {}
-_instead: dict[str, Settings] = {}
-_plans: list[Any] = []
+#: Caches of :func:`planned` functions.
+plans: list[Any] = []
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -63,55 +59,23 @@ class Settings:
     num_stages: int = 2
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """A launch that was noted and not made: what compiling ahead of time needs to know."""
-
-    launch: Launch
-    tensors: tuple[Tensor | None, ...]
-
-
 def planned(function: Function) -> Function:
     """Keep what a function makes of one shape, dtype, layout and device: its arguments."""
     kept = functools.lru_cache(maxsize=1024)(function)
-    _plans.append(kept)
+    plans.append(kept)
     return kept  # type: ignore[return-value]
 
 
 def heuristic(function: Callable[..., Settings]) -> Callable[..., Settings]:
-    """Register a function that picks settings, under its name, for :func:`use_settings`."""
+    """Register a function that picks settings, so that ``heuristics`` can replace it by name."""
     name = function.__name__.strip("_")
 
     @functools.wraps(function)
-    def choose(*arguments: Any) -> Settings:
-        return _instead.get(name) or heuristics[name](*arguments)
+    def pick(*arguments: Any) -> Settings:
+        return heuristics[name](*arguments)
 
     heuristics[name] = function
-    return choose
-
-
-def forget_plans() -> None:
-    """Let everything be planned anew, by heuristics that may have changed."""
-    for kept in _plans:
-        kept.cache_clear()
-
-
-@contextlib.contextmanager
-def use_settings(name: str, settings: Settings) -> Iterator[None]:
-    """Let a heuristic pick these settings, to try whether they are better.
-
-    Raises:
-        ValueError: If there is no heuristic of this name.
-    """
-    if name not in heuristics:
-        raise ValueError(f"use_settings: name must be one of {sorted(heuristics)}, got {name!r}")
-    _instead[name] = settings
-    forget_plans()
-    try:
-        yield
-    finally:
-        del _instead[name]
-        forget_plans()
+    return pick
 
 
 class Launch:
@@ -153,9 +117,6 @@ class Launch:
     def __call__(self, *tensors: Tensor | None) -> None:
         """Run on the current stream; the tensors' device must be the current one."""
         if 0 in self.grid:
-            return
-        if _recording is not None:
-            _recording.append(Recorded(self, tensors))
             return
         kinds = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
         ready = self._ready.get(kinds)
@@ -220,33 +181,19 @@ def _profiled() -> bool:
 
 
 @functools.cache
-def _device_arch(index: int) -> str:
+def device_arch(device: torch.device) -> str:
+    """Architecture of a device as compilers name it: ``"sm_90"``, ``"gfx942"``."""
+    if device.type != "cuda":
+        return "sm_90"
     if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(index).gcnArchName).partition(":")[0]
-    major, minor = torch.cuda.get_device_capability(index)
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 
 def arch(tensor: Tensor) -> str:
-    """What a tensor's device is, as compilers name it: ``"sm_90"``, ``"gfx942"``."""
-    if _recorded_arch is not None:
-        return _recorded_arch
-    return _device_arch(tensor.device.index) if tensor.is_cuda else "sm_90"
-
-
-@contextlib.contextmanager
-def record(arch: str) -> Iterator[list[Recorded]]:
-    """Note launches for a device of this kind and make none; tensors may be on ``meta``.
-
-    What was planned for other devices is not used: plans depend on :func:`arch`.
-    """
-    global _recording, _recorded_arch
-    previous = _recording, _recorded_arch
-    _recording, _recorded_arch = [], arch
-    try:
-        yield _recording
-    finally:
-        _recording, _recorded_arch = previous
+    """Architecture of a tensor's device; ``"sm_90"`` where it is no GPU."""
+    return device_arch(tensor.device)
 
 
 def power_of_two(number: int, least: int = 1) -> int:

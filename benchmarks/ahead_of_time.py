@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records launches of Triton kernels instead of making them, and compiles them without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tokenops._triton import launch
+from tokenops._triton.launch import ALIGNMENT, Launch
+
+_TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
+}  # fmt: skip
+
+
+class Recorded(NamedTuple):
+    """A launch that was recorded and not made."""
+
+    launch: Launch
+    tensors: tuple[Tensor | None, ...]
+
+
+@contextmanager
+def record(arch: str) -> Iterator[list[Recorded]]:
+    """Record launches as for a GPU of this architecture; tensors may be on ``meta``."""
+    recorded: list[Recorded] = []
+
+    def call(self: Launch, *tensors: Tensor | None) -> None:
+        if 0 not in self.grid:
+            recorded.append(Recorded(self, tensors))
+
+    with (
+        mock.patch.object(Launch, "__call__", call),
+        mock.patch.object(launch, "device_arch", return_value=arch),
+    ):
+        yield recorded
+
+
+class Resources(NamedTuple):
+    """Resources of a compiled kernel.
+
+    Attributes:
+        registers: Registers of a thread.
+        stack: Bytes of a thread's stack, spilled registers included.
+        spills: Instructions that load from or store to that stack.
+        shared: Bytes of shared memory of a program.
+    """
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+
+
+class Source(NamedTuple):
+    """Input of Triton's compiler: launches with equal sources run the same code."""
+
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]
+
+
+def source(recorded: Recorded) -> Source:
+    """Describe a launch to the compiler as Triton does when the kernel is first called.
+
+    An integer 1 becomes a constant. Pointers, and integers that 16 divides, are marked as aligned.
+    """
+    launch = recorded.launch
+    names = launch.kernel.arg_names
+    values = (*recorded.tensors, *launch.numbers, *launch.constants.values())
+    if len(values) != len(names) or [*launch.constants] != names[-len(launch.constants) :]:
+        raise ValueError(f"{launch.kernel.__name__}: parameters {names} for {launch.constants}")
+    found = Source({}, {}, {}, {"num_warps": launch.settings.num_warps,
+                                "num_stages": launch.settings.num_stages})  # fmt: skip
+    for index, (name, value) in enumerate(zip(names, values, strict=True)):
+        if value is None or name in launch.constants or (type(value) is int and value == 1):
+            found.signature[name], found.constants[name] = "constexpr", value
+            continue
+        aligned = True
+        if isinstance(value, Tensor):
+            found.signature[name] = "*" + _TYPES[value.dtype]
+        elif isinstance(value, float):
+            found.signature[name], aligned = "fp32", False
+        else:
+            found.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % ALIGNMENT == 0
+        if aligned:
+            found.attributes[(index,)] = [["tt.divisibility", ALIGNMENT]]
+    return found
+
+
+def compile_launch(recorded: Recorded, arch: str) -> Any:
+    """Compile a recorded launch for an architecture such as ``"sm_90"`` or ``"gfx942"``."""
+    s = source(recorded)
+    tree = ASTSource(recorded.launch.kernel, s.signature, s.constants, s.attributes)
+    is_cuda = arch.startswith("sm_")
+    target = GPUTarget("cuda", int(arch[3:]), 32) if is_cuda else GPUTarget("hip", arch, 64)
+    return triton.compile(tree, target=target, options=s.options)
+
+
+def resources(compiled: Any) -> Resources:
+    """Registers, stack, spills and shared memory of a kernel compiled for CUDA."""
+    usage = _cuobjdump(compiled, "-res-usage")
+    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
+    spills = 0
+    if stack > 0:  # without a stack there are no spills; disassembling is slower than compiling
+        spills = sum(1 for line in sass(compiled) if re.match(r"(@!?U?P\d+ )?(LDL|STL)\b", line))
+    return Resources(registers, stack, spills, int(compiled.metadata.shared))
+
+
+def sass(compiled: Any) -> list[str]:
+    """Machine instructions of a kernel compiled for CUDA, in order."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", _cuobjdump(compiled, "-sass"))
+    return [text.strip() for _, text in found]
+
+
+def _cuobjdump(compiled: Any, option: str) -> str:
+    """Output of the disassembler that Triton ships."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tool, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
