@@ -21,10 +21,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from ops.test_registration import kinds_of_arguments
 from torch.utils import _pytree as pytree
 
 from tokenops import _library
+from tokenops.testing.samples import samples
 
 #: Bytes that all calls of an operator together may leave allocated: a cache may have grown.
 ALLOWED = 4096
@@ -77,8 +77,8 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     Gradients are taken for all tensors that can have one.
     """
     kinds: dict[str, tuple[int, Any, Any]] = {}
-    for operator, arguments, _ in kinds_of_arguments():
-        name = operator.default.name().partition("::")[2].partition(".")[0]
+    for name, _, arguments in samples():
+        operator = getattr(torch.ops.tokenops, name)
         count = sum(isinstance(a, torch.Tensor) for a in pytree.tree_leaves(arguments))
         if name not in kinds or count > kinds[name][0]:
             kinds[name] = count, operator, arguments

@@ -228,8 +228,8 @@ def chosen() -> str | None:
 # ---- who serves ----
 
 
-def serving(operator: str, tensor: Tensor) -> Callable[..., Any]:
-    """What serves a call: the operator, its overload of the chosen backend, or the reference.
+def dispatch(operator: str, tensor: Tensor) -> Callable[..., Any]:
+    """Return who serves a call: the operator, its overload of the chosen backend, or the reference.
 
     Args:
         operator: Name of the operator.
@@ -243,10 +243,10 @@ def serving(operator: str, tensor: Tensor) -> Callable[..., Any]:
         if _differentiated():
             return _library.defined[operator].reference
         return getattr(_library.overloads[None], operator)  # type: ignore[no-any-return]
-    obstacle = _obstacle(operator, backend, tensor.device.type)
-    if obstacle is not None:
+    reason = _reason(operator, backend, tensor.device.type)
+    if reason is not None:
         raise NotImplementedError(
-            f"{operator}: backend {backend!r} was chosen but cannot serve it: {obstacle}"
+            f"{operator}: backend {backend!r} was chosen but cannot serve it: {reason}"
         )
     if backend == "reference":
         return _library.defined[operator].reference
@@ -255,9 +255,9 @@ def serving(operator: str, tensor: Tensor) -> Callable[..., Any]:
     return getattr(_library.overloads[backend], operator)  # type: ignore[no-any-return]
 
 
-def serves_reference(operator: str, tensor: Tensor) -> bool:
-    """Whether the reference serves a call; arguments and errors as those of :func:`serving`."""
-    return serving(operator, tensor) is _library.defined[operator].reference
+def dispatches_to_reference(operator: str, tensor: Tensor) -> bool:
+    """Whether the reference serves a call; arguments and errors as those of :func:`dispatch`."""
+    return dispatch(operator, tensor) is _library.defined[operator].reference
 
 
 def step_aside(*names: str) -> None:
@@ -300,7 +300,7 @@ def _serve_natively(name: str) -> None:
         _library.implement(f"{name}.native", serve, device.upper())
 
 
-def _obstacle(operator: str, backend: str, device: str) -> str | None:
+def _reason(operator: str, backend: str, device: str) -> str | None:
     """The reason why ``backend`` can't serve ``operator`` on ``device``; None when it can."""
     if backend == "reference":
         return None
@@ -309,7 +309,7 @@ def _obstacle(operator: str, backend: str, device: str) -> str | None:
     if backend == "composed":
         return None
     if backend == "triton":
-        return _triton_obstacle(operator, device)
+        return _triton_reason(operator, device)
     if not _native.loaded:
         return _native.reason
     if device in _compiled_for(operator):
@@ -327,7 +327,7 @@ def _compiled_for(operator: str) -> frozenset[str]:
     return _in_native[operator]
 
 
-def _triton_obstacle(operator: str, device: str) -> str | None:
+def _triton_reason(operator: str, device: str) -> str | None:
     if operator not in _in_triton:
         return f"there is no Triton kernel of {operator}"
     if importlib.util.find_spec("triton") is None:
@@ -366,7 +366,9 @@ def serve_by_triton(package: str, *names: str) -> None:
         there = _compiled_for(name)  # before what follows counts as one
         if "native" in _library.overloads:
             _serve_natively(name)
-        kernel = _in_triton[name] = _triton_kernel(f"{package}.triton", name)
+        signature = _library.defined[name].signature
+        kernel = signature.flat(_triton_kernel(f"{package}.triton", name))
+        _in_triton[name] = kernel
         _library.implement(f"{name}.triton", _on_cuda(name, kernel), "CUDA")
         if _interpreting:
             _library.implement(f"{name}.triton", _interpreted(name, kernel), "CPU")
@@ -406,18 +408,16 @@ def _on_cuda(
                 return kernel(first, *rest)
             with torch.cuda.device(index):
                 return kernel(first, *rest)
-        except UnservedError as obstacle:
+        except UnservedError as reason:
             if otherwise is None:
-                raise _refusal(name, obstacle) from None
+                raise _refusal(name, reason) from None
             return otherwise(first, *rest)
 
     return serve
 
 
-def _refusal(name: str, obstacle: UnservedError) -> NotImplementedError:
-    return NotImplementedError(
-        f"{name}: backend 'triton' was chosen but cannot serve it: {obstacle}"
-    )
+def _refusal(name: str, reason: UnservedError) -> NotImplementedError:
+    return NotImplementedError(f"{name}: backend 'triton' was chosen but cannot serve it: {reason}")
 
 
 def _interpreted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -430,8 +430,8 @@ def _interpreted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     def serve(keys: Any, *args: Any) -> Any:
         try:
             results = kernel(*pytree.tree_map_only(Tensor, widen, args))
-        except UnservedError as obstacle:
-            raise _refusal(name, obstacle) from None
+        except UnservedError as reason:
+            raise _refusal(name, reason) from None
         return pytree.tree_map(lambda got, like: got.to(like.dtype), results, fake(*args))
 
     return serve
@@ -452,7 +452,7 @@ def _differentiated() -> bool:
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler: torch.compile
 # takes the answers for granted while it traces, and guards on the transforms by itself.
-_constants: tuple[Any, ...] = (_obstacle, _differentiated)
+_constants: tuple[Any, ...] = (_reason, _differentiated)
 for _function in _constants:
     _function._dynamo_marked_constant = True
 
@@ -476,7 +476,7 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     return tuple(
         backend
         for backend in BACKENDS
-        if any(_obstacle(operator, backend, kind) is None for operator in operators)
+        if any(_reason(operator, backend, kind) is None for operator in operators)
     )
 
 
@@ -502,8 +502,8 @@ def why_not(operator: str, *args: object) -> dict[str, str]:
     _checks.check_choice("why_not", "operator", operator, operators)
     leaves = pytree.tree_leaves(args)
     device = next((a.device.type for a in leaves if isinstance(a, Tensor)), "cpu")
-    obstacles = ((backend, _obstacle(operator, backend, device)) for backend in BACKENDS)
-    return {backend: reason for backend, reason in obstacles if reason is not None}
+    reasons = ((backend, _reason(operator, backend, device)) for backend in BACKENDS)
+    return {backend: reason for backend, reason in reasons if reason is not None}
 
 
 _default = os.environ.get("TOKENOPS_BACKEND") or None

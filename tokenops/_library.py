@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import typing
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,11 +20,77 @@ from . import _flops, _missing
 NAMESPACE = "tokenops"
 
 
+class Signature(NamedTuple):
+    """Arguments and results of an operator, derived from the annotations of a function.
+
+    An argument whose annotation is a NamedTuple is a group: the schema has its fields, one after
+    the other. So a list of arguments that several operators or functions share is written once.
+    """
+
+    schema: str  # "(Tensor x, ...) -> Tensor"
+    groups: tuple[Any, ...]  # for each parameter of the function its NamedTuple, or None
+    takes_list: bool  # whether the first argument is a list of tensors
+
+    @property
+    def grouped(self) -> bool:
+        return any(group is not None for group in self.groups)
+
+    def group(self, args: Iterable[Any]) -> tuple[Any, ...]:
+        """The parameters of the function, from the flat arguments of the operator."""
+        args = tuple(args)
+        parameters, start = [], 0
+        for group in self.groups:
+            end = start + (1 if group is None else len(group._fields))
+            parameters.append(args[start] if group is None else group._make(args[start:end]))
+            start = end
+        return tuple(parameters)
+
+    def flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the operator's flat arguments that calls one of grouped parameters."""
+        if not self.grouped:
+            return function
+
+        def call(*args: Any) -> Any:
+            return function(*self.group(args))
+
+        return call
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", int: "SymInt",
+    float: "float", float | None: "float?", bool: "bool", str: "str",
+}  # fmt: skip
+
+
+def signature_of(function: Callable[..., Any]) -> Signature:
+    """Derive an operator's signature from a function's annotations."""
+    hints = typing.get_type_hints(function)
+    result = hints.pop("return")
+    groups = tuple(hint if hasattr(hint, "_fields") else None for hint in hints.values())
+    arguments: list[tuple[str, Any]] = []
+    for (name, hint), group in zip(hints.items(), groups, strict=True):
+        arguments += [(name, hint)] if group is None else typing.get_type_hints(group).items()
+    fields = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in arguments)
+    if hasattr(result, "_fields"):
+        results = ", ".join(f"Tensor {name}" for name in result._fields)
+    elif typing.get_origin(result) is tuple:
+        results = ", ".join("Tensor" for _ in typing.get_args(result))
+    else:
+        results = _SCHEMA_TYPES[result]
+    several = hasattr(result, "_fields") or typing.get_origin(result) is tuple
+    schema = f"({fields}) -> ({results})" if several else f"({fields}) -> {results}"
+    return Signature(schema, groups, arguments[0][1] == list[Tensor])
+
+
 class Operator(NamedTuple):
-    """What an operator was registered with; :func:`register` says what each field means."""
+    """The record of an operator; :func:`register` says what each field means.
+
+    The functions take the operator's flat arguments.
+    """
 
     name: str
-    signature: str  # arguments and results, as the schema has them
+    module: str  # that registers it: "tokenops.ops.<family>.reference"
+    signature: Signature
     reference: Callable[..., Any]
     composed: Callable[..., Any]
     fake: Callable[..., Any]
@@ -46,6 +113,17 @@ overloads: dict[str | None, SimpleNamespace] = {
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+
+class _References:
+    """The reference of each operator as an attribute of its name, of flat arguments."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return defined[name].reference
+
+
+#: The references, for backwards that are differentiated themselves.
+references = _References()
 
 #: Makes plain tensors beside distributed ones alike; from ``tokenops.integrations.dtensor``.
 distribute: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
@@ -95,9 +173,8 @@ knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def register(
-    schema: str,
-    *,
     reference: Callable[..., Any],
+    *,
     fake: Callable[..., Any],
     composed: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
@@ -106,32 +183,36 @@ def register(
     flops: Callable[..., int] | None = None,
     public: bool = False,
 ) -> None:
-    """Define an operator in ``torch.ops.tokenops``.
+    """Define an operator in ``torch.ops.tokenops``: this call is the operator's record.
 
     Compiled libraries add faster kernels per device afterwards; until they do, and on every other
     device, the composed function serves.
 
     Args:
-        schema: Schema string without the namespace.
         reference: The formula in plain PyTorch, for any device: the oracle, which is differentiable
-            by autograd in every mode and may be slow.
+            by autograd in every mode and may be slow. Its name is the operator's name, and the
+            operator's schema is derived from its annotations. All other functions take the same
+            parameters, see :class:`Signature`.
         fake: Shape and dtype propagation for tracing.
         composed: The same in plain PyTorch that is made to be fast, for any device; it need not be
             differentiable. The reference by default.
         backward: Backward formula ``(ops, ctx, *grads)``, itself made of differentiable operators,
-            which are the attributes of ``ops``. ``ctx.needs`` says for each argument whether it
-            needs a gradient, for a list by its tensors.
-        setup_context: Saves what ``backward`` needs.
+            which are the attributes of ``ops`` and take flat arguments. It returns a gradient for
+            each flat argument; a NamedTuple stands for its fields. ``ctx.needs`` says for each flat
+            argument whether it needs a gradient, for a list by its tensors.
+        setup_context: ``(ctx, inputs, output)``: saves what ``backward`` needs; ``inputs`` are the
+            parameters of the reference.
         shared: Names of arguments that may come with one dimension only, meant for every image of
             the batch; all other tensor arguments and all outputs lead with the batch.
         flops: Floating-point operations of matrix products, of the operator's arguments with shapes
             in place of tensors; none by default, as counters have it of all else.
         public: Whether a public function of the same name calls it.
     """
-    name, _, signature = schema.partition("(")
+    name, signature = reference.__name__, signature_of(reference)
     operator = Operator(
-        *(name, "(" + signature, reference, composed or reference, fake),
-        *(backward, setup_context, frozenset(shared), flops or _no_flops),
+        *(name, reference.__module__, signature, signature.flat(reference)),
+        *(signature.flat(composed or reference), signature.flat(fake), backward, setup_context),
+        *(frozenset(shared), signature.flat(flops or _no_flops)),
     )
     defined[name] = operator
     if public:
@@ -161,7 +242,7 @@ def _define(operator: Operator, backend: str | None) -> None:
     ops = overloads[backend]
     name = operator.name if backend is None else f"{operator.name}.{backend}"
     qualified = f"{NAMESPACE}::{name}"
-    _library.define(name + operator.signature, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(name + operator.signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(qualified, operator.fake, lib=_library)
     packet = getattr(getattr(torch.ops, NAMESPACE), operator.name)
     overload = getattr(packet, backend or "default")
@@ -182,7 +263,8 @@ def _autograd_rule(operator: Operator, overload: Any, ops: SimpleNamespace) -> C
     """
     setup_context: Any = operator.setup_context
     formula: Any = operator.backward
-    takes_list = operator.signature.startswith("(Tensor[]")  # a list comes first or nowhere
+    signature = operator.signature
+    takes_list = signature.takes_list  # a list comes first or nowhere
 
     def forward(ctx: Any, keys: Any, count: int, *args: Any) -> Any:
         needs = ctx.needs_input_grad[2:]
@@ -192,11 +274,11 @@ def _autograd_rule(operator: Operator, overload: Any, ops: SimpleNamespace) -> C
         ctx.needs = needs
         with torch._C._AutoDispatchBelowAutograd():
             output = overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
-        setup_context(ctx, args, output)
+        setup_context(ctx, signature.group(args) if signature.grouped else args, output)
         return tuple(output) if takes_list else output
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        first, *rest = formula(ops, ctx, *([grads] if takes_list else grads))
+        first, *rest = _spread(formula(ops, ctx, *([grads] if takes_list else grads)))
         return (None, None, *(first if takes_list else [first]), *rest)
 
     name = f"BackwardOf_{operator.name}"
@@ -214,6 +296,14 @@ def _autograd_rule(operator: Operator, overload: Any, ops: SimpleNamespace) -> C
             return overload.redispatch(keys & torch._C._after_autograd_keyset, first, *rest)
 
     return kernel
+
+
+def _spread(gradients: tuple[Any, ...]) -> list[Any]:
+    """Gradients by flat argument: the fields in place of each NamedTuple."""
+    spread: list[Any] = []
+    for gradient in gradients:
+        spread += gradient if hasattr(gradient, "_fields") else [gradient]
+    return spread
 
 
 def _refuse_tangents(name: str, *args: Any) -> None:
@@ -259,7 +349,8 @@ def _contiguous(result: Any) -> Any:
     """A tensor, or each of a tuple or list, dense."""
     if isinstance(result, Tensor):
         return result.contiguous()
-    return type(result)([t.contiguous() for t in result])
+    dense = [t.contiguous() for t in result]
+    return dense if isinstance(result, list) else tuple(dense)
 
 
 def _for_want_of_kernels(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -84,7 +84,7 @@ def prune(
         num_tokens, counts = tokens, (num_prefix + keep + (keep < free if fuse else 0)).int()
     else:
         num_tokens = num_prefix + keep + (1 if fuse and keep < free else 0)
-    offsets, members = _backend.serving("invert", assign)(assign, num_tokens)
+    offsets, members = _backend.dispatch("invert", assign)(assign, num_tokens)
     return TokenMap(assign, offsets, members, counts)
 
 
@@ -284,7 +284,7 @@ def _ranks(scores: Tensor, num_prefix: int) -> Tensor:
         keys[:, :num_prefix].fill_(-math.inf)
     order = keys.argsort(dim=1, stable=True)
     # The members of a map that is a permutation are the inverse permutation.
-    rank: Tensor = _backend.serving("invert", order)(order.int(), order.shape[1])[1]
+    rank: Tensor = _backend.dispatch("invert", order)(order.int(), order.shape[1])[1]
     return rank
 
 

@@ -98,7 +98,7 @@ class TokenMap:
                 raise _checks.value_mismatch(name, "assign", expected, got)
         assign = assign.clamp(-1, num_tokens).int()
         assign = torch.where(assign < limit, assign, -1).contiguous()
-        offsets, members = _backend.serving("invert", assign)(assign, num_tokens)
+        offsets, members = _backend.dispatch("invert", assign)(assign, num_tokens)
         return TokenMap(assign, offsets, members, counts)
 
     @staticmethod
@@ -133,7 +133,7 @@ class TokenMap:
                 f"a map of {earlier.assign.shape[0]} images to {earlier.num_tokens} tokens",
             )
         _checks.check_same_device(name, "earlier", earlier.assign, self.assign)
-        compose = _backend.serving("compose", self.assign)
+        compose = _backend.dispatch("compose", self.assign)
         assign, offsets, members = compose(self.assign, earlier.assign, self.num_tokens)
         return TokenMap(assign, offsets, members, self.counts)
 

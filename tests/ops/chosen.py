@@ -8,7 +8,7 @@ class _Operators:
     def __getattr__(self, name):
         def call(first, *rest):
             tensor = first[0] if isinstance(first, list) else first
-            return _backend.serving(name, tensor)(first, *rest)
+            return _backend.dispatch(name, tensor)(first, *rest)
 
         return call
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
-from test_registration import MAP, B, C, M, N, kinds_of_arguments, ops
+from test_registration import SAMPLES, ops, sample_id
 from torch.func import hessian, jacfwd, jacrev, jvp
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +17,7 @@ import tokenops
 from tokenops import TokenMap, _library
 from tokenops.compat import dynamicvit, evit, tome, tomesd
 from tokenops.testing import random_attention, random_tokens
+from tokenops.testing.samples import MAP, B, C, M, N
 
 H, D = 2, 8
 
@@ -63,15 +64,13 @@ def test_every_public_operator_that_has_a_gradient_is_among_them():
 # ---- meta tensors ----
 
 
-@pytest.mark.parametrize(
-    ("operator", "arguments"),
-    [pytest.param(op, args, id=name) for op, args, name in kinds_of_arguments()],
-)
-def test_meta_tensors_are_laid_out_as_real_ones(operator, arguments):
+@pytest.mark.parametrize("sample", SAMPLES, ids=sample_id)
+def test_meta_tensors_are_laid_out_as_real_ones(sample):
     def describe(tensors):
         return [(t.shape, t.dtype, t.stride()) for t in pytree.tree_leaves(tensors)]
 
-    arguments = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, list(arguments))
+    operator = getattr(ops, sample.operator)
+    arguments = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, list(sample.arguments))
     on_meta = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), arguments)
     results = pytree.tree_leaves(operator(*on_meta))
     assert {t.device.type for t in results} == {"meta"}
@@ -184,8 +183,7 @@ def test_a_forced_backend_without_tangents_says_so(name, forced):
 def test_operators_refuse_tangents():
     """Those of torch.ops, called as they are: without a word they would drop them."""
     checked = set()
-    for operator, arguments, _ in kinds_of_arguments():
-        name = operator.default.name().partition("::")[2].partition(".")[0]
+    for name, _, arguments in SAMPLES:
         if _library.defined[name].backward is None or name in checked:
             continue
         checked.add(name)
@@ -198,7 +196,7 @@ def test_operators_refuse_tangents():
                 )
                 first = pytree.tree_map(lambda t: fwad.make_dual(t, torch.ones_like(t)), first)
                 with pytest.raises(NotImplementedError, match=rf"{name}: forward-mode AD"):
-                    operator(first, *rest)
+                    getattr(ops, name)(first, *rest)
     assert checked == {n for n, o in _library.defined.items() if o.backward is not None}
 
 

@@ -11,9 +11,6 @@ from torch.utils import _pytree as pytree
 
 import tokenops
 from tokenops import TokenMap, _library
-from tokenops.ops.attention import reference as attention
-from tokenops.ops.matching import reference as matching
-from tokenops.ops.merging import reference as merging
 from tokenops.testing import (
     assert_same_bits,
     assert_within_error_budget,
@@ -21,201 +18,42 @@ from tokenops.testing import (
     random_token_map,
     random_tokens,
 )
+from tokenops.testing.samples import MAP, B, C, M, N, rows, samples
 
 ops = torch.ops.tokenops
 
-B, N, M, C = 2, 7, 4, 3
-MAP = random_token_map(B, N, M, dropped=0.2, seed=1)
+
+def sample_id(sample):
+    return f"{sample.operator}-{sample.name}"
+
+
 INDEX = (MAP.assign, MAP.offsets, MAP.members)
-
-
-def rows(tokens, dtype=torch.float32, wants_gradient=True, seed=0):
-    return random_tokens(B, tokens, C, dtype=dtype, seed=seed).requires_grad_(wants_gradient)
-
-
-def numbers(tokens, seed=5):
-    return random_tokens(B, tokens, 1, seed=seed)[..., 0].contiguous().requires_grad_()
-
-
-#: Kinds of inputs of attention; self_keep, exclude_self, eps, is_causal; the policy's gradient.
-ATTENTION = {
-    "plain": ({}, (False, False, 0.0, False), "exact"),
-    "policy": ({"policy": "hard"}, (True, False, 0.0, False), "exact"),
-    "eps": ({"policy": "per-head", "key_heads": 1}, (True, False, 1e-3, False), "kept"),
-    "all": (
-        {"policy": "soft", "zero_sizes": 0.2, "padding": 0.2, "value_width": 2},
-        (True, True, 1e-2, True),
-        "exact",
-    ),
-    "none": ({"policy": "soft", "layout": "packed"}, (False, False, 0.0, False), "none"),
-    "half": ({"zero_sizes": 0.0, "dtype": torch.bfloat16}, (False, True, 1e-3, True), "exact"),
-    "double": ({"policy": "hard", "dtype": torch.float64}, (True, False, 1e-3, False), "exact"),
-}
-
-
-def kinds_of_attention():
-    for name, (kinds, flags, policy_grad) in ATTENTION.items():
-        inputs = random_attention(B, 2, N, C, seed=3, **kinds)
-        q, k, v, policy, size, mask = (
-            inputs.get(n) for n in ("q", "k", "v", "policy", "size", "key_padding_mask")
-        )
-        position = None
-        if name in ("eps", "none", "half"):
-            position = torch.tensor([0, 3, 1, -1, 9, 2, 2], dtype=torch.int32)
-            position = position if name == "eps" else position.expand(B, N).contiguous()
-        options = *flags, policy_grad, C**-0.5
-
-        def leaves(*tensors):
-            return tuple(
-                t.detach().requires_grad_(t.is_floating_point()) if t is not None else None
-                for t in tensors
-            )
-
-        weights = leaves(policy, size, mask)
-        yield ops.policy_attention, (*leaves(q, k, v), *weights, position, *options), f"att-{name}"
-        tensors = q, k, v, policy, size, mask, position
-        results = ops.policy_attention(*tensors, *options)
-        grad = random_tokens(*results[0].shape, dtype=q.dtype, seed=4)
-        if name == "none":
-            grad = grad[..., :1].expand(grad.shape)
-        grad_lse = None if name == "plain" else torch.randn_like(results[1])
-        needs = name != "policy", name != "none", True
-        arguments = grad, grad_lse, *tensors, *results, *options, *needs
-        yield ops.policy_attention_backward, arguments, f"att-backward-{name}"
-        reduce = {"plain": "mean", "policy": "none", "eps": "none"}.get(name, "sum")
-        weight = None if name == "plain" else torch.linspace(-1, 2, N).to(results[1])
-        weight = weight if weight is None else weight.expand(B, *((2,) * (name == "eps")), N)
-        lse = results[1] if name in ("policy", "all") else None
-        arguments = *leaves(q, k, weight), *weights, position, lse, *flags, C**-0.5, reduce
-        yield ops.attention_scores, arguments, f"scores-{name}"
-
-
-def kinds_of_arguments():
-    """Operator, arguments and a name for each kind of call."""
-    yield from kinds_of_attention()
-    yield ops.invert, (MAP.assign, M), "invert"
-    earlier = random_token_map(B, 9, N, dropped=0.2, seed=4).assign
-    yield ops.compose, (MAP.assign, earlier, M), "compose"
-    for dtype in (torch.float32, torch.bfloat16):
-        for reduce in ("sum", "mean", "amax", "prod"):
-            arguments = [rows(N, dtype), rows(N, dtype, seed=7)], *INDEX, None, reduce
-            yield ops.merge_many, arguments, f"merge-many-{reduce}-{dtype}"
-        for weight in (None, numbers(N)):
-            kind = f"{weight is not None}-{dtype}"
-            yield (
-                ops.merge_many,
-                ([rows(N, dtype), rows(N, dtype, seed=7)], *INDEX, weight, "sum"),
-                f"merge-many-{kind}",
-            )
-            several = [rows(M, dtype), rows(M, dtype, seed=7)]
-            yield ops.unmerge_many, (several, *INDEX, weight, False), f"unmerge-many-{kind}"
-    yield ops.unmerge_many, ([rows(M), rows(M, seed=7)], *INDEX, None, True), "unmerge-many-mean"
-    for dtype, wants in ((torch.float32, True), (torch.bfloat16, True), (torch.float64, False)):
-        for reduce in ("sum", "mean", "amax", "amin", "prod"):
-            yield (
-                ops.merge,
-                (rows(N, dtype, wants), *INDEX, None, None, reduce),
-                f"{reduce}-{dtype}",
-            )
-    for weight, scale in ((numbers(N), None), (None, numbers(M)), (numbers(N), numbers(M))):
-        kind = f"{weight is not None}-{scale is not None}"
-        yield ops.merge, (rows(N), *INDEX, weight, scale, "sum"), f"merge-{kind}"
-        for residual in (None, rows(N, seed=2)):
-            arguments = rows(M), *INDEX, weight, scale, residual, False
-            yield ops.unmerge, arguments, f"unmerge-{kind}-{residual is not None}"
-    yield ops.unmerge, (rows(M), *INDEX, None, None, None, True), "unmerge-mean"
-    yield ops.unmerge, (rows(M, torch.float16), *INDEX, None, None, None, False), "unmerge-half"
-    yield ops.pair_dot, (rows(N), rows(M, seed=2), *INDEX), "pair_dot"
-    yield ops.merge_wavg, (rows(N), *INDEX, None), "wavg"
-    yield ops.merge_wavg, (rows(N), *INDEX, numbers(N).detach().abs().requires_grad_()), "wavg-size"
-    ties = rows(N, wants_gradient=False).round()  # with zeros among them
-    nan = ties.clone()
-    nan[:, 1], nan[:, 4, 0] = torch.nan, torch.nan
-    for reduce in ("amax", "amin", "prod"):
-        for kind, x in (("rows", rows(N, wants_gradient=False)), ("ties", ties), ("nan", nan)):
-            for dtype in (torch.float32, torch.bfloat16, torch.float64):
-                x, grads = x.to(dtype), rows(M, dtype, wants_gradient=False, seed=3)
-                arguments = grads, x, ops.merge(x, *INDEX, None, None, reduce), *INDEX, reduce
-                yield ops.merge_select_backward, arguments, f"select-{reduce}-{kind}-{dtype}"
-
-    mask = torch.tensor([[True, False, True, True, True, False, True]] * B)
-    for similarity in ("cosine", "dot"):
-        arguments = rows(N), rows(N, seed=2), None, None, similarity
-        yield ops.nearest, arguments, f"nearest-{similarity}"
-    yield ops.nearest, (rows(N), rows(N, seed=2), mask, ~mask, "cosine"), "nearest-masks"
-    heads = random_tokens(B, 2, N, C, dtype=torch.bfloat16, layout="packed").requires_grad_()
-    yield ops.nearest, (heads, heads, None, None, "cosine"), "nearest-heads"
-
-    plain_rows = rows(N, wants_gradient=False)
-
-    def matching(
-        metric=plain_rows, prefix=0, protected=None, split=(None, None, 2, 0, 1, None),
-        threshold=None, thresholds=None, order="position", similarity="cosine",
-    ):  # fmt: skip
-        return metric, 2, prefix, protected, *split, threshold, thresholds, order, similarity
-
-    no_grid = 1, 0, 1, None
-    given_split = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5])
-    each = tuple(i.expand(B, -1).contiguous() for i in given_split)
-    places = torch.tensor([[3], [1]], dtype=torch.int32)[torch.arange(B) % 2]
-    splits = {
-        "rule": (None, None, 2, 0, 1, None),
-        "split": (*given_split, *no_grid),
-        "each": (*each, *no_grid),
-        "grid": (None, None, 2, 3, 2, None),
-        "grid-cell": (None, None, 2, 3, 2, torch.tensor([2])),
-        "grid-each": (None, None, 2, 3, 2, places),
-    }
-    least = torch.linspace(0.05, 0.3, B)
-    yield ops.match, matching(), "match"
-    yield ops.match, matching(heads.detach(), order="tome", similarity="dot"), "match-heads"
-    yield ops.match, matching(prefix=1, threshold=0.1), "match-threshold"
-    yield ops.match, matching(protected=~mask[0], order="tome"), "match-protected"
-    yield ops.match, matching(protected=~mask, threshold=0.0), "match-protected-each"
-    yield ops.match, matching(prefix=1, thresholds=least), "match-thresholds"
-    yield ops.match, matching(thresholds=least[0].expand(B).double()), "match-thresholds-double"
-    for kind, split in splits.items():
-        yield ops.match, matching(split=split, prefix=1), f"match-{kind}"
-        for taboo in (None, ~mask[0], ~mask):
-            name = f"{kind}-{0 if taboo is None else taboo.dim()}"
-            arguments = plain_rows, 1, taboo, *split, True
-            yield ops.search, arguments, f"search-{name}"
-            score, choice = ops.search(*arguments)
-            pairs = score, choice, N, 2, 1, taboo, *split
-            yield ops.select, (*pairs, None, None, "position"), f"select-{name}"
-            yield ops.select, (*pairs, 0.1, None, "tome"), f"select-tome-{name}"
-            yield ops.select, (*pairs, None, least, "position"), f"select-thresholds-{name}"
+SAMPLES = list(samples())
 
 
 @pytest.mark.parametrize(
-    ("operator", "arguments"),
-    [  # opcheck takes NaN for a difference
-        pytest.param(op, args, id=name)
-        for op, args, name in kinds_of_arguments()
-        if "nan" not in name
-    ],
+    "sample",
+    [s for s in SAMPLES if "nan" not in s.name],  # opcheck takes NaN for a difference
+    ids=sample_id,
 )
-def test_opcheck(operator, arguments):
-    opcheck(operator.default, arguments)
+def test_opcheck(sample):
+    opcheck(getattr(ops, sample.operator).default, sample.arguments)
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize(
-    ("operator", "arguments"),
+    "sample",
     [  # the measure of attention in half precision is what users have, not whole maps in float32
-        pytest.param(op, args, id=name)
-        for op, args, name in kinds_of_arguments()
-        if name not in ("att-half", "att-backward-half")
+        s for s in SAMPLES if s.name != "half" or not s.operator.startswith("policy_attention")
     ],
+    ids=sample_id,
 )
-def test_operator_does_what_its_reference_does(operator, arguments):
+def test_operator_does_what_its_reference_does(sample):
     """Also the operators that only backwards call."""
-    name = operator.default.name().partition("::")[2]
-    module = next(m for m in (attention, matching, merging) if hasattr(m, name))
-    reference = getattr(module, name)
+    reference = _library.defined[sample.operator].reference
 
     def run(function, widen=False):
-        values = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, list(arguments))
+        values = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, list(sample.arguments))
         if widen:
             values = pytree.tree_map_only(
                 torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, values
@@ -223,7 +61,7 @@ def test_operator_does_what_its_reference_does(operator, arguments):
         return pytree.tree_leaves(function(*values))
 
     for got, plain, truth in zip(
-        run(operator), run(reference), run(reference, widen=True), strict=True
+        run(getattr(ops, sample.operator)), run(reference), run(reference, widen=True), strict=True
     ):
         if got.is_floating_point():
             assert_within_error_budget(
@@ -233,11 +71,10 @@ def test_operator_does_what_its_reference_does(operator, arguments):
             assert_same_bits(got, plain)
 
 
-def test_every_operator_is_checked():
-    checked = {
-        op.default.name().partition("::")[2].partition(".")[0] for op, *_ in kinds_of_arguments()
-    }
-    assert checked == set(_library.defined)
+def test_every_operator_has_samples():
+    assert {sample.operator for sample in SAMPLES} == set(_library.defined)
+    names = [sample_id(sample) for sample in SAMPLES]
+    assert len(set(names)) == len(names)
 
 
 def test_public_operators_are_functions():

@@ -157,7 +157,7 @@ def policy_attention(
     self_keep = _self_keep(name, self_keep, policy, position, q, k)
     eps = _checks.check_real(name, "eps", eps, minimum=0.0)
     scale = _scale(name, scale, q)
-    out, lse, _, _ = _backend.serving(name, q)(
+    out, lse, _, _ = _backend.dispatch(name, q)(
         *(q, k, v, *weights, position, self_keep, False, eps, bool(is_causal), policy_grad, scale)
     )
     out = out.transpose(1, 2)
@@ -255,7 +255,7 @@ def attention_scores(
     _checks.check_choice(name, "head_reduce", head_reduce, HEAD_REDUCTIONS)
     eps = _checks.check_real(name, "eps", eps, minimum=0.0)
     scale = _scale(name, scale, q)
-    score: Tensor = _backend.serving(name, q)(
+    score: Tensor = _backend.dispatch(name, q)(
         *(q, k, query_weight, *weights, position, lse),
         *(self_keep, bool(exclude_self), eps, bool(is_causal), scale, head_reduce),
     )

@@ -89,11 +89,7 @@ def _attention_backward(
 
 
 register(
-    "policy_attention(Tensor q, Tensor k, Tensor v, Tensor? policy, Tensor? size,"
-    " Tensor? key_padding_mask, Tensor? position, bool self_keep, bool exclude_self, float eps,"
-    " bool is_causal, str policy_grad, float scale)"
-    " -> (Tensor out, Tensor lse, Tensor floor, Tensor argmax)",
-    reference=reference.policy_attention,
+    reference.policy_attention,
     composed=composed.policy_attention,
     fake=_attention_fake,
     backward=_attention_backward,
@@ -146,12 +142,7 @@ def _attention_backward_flops(grad: Any, grad_lse: Any, q: Any, k: Any, v: Any, 
 
 
 register(
-    "policy_attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v,"
-    " Tensor? policy, Tensor? size, Tensor? key_padding_mask, Tensor? position, Tensor out,"
-    " Tensor lse, Tensor floor, Tensor argmax, bool self_keep, bool exclude_self, float eps,"
-    " bool is_causal, str policy_grad, float scale, bool need_v, bool need_policy, bool need_size)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dpolicy, Tensor dsize)",
-    reference=reference.policy_attention_backward,
+    reference.policy_attention_backward,
     composed=composed.policy_attention_backward,
     fake=_attention_backward_fake,
     flops=_attention_backward_flops,
@@ -235,10 +226,7 @@ def _scores_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register(
-    "attention_scores(Tensor q, Tensor k, Tensor? query_weight, Tensor? policy, Tensor? size,"
-    " Tensor? key_padding_mask, Tensor? position, Tensor? lse, bool self_keep, bool exclude_self,"
-    " float eps, bool is_causal, float scale, str head_reduce) -> Tensor",
-    reference=reference.attention_scores,
+    reference.attention_scores,
     composed=composed.attention_scores,
     fake=_scores_fake,
     backward=_scores_backward,

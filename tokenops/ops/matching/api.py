@@ -77,7 +77,7 @@ def nearest(
             _checks.check_bool("nearest", argument, mask)
             _checks.check_shape("nearest", argument, mask, [(rows.shape[0], rows.shape[-2])])
             _checks.check_same_device("nearest", argument, mask, a)
-    score, index = _backend.serving("nearest", a)(a, b, a_mask, b_mask, similarity)
+    score, index = _backend.dispatch("nearest", a)(a, b, a_mask, b_mask, similarity)
     return score, index
 
 
@@ -178,7 +178,7 @@ def match(
     )
     if _library.distribute is not None:
         arguments = _library.distribute(arguments)
-    assign, offsets, members, counts = _backend.serving("match", metric)(*arguments)
+    assign, offsets, members, counts = _backend.dispatch("match", metric)(*arguments)
     return TokenMap(assign, offsets, members, counts if limited else None)
 
 

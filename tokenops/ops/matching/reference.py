@@ -141,7 +141,7 @@ def search(
 def select(
     score: Tensor,
     choice: Tensor,
-    tokens: int,
+    num_tokens: int,
     r: int,
     num_prefix: int,
     protected: Tensor | None,
@@ -158,10 +158,10 @@ def select(
     """The map of the best pairs; see the schema for the arguments and results."""
     batch, device = score.shape[0], score.device
     split = common.sides(
-        "select", batch, tokens, num_prefix, source_index, destination_index, stride, grid_width,
-        cell_height, cell, device,
+        "select", batch, num_tokens, num_prefix, source_index, destination_index, stride,
+        grid_width, cell_height, cell, device,
     )  # fmt: skip
-    closed = common.taboo(batch, tokens, num_prefix, protected, device)
+    closed = common.taboo(batch, num_tokens, num_prefix, protected, device)
     assign, counts, outputs = common.select(
         score, choice, split, closed, r, num_prefix, threshold, thresholds, order
     )

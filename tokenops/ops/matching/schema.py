@@ -79,9 +79,7 @@ def _nearest_flops(a: Any, b: Any, *_: Any) -> int:
 
 
 register(
-    "nearest(Tensor a, Tensor b, Tensor? a_mask, Tensor? b_mask, str similarity)"
-    " -> (Tensor score, Tensor index)",
-    reference=reference.nearest,
+    reference.nearest,
     composed=composed.nearest,
     fake=_nearest_fake,
     backward=_nearest_backward,
@@ -144,10 +142,7 @@ def _match_flops(metric: Any, r: int, *rest: Any) -> int:
 
 
 register(
-    f"match(Tensor metric, SymInt r, SymInt num_prefix, Tensor? protected, {_SPLIT},"
-    f" {_THRESHOLD}, str order, str similarity)"
-    " -> (Tensor assign, Tensor offsets, Tensor members, Tensor counts)",
-    reference=reference.match,
+    reference.match,
     composed=composed.match,
     fake=_match_fake,
     flops=_match_flops,
@@ -208,9 +203,7 @@ def _search_flops(
 #: place of that one among the destinations in ascending order; -1 where there is none. A token is
 #: listed once: what becomes of one that is listed twice may differ from backend to backend.
 register(
-    f"search(Tensor metric, SymInt num_prefix, Tensor? protected, {_SPLIT}, bool cosine)"
-    " -> (Tensor score, Tensor choice)",
-    reference=reference.search,
+    reference.search,
     composed=composed.search,
     fake=_search_fake,
     flops=_search_flops,
@@ -241,10 +234,7 @@ def _select_fake(
 
 
 register(
-    "select(Tensor score, Tensor choice, SymInt num_tokens, SymInt r, SymInt num_prefix,"
-    f" Tensor? protected, {_SPLIT}, {_THRESHOLD}, str order)"
-    " -> (Tensor assign, Tensor offsets, Tensor members, Tensor counts)",
-    reference=reference.select,
+    reference.select,
     composed=composed.select,
     fake=_select_fake,
     shared=_SHARED,

@@ -81,7 +81,7 @@ def merge(
         if reduce != "sum":  # in the type of sums, rounded once: products tie there or nowhere
             return merge(x * weight[..., None], token_map, reduce=reduce).to(x.dtype)
     index = token_map.assign, token_map.offsets, token_map.members
-    out: Tensor = _backend.serving("merge", x)(x, *index, weight, None, reduce)
+    out: Tensor = _backend.dispatch("merge", x)(x, *index, weight, None, reduce)
     return out
 
 
@@ -194,7 +194,7 @@ def unmerge(
             dtype = torch.promote_types(y.dtype, residual.dtype)
             y, residual = y.to(dtype), residual.to(dtype)
     index = token_map.assign, token_map.offsets, token_map.members
-    out: Tensor = _backend.serving("unmerge", y)(y, *index, None, None, residual, False)
+    out: Tensor = _backend.dispatch("unmerge", y)(y, *index, None, None, residual, False)
     return out
 
 
@@ -208,7 +208,7 @@ def _merge_all(
     if weight is not None:
         weight = _per_token("merge", "weight", weight, x[0])
     index = token_map.assign, token_map.offsets, token_map.members
-    serve = _backend.serving("merge_many", x[0])
+    serve = _backend.dispatch("merge_many", x[0])
     out: list[Tensor] = serve(list(x), *index, weight, reduce)
     return out
 
@@ -218,7 +218,7 @@ def _unmerge_all(y: Sequence[Tensor], token_map: TokenMap) -> list[Tensor]:
     if _each_alone("unmerge", y):
         return [unmerge(t, token_map) for t in y]
     index = token_map.assign, token_map.offsets, token_map.members
-    serve = _backend.serving("unmerge_many", y[0])
+    serve = _backend.dispatch("unmerge_many", y[0])
     out: list[Tensor] = serve(list(y), *index, None, False)
     return out
 
@@ -234,7 +234,7 @@ def _check_all(
 
 def _each_alone(name: str, tensors: Sequence[Tensor]) -> bool:
     """Whether tensors can't share a launch: other dtypes, the reference, or sharded ones."""
-    if len(tensors) < 2 or _backend.serves_reference(name, tensors[0]):
+    if len(tensors) < 2 or _backend.dispatches_to_reference(name, tensors[0]):
         return True
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     return not plain or any(t.dtype != tensors[0].dtype for t in tensors)
@@ -244,7 +244,7 @@ def _weighted_mean(
     name: str, x: Tensor, token_map: TokenMap, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     index = token_map.assign, token_map.offsets, token_map.members
-    out, total = _backend.serving("merge_wavg", x)(x, *index, weight)
+    out, total = _backend.dispatch("merge_wavg", x)(x, *index, weight)
     return out, total
 
 

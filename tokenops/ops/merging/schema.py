@@ -41,8 +41,7 @@ def _invert_fake(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 register(
-    "invert(Tensor assign, SymInt num_tokens) -> (Tensor offsets, Tensor members)",
-    reference=reference.invert,
+    reference.invert,
     composed=composed.invert,
     fake=_invert_fake,
 )
@@ -58,9 +57,7 @@ def _compose_fake(
 
 
 register(
-    "compose(Tensor assign, Tensor earlier, SymInt num_tokens)"
-    " -> (Tensor composed, Tensor offsets, Tensor members)",
-    reference=reference.compose,
+    reference.compose,
     composed=composed.compose,
     fake=_compose_fake,
 )
@@ -124,9 +121,7 @@ def _factor_grads(
 
 
 register(
-    "merge(Tensor x, Tensor assign, Tensor offsets, Tensor members, Tensor? weight, Tensor? scale,"
-    " str reduce) -> Tensor",
-    reference=reference.merge,
+    reference.merge,
     composed=composed.merge,
     fake=_merge_fake,
     backward=_merge_backward,
@@ -148,9 +143,7 @@ def _merge_select_backward_fake(
 
 
 register(
-    "merge_select_backward(Tensor grad, Tensor x, Tensor out, Tensor assign, Tensor offsets,"
-    " Tensor members, str reduce) -> Tensor",
-    reference=reference.merge_select_backward,
+    reference.merge_select_backward,
     composed=composed.merge_select_backward,
     fake=_merge_select_backward_fake,
 )
@@ -193,9 +186,7 @@ def _unmerge_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register(
-    "unmerge(Tensor y, Tensor assign, Tensor offsets, Tensor members, Tensor? weight,"
-    " Tensor? scale, Tensor? residual, bool mean) -> Tensor",
-    reference=reference.unmerge,
+    reference.unmerge,
     composed=composed.unmerge,
     fake=_unmerge_fake,
     backward=_unmerge_backward,
@@ -255,9 +246,7 @@ def _merge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any, 
 
 
 register(
-    "merge_many(Tensor[] x, Tensor assign, Tensor offsets, Tensor members, Tensor? weight,"
-    " str reduce) -> Tensor[]",
-    reference=reference.merge_many,
+    reference.merge_many,
     composed=composed.merge_many,
     fake=_merge_many_fake,
     backward=_merge_many_backward,
@@ -298,9 +287,7 @@ def _unmerge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any
 
 
 register(
-    "unmerge_many(Tensor[] y, Tensor assign, Tensor offsets, Tensor members, Tensor? weight,"
-    " bool mean) -> Tensor[]",
-    reference=reference.unmerge_many,
+    reference.unmerge_many,
     composed=composed.unmerge_many,
     fake=_unmerge_many_fake,
     backward=_unmerge_many_backward,
@@ -332,8 +319,7 @@ def _pair_dot_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register(
-    "pair_dot(Tensor x, Tensor y, Tensor assign, Tensor offsets, Tensor members) -> Tensor",
-    reference=reference.pair_dot,
+    reference.pair_dot,
     composed=composed.pair_dot,
     fake=_pair_dot_fake,
     backward=_pair_dot_backward,
@@ -378,9 +364,7 @@ def _merge_wavg_backward(ops: Any, ctx: Any, grad: Tensor, grad_total: Tensor) -
 
 
 register(
-    "merge_wavg(Tensor x, Tensor assign, Tensor offsets, Tensor members, Tensor? size)"
-    " -> (Tensor out, Tensor size_out)",
-    reference=reference.merge_wavg,
+    reference.merge_wavg,
     composed=composed.merge_wavg,
     fake=_merge_wavg_fake,
     backward=_merge_wavg_backward,

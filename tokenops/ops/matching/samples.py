@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of the operators of matching."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...testing import random_tokens
+from ...testing.samples import B, C, N, Sample, rows
+
+#: Two lists of tokens, none; stride, grid_width, cell_height and cell of a pattern.
+ALTERNATE = None, None, 2, 0, 1, None
+
+
+def samples() -> Iterator[Sample]:
+    """Every kind of split, mask, threshold and order."""
+    mask = torch.tensor([[True, False, True, True, True, False, True]] * B)
+    heads = random_tokens(B, 2, N, C, dtype=torch.bfloat16, layout="packed").requires_grad_()
+    for similarity in ("cosine", "dot"):
+        yield Sample("nearest", similarity, (rows(N), rows(N, seed=2), None, None, similarity))
+    yield Sample("nearest", "masks", (rows(N), rows(N, seed=2), mask, ~mask, "cosine"))
+    yield Sample("nearest", "heads", (heads, heads, None, None, "cosine"))
+
+    metric = rows(N, requires_grad=False)
+    limits = torch.linspace(0.05, 0.3, B)
+    doubles = limits[0].expand(B).double()
+    for name, arguments in {
+        "plain": match(metric),
+        "heads": match(heads.detach(), order="tome", similarity="dot"),
+        "threshold": match(metric, 1, threshold=0.1),
+        "protected": match(metric, protected=~mask[0], order="tome"),
+        "protected-each": match(metric, protected=~mask, threshold=0.0),
+        "thresholds": match(metric, 1, thresholds=limits),
+        "thresholds-double": match(metric, thresholds=doubles),
+    }.items():
+        yield Sample("match", name, arguments)
+
+    lists = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5])
+    each = tuple(index.expand(B, -1).contiguous() for index in lists)
+    cells = torch.tensor([[3], [1]], dtype=torch.int32)[torch.arange(B) % 2]
+    no_grid = 1, 0, 1, None
+    for kind, split in {
+        "alternate": ALTERNATE,
+        "lists": (*lists, *no_grid),
+        "lists-each": (*each, *no_grid),
+        "grid": (None, None, 2, 3, 2, None),
+        "grid-cell": (None, None, 2, 3, 2, torch.tensor([2])),
+        "grid-each": (None, None, 2, 3, 2, cells),
+    }.items():
+        yield Sample("match", f"split-{kind}", match(metric, 1, split=split))
+        for protected in (None, ~mask[0], ~mask):
+            name = f"{kind}-{0 if protected is None else protected.dim()}"
+            search = metric, 1, protected, *split, True
+            yield Sample("search", name, search)
+            pairs = *torch.ops.tokenops.search(*search), N, 2, 1, protected, *split
+            yield Sample("select", name, (*pairs, None, None, "position"))
+            yield Sample("select", f"tome-{name}", (*pairs, 0.1, None, "tome"))
+            yield Sample("select", f"thresholds-{name}", (*pairs, None, limits, "position"))
+
+
+def match(
+    metric: Tensor,
+    num_prefix: int = 0,
+    *,
+    protected: Tensor | None = None,
+    split: tuple[Any, ...] = ALTERNATE,
+    threshold: float | None = None,
+    thresholds: Tensor | None = None,
+    order: str = "position",
+    similarity: str = "cosine",
+) -> tuple[Any, ...]:
+    """Arguments of the operator."""
+    return metric, 2, num_prefix, protected, *split, threshold, thresholds, order, similarity
