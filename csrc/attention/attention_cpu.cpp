@@ -4,58 +4,17 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
-#include <type_traits>
 
 #include "attention.h"
 
-// ---- kernels, once per instruction set ----
-
 namespace tokenops::attention {
 
-namespace portable {
-using namespace ::tokenops::portable;
-#define TOKENOPS_PAIRS 0
-#include "kernels.h"
-}  // namespace portable
-
-#if TOKENOPS_X86
-TOKENOPS_TARGET_AVX2
-namespace avx2 {
-using namespace ::tokenops::avx2;
-#include "kernels.h"
-}  // namespace avx2
-TOKENOPS_TARGET_END
-
-TOKENOPS_TARGET_AVX512
-namespace avx512 {
-using namespace ::tokenops::avx512;
-#include "kernels.h"
-}  // namespace avx512
-TOKENOPS_TARGET_END
-
-TOKENOPS_TARGET_AVX512_BF16
-namespace avx512_bf16 {
-using namespace ::tokenops::avx512;
-#undef TOKENOPS_PAIRS
-#define TOKENOPS_PAIRS 1
-#include "kernels.h"
-}  // namespace avx512_bf16
-TOKENOPS_TARGET_END
-#endif
+#define TOKENOPS_KERNELS "attention/kernels.h"
+#include "../isa_kernels.h"
 
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-template <class T>
-Kernels<T> kernels_for() {
-#if TOKENOPS_X86
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    if (isa() == Isa::avx512_bf16) return avx512_bf16::kernels<T>();
-  }
-#endif
-  return TOKENOPS_KERNEL(kernels<T>)();
-}
 
 // ---- arguments ----
 

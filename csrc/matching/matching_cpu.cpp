@@ -2,60 +2,18 @@
 // CPU operators tokenops::nearest and tokenops::match.
 
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "arguments.h"
 #include "nearest.h"
 #include "select.h"
 
-// ---- kernels, once per instruction set ----
-
 namespace tokenops::matching {
 
-namespace portable {
-using namespace ::tokenops::portable;
-#define TOKENOPS_PAIRS 0
-#include "matching_kernels.h"
-}  // namespace portable
-
-#if TOKENOPS_X86
-TOKENOPS_TARGET_AVX2
-namespace avx2 {
-using namespace ::tokenops::avx2;
-#include "matching_kernels.h"
-}  // namespace avx2
-TOKENOPS_TARGET_END
-
-TOKENOPS_TARGET_AVX512
-namespace avx512 {
-using namespace ::tokenops::avx512;
-#include "matching_kernels.h"
-}  // namespace avx512
-TOKENOPS_TARGET_END
-
-TOKENOPS_TARGET_AVX512_BF16
-namespace avx512_bf16 {
-using namespace ::tokenops::avx512;
-#undef TOKENOPS_PAIRS
-#define TOKENOPS_PAIRS 1
-#include "matching_kernels.h"
-}  // namespace avx512_bf16
-TOKENOPS_TARGET_END
-#endif
+#define TOKENOPS_KERNELS "matching/matching_kernels.h"
+#include "../isa_kernels.h"
 
 namespace {
-
-// Pairs of bfloat16 hold a metric as it is, but would round a mean over heads: that stays float32.
-template <class T>
-Kernels<T> kernels_for([[maybe_unused]] int64_t heads) {
-#if TOKENOPS_X86
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    if (heads == 1 && isa() == Isa::avx512_bf16) return avx512_bf16::kernels<T>();
-  }
-#endif
-  return TOKENOPS_KERNEL(kernels<T>)();
-}
 
 // ---- driver ----
 
@@ -175,7 +133,8 @@ void run(const Job& job, int64_t batch, int64_t n, int64_t sources, int64_t dest
   const auto work = [&](int64_t thread) {
     return reinterpret_cast<acc_t<T>*>(memory.data() + held * measure.used() + thread * work_bytes);
   };
-  const Kernels<T> kernels = kernels_for<T>(rows.heads);
+  // Pairs of bfloat16 hold one head's metric exactly; a mean over heads stays float32.
+  const Kernels<T> kernels = kernels_for<T>(rows.heads == 1);
 
   if (whole_images) {
     split_among(threads, batch, [&](int64_t thread, int64_t begin, int64_t end) {
