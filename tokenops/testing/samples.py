@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of operators: arguments of every kind, which all tests about operators iterate over.
+"""Samples and calls of all operators, which tests and tools about operators iterate over.
 
-The samples of a family are in ``tokenops/ops/<family>/samples.py``, beside the operators' records.
+Each family has its own in ``tokenops/ops/<family>/samples.py``, beside the operators' records.
+A *sample* is a list of arguments of an operator in ``torch.ops.tokenops``; a *call* is a call of
+the public function, for any sizes, dtype and device.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +42,73 @@ class Sample(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes, dtype and device of calls.
+
+    Attributes:
+        batch: Images B.
+        heads: Attention heads H.
+        tokens: Tokens N.
+        width: Width D of a head, and of the metric.
+        channels: Channels C of tokens.
+        dtype: Dtype of tokens; weights have the dtype of sums.
+        device: Device of all tensors.
+        seed: Seed of the values. Token maps, masks and positions do not depend on it.
+    """
+
+    batch: int = 2
+    heads: int = 2
+    tokens: int = 7
+    width: int = 8
+    channels: int = 3
+    dtype: torch.dtype = torch.float64
+    device: torch.device | str = "cpu"
+    seed: int = 0
+
+    @property
+    def r(self) -> int:
+        """Tokens that merge."""
+        return self.tokens // 4 + 1
+
+    @property
+    def outputs(self) -> int:
+        """Tokens M that remain."""
+        return self.tokens - self.r
+
+    def rows(self, tokens: int, channels: int, seed: int = 0) -> Tensor:
+        """Tokens [B, tokens, channels]."""
+        return random_tokens(
+            self.batch, tokens, channels, dtype=self.dtype, device=self.device,
+            seed=16 * self.seed + seed,
+        )  # fmt: skip
+
+    def weights(self, tokens: int, seed: int = 9) -> Tensor:
+        """Positive numbers [B, tokens] in the dtype of sums."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return self.rows(tokens, 1, seed)[..., 0].to(dtype).abs() + 0.5
+
+
+class Call(NamedTuple):
+    """One call of a public function.
+
+    Attributes:
+        operator: Name of the operator that the function is about.
+        name: Kind of the call; together with the operator it names the call.
+        function: Takes the tensors by name and returns a tensor, or a list or tuple of tensors.
+        tensors: Tensors by name; the function is differentiable in those of them that are floating
+            point, where the operator has a gradient.
+        chooses: Whether results are choices among rounded similarities, which another dtype or
+            backend may decide otherwise; the measure is then regret, not equality.
+    """
+
+    operator: str
+    name: str
+    function: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    chooses: bool = False
+
+
 def rows(
     tokens: int, dtype: torch.dtype = torch.float32, *, requires_grad: bool = True, seed: int = 0
 ) -> Tensor:
@@ -57,8 +128,18 @@ def families() -> list[str]:
     return list(dict.fromkeys(module.split(".")[-2] for module in modules))
 
 
+def _modules() -> Iterator[ModuleType]:
+    for family in families():
+        yield importlib.import_module(f"tokenops.ops.{family}.samples")
+
+
 def samples() -> Iterator[Sample]:
     """The samples of all operators."""
-    for family in families():
-        module = importlib.import_module(f"tokenops.ops.{family}.samples")
+    for module in _modules():
         yield from module.samples()
+
+
+def calls(sizes: Sizes) -> Iterator[Call]:
+    """The calls of all public functions that operators serve."""
+    for module in _modules():
+        yield from module.calls(sizes)

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...testing import random_attention, random_tokens
-from ...testing.samples import B, C, N, Sample
+from ...testing.samples import B, C, Call, N, Sample, Sizes
+from .api import attention_scores, policy_attention
 
 #: Inputs by kind; then self_keep, exclude_self, eps and is_causal; then the policy's gradient.
 KINDS: dict[str, tuple[dict[str, Any], tuple[bool, bool, float, bool], str]] = {
@@ -67,3 +69,44 @@ def _leaves(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(
         None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors
     )
+
+
+#: Kinds of calls: inputs, and options of the function.
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "soft": ({"policy": "soft"}, {"eps": 1e-3}),
+    "hard": ({"policy": "hard", "zero_sizes": 0.1}, {}),
+    "sizes": ({"zero_sizes": 0.0, "layout": "packed"}, {}),
+    "per head": (
+        {"policy": "per-head", "padding": 0.2, "key_heads": 1}, {"eps": 1e-2, "is_causal": True},
+    ),
+    "all": (
+        {"policy": "soft", "zero_sizes": 0.0, "padding": 0.2}, {"eps": 1e-3, "self_keep": False},
+    ),
+}  # fmt: skip
+
+
+def calls(sizes: Sizes) -> Iterator[Call]:
+    """Every kind of key weights, for outputs and for scores of one row, of some and of all rows."""
+    tokens = sizes.tokens
+    for name, (kinds, options) in CALLS.items():
+        inputs = random_attention(
+            sizes.batch, sizes.heads, tokens, sizes.width, dtype=sizes.dtype, device=sizes.device,
+            seed=16 * sizes.seed, **kinds,
+        )  # fmt: skip
+        mask = {n: inputs.pop(n) for n in ("key_padding_mask",) if n in inputs}
+        fixed = {**options, **mask}
+        attend = partial(policy_attention, return_lse=True, **fixed)
+        yield Call("policy_attention", name, attend, inputs)
+        rest = {n: t for n, t in inputs.items() if n != "v"}
+        yield Call("attention_scores", name, partial(attention_scores, **fixed), rest)
+        row = partial(attention_scores, **{**fixed, "is_causal": False}, query_index=[0])
+        yield Call("attention_scores", f"{name}, class token", row, rest)
+        if name == "plain":
+            position = torch.arange(tokens, device=sizes.device)[::2]
+            few = {**inputs, "q": inputs["q"][:, :, ::2]}
+            attend = partial(policy_attention, query_position=position, is_causal=True)
+            yield Call("policy_attention", "few queries", attend, few)
+            weighted = {**rest, "query_weight": sizes.weights(tokens)}
+            scores = partial(attention_scores, exclude_self=True, head_reduce="none")
+            yield Call("attention_scores", "weighted", scores, weighted)

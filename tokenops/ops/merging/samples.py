@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from ...testing import random_token_map
-from ...testing.samples import MAP, B, M, N, Sample, numbers, rows
+from ...testing.samples import MAP, B, Call, M, N, Sample, Sizes, numbers, rows
+from .api import merge, merge_wavg, unmerge
 
 INDEX = MAP.assign, MAP.offsets, MAP.members
 
@@ -57,3 +59,26 @@ def samples() -> Iterator[Sample]:
                 out = torch.ops.tokenops.merge(z, *INDEX, None, None, reduce)
                 name = f"{reduce}-{kind}-{dtype}"
                 yield Sample("merge_select_backward", name, (grad, z, out, *INDEX, reduce))
+
+
+def calls(sizes: Sizes) -> Iterator[Call]:
+    """Every reduction and every optional tensor; lists of tensors; composition of maps."""
+    tokens, outputs, channels = sizes.tokens, sizes.outputs, sizes.channels
+    token_map = random_token_map(
+        sizes.batch, tokens, outputs, dropped=0.1, device=sizes.device, seed=1
+    )
+    x, other = sizes.rows(tokens, channels), sizes.rows(tokens, channels, seed=1)
+    y, weight = sizes.rows(outputs, channels, seed=2), sizes.weights(tokens)
+    for reduce in ("sum", "mean", "amax", "amin", "prod"):
+        yield Call("merge", reduce, partial(merge, token_map=token_map, reduce=reduce), {"x": x})
+    merges, averages = partial(merge, token_map=token_map), partial(merge_wavg, token_map=token_map)
+    yield Call("merge", "weight", merges, {"x": x, "weight": weight})
+    yield Call("merge", "list", lambda x, other: merges([x, other]), {"x": x, "other": other})
+    yield Call("merge_wavg", "plain", averages, {"x": x})
+    yield Call("merge_wavg", "size", averages, {"x": x, "size": weight})
+    both = {"x": x, "size": weight, "weight": sizes.weights(tokens, seed=8)}
+    yield Call("merge_wavg", "size and weight", averages, both)
+    unmerges = partial(unmerge, token_map=token_map)
+    yield Call("unmerge", "plain", unmerges, {"y": y})
+    yield Call("unmerge", "residual", unmerges, {"y": y, "residual": x})
+    yield Call("unmerge", "list", lambda y, other: unmerges([y, other]), {"y": y, "other": 2 * y})
