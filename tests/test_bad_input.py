@@ -10,6 +10,7 @@ import torch
 import tokenops
 from tokenops import TokenMap, _backend
 from tokenops.testing import as_layout, exact_metric, nearest_regret
+from tokenops.testing.samples import Sizes, calls
 
 B, N, M, C, D = 2, 8, 5, 3, 4
 
@@ -474,29 +475,42 @@ def test_bad_input(case):
         assert word in message, message
 
 
-UNSERVED = {
-    "match": match(),
-    "nearest": nearest(),
-    "merge": merge(),
-    "merge_wavg": merge_wavg(),
-    "unmerge": unmerge(),
-    "policy_attention": attend(policy=ONES, size=ONES[..., None], eps=0),
-    "attention_scores": scores(policy=ONES, query_index=np.array([0, -1]).tolist()),
-}
+GOOD = {f"{call.operator}-{call.name}": call for call in calls(Sizes())}
+TENSORS = [
+    (name, argument)
+    for name, call in GOOD.items()
+    for argument in call.tensors
+    if call.name != "list"  # whose tensors have no names; CASES has them
+]
 
 
-@pytest.mark.parametrize("operator", UNSERVED)
-def test_backend_that_cannot_serve(operator, monkeypatch):
+@pytest.mark.parametrize("name", GOOD)
+def test_backend_that_cannot_serve(name, monkeypatch):
     monkeypatch.setattr(_backend, "_interpreting", False)
+    call = GOOD[name]
     with tokenops.use_backend("triton"), pytest.raises(NotImplementedError) as raised:
-        UNSERVED[operator]()
-    assert str(raised.value).startswith(f"{operator}: backend 'triton' was chosen")
+        call.function(**call.tensors)
+    assert str(raised.value).startswith(f"{call.operator}")
+    assert ": backend 'triton' was chosen" in str(raised.value)
 
 
-@pytest.mark.parametrize("operator", UNSERVED)
-def test_good_input(operator, backend):
-    """The calls that the bad ones are made from are good."""
-    UNSERVED[operator]()
+@pytest.mark.parametrize(("name", "argument"), TENSORS)
+def test_bad_tensors(name, argument):
+    """Every tensor of every call: another type, dtype, layout, rank or device is an error."""
+    call = GOOD[name]
+    good = call.tensors[argument]
+    call.function(**call.tensors)
+    for bad in ("tensor", good.long(), good.cfloat(), good.to_sparse()):
+        with pytest.raises(TypeError, match=rf"^{call.operator}: {argument}\W") as raised:
+            call.function(**{**call.tensors, argument: bad})
+        assert "\n" not in str(raised.value)
+    bad = [good[0, 0], good[:, None, None].expand(-1, 3, 3, *good.shape[1:])]
+    if len(call.tensors) > 1 and argument != next(iter(call.tensors)):
+        bad.append(good.to("meta"))
+    for tensor in bad:
+        with pytest.raises(ValueError, match=rf"^{call.operator}: {argument}\W") as raised:
+            call.function(**{**call.tensors, argument: tensor})
+        assert "\n" not in str(raised.value)
 
 
 def test_integers_of_other_libraries(backend, device):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All operators where PyTorch asks for something else than values: shapes, tangents, FLOPs."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -17,9 +18,12 @@ import tokenops
 from tokenops import TokenMap, _library
 from tokenops.compat import dynamicvit, evit, tome, tomesd
 from tokenops.testing import random_attention, random_tokens
-from tokenops.testing.samples import MAP, B, C, M, N
+from tokenops.testing.samples import MAP, B, C, M, N, Sizes, calls
 
 H, D = 2, 8
+
+#: Small calls in float64 of every public function.
+CALLS = {f"{call.operator}-{call.name}": call for call in calls(Sizes())}
 
 
 def tokens(count=N, width=C, seed=0, dtype=torch.float64):
@@ -30,35 +34,44 @@ def heads(count=N, seed=0, dtype=torch.float64):
     return random_tokens(B, H, count, D, seed=seed, dtype=dtype)
 
 
-#: Every public function that has a gradient, of its differentiable arguments alone.
+def positional(call):
+    """The call as a function of its tensors, with the results that have a gradient."""
+
+    def function(*tensors):
+        results = call.function(**dict(zip(call.tensors, tensors, strict=True)))
+        floating = [y for y in pytree.tree_leaves(results) if y.is_floating_point()]
+        return [torch.where(y == -torch.inf, 0, y) for y in floating]  # of masked sources
+
+    inputs = [x.clone() for x in call.tensors.values()]
+    has_gradient = [
+        y.requires_grad for y in function(*(x.clone().requires_grad_() for x in inputs))
+    ]
+    return lambda *tensors: tuple(itertools.compress(function(*tensors), has_gradient)), inputs
+
+
+#: The calls that have a gradient: a function and its inputs.
 DIFFERENTIABLE = {
-    **{
-        f"merge-{reduce}": (lambda x, r=reduce: MAP.merge(x, reduce=r), [tokens()])
-        for reduce in ("sum", "mean", "amax", "amin", "prod")
-    },
-    "merge-weight": (lambda x, w: MAP.merge(x, weight=w), [tokens(), tokens(width=1).exp()]),
-    "merge-list": (lambda x, y: tuple(MAP.merge([x, y])), [tokens(), tokens(seed=1)]),
-    "merge_wavg": (lambda x, s: MAP.merge_wavg(x, s), [tokens(), tokens(width=1).exp()]),
-    "unmerge": (lambda y, x: MAP.unmerge(y, residual=x), [tokens(M), tokens()]),
-    "unmerge-list": (lambda x, y: tuple(MAP.unmerge([x, y])), [tokens(M), tokens(M, seed=1)]),
-    "nearest": (lambda a, b: tokenops.nearest(a, b)[0], [tokens(), tokens(5, seed=1)]),
-    "policy_attention": (
-        lambda q, k, v, p, z: tokenops.policy_attention(
-            q, k, v, p, size=z, eps=1e-3, return_lse=True
-        ),
-        [heads(), heads(seed=1), heads(seed=2), tokens(width=1).exp(), tokens(width=1).exp()],
-    ),
-    "attention_scores": (
-        lambda q, k, w, p: tokenops.attention_scores(q, k, query_weight=w, policy=p),
-        [heads(), heads(seed=1), tokens(width=1)[..., 0], tokens(width=1).exp()],
-    ),
+    name: positional(call)
+    for name, call in CALLS.items()
+    if _library.defined[call.operator].backward is not None
 }
 BY_NAME = pytest.mark.parametrize("name", DIFFERENTIABLE)
 
 
-def test_every_public_operator_that_has_a_gradient_is_among_them():
-    with_gradient = {n for n in _library.operators if _library.defined[n].backward is not None}
-    assert {name.partition("-")[0] for name in DIFFERENTIABLE} == with_gradient
+def test_every_public_operator_has_calls():
+    assert {call.operator for call in CALLS.values()} == set(_library.operators)
+
+
+# ---- gradients ----
+
+
+@BY_NAME
+def test_gradients(name, backend):
+    """Against finite differences, which need policies and sizes above 0; second ones, too."""
+    function, inputs = DIFFERENTIABLE[name]
+    leaves = [torch.where(x == 0, 0.3, x).requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
 # ---- meta tensors ----
@@ -77,34 +90,27 @@ def test_meta_tensors_are_laid_out_as_real_ones(sample):
     assert describe(results) == describe(operator(*arguments))
 
 
-def public_calls(device):
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_take_meta_tensors(name):
+    def describe(device):
+        call = next(c for c in calls(Sizes(device=device)) if f"{c.operator}-{c.name}" == name)
+        results = pytree.tree_leaves(call.function(**call.tensors))
+        assert {t.device.type for t in results} == {device}
+        return [(t.shape, t.dtype, t.stride()) for t in results]
+
+    assert describe("meta") == describe("cpu")
+
+
+def other_calls(device):
+    """Calls of public functions that no operator bears the name of."""
     x, q = tokens(16).to(device), heads(16).to(device)
     scores, sizes = x[..., 0].abs(), torch.ones(B, 16, 1, device=device)
     kept = torch.arange(4, device=device).expand(B, -1)
     rest = torch.arange(4, 16, device=device).expand(B, -1)
-    for split in (
-        tokenops.alternate(),
-        tokenops.strided(4),
-        tokenops.random(8),
-        tokenops.grid(4, 4, 2, 2),
-    ):
-        yield lambda split=split: tokenops.match(x, 3, split=split)
-    yield lambda: tokenops.match(q, 3, threshold=0.5, order="tome")
-    yield lambda: tokenops.match(x, 3, protected=torch.arange(16, device=device) == 2)
     token_map = TokenMap.from_assign(torch.zeros(B, 16, dtype=torch.int64, device=device), 12)
-    yield lambda: tokenops.nearest(x, x)
+    yield lambda: tokenops.match(x, 3, split=tokenops.random(8))
     yield lambda: token_map.compose(TokenMap.identity(B, 16, device))
     yield lambda: (token_map.key_mask(), token_map.source_matrix())
-    for reduce in ("sum", "mean", "amax", "amin", "prod"):
-        yield lambda r=reduce: token_map.merge(x, reduce=r, weight=scores)
-    yield lambda: token_map.merge([x, 2 * x])
-    yield lambda: token_map.merge_wavg(x, sizes, weight=scores)
-    yield lambda: token_map.unmerge(x[:, :12], residual=x)
-    yield lambda: token_map.unmerge([x[:, :12], x[:, :12]])
-    yield lambda: tokenops.policy_attention(q, q, q, scores, size=sizes, return_lse=True)
-    yield lambda: tokenops.policy_attention(q[:, :, :4], q, q, scores, query_position=kept)
-    yield lambda: tokenops.attention_scores(q, q, query_index=[0], head_reduce="none")
-    yield lambda: tokenops.attention_scores(q, q, query_index=kept, exclude_self=True)
     yield lambda: tokenops.prune(scores, 4, num_prefix=1, fuse=True)
     yield lambda: tokenops.topk_keep(scores, 4)
     yield lambda: tokenops.gumbel_keep(x[..., :2])
@@ -124,10 +130,10 @@ def public_calls(device):
     yield lambda: tomesd.bipartite_soft_matching_random2d(x, 4, 4, 2, 2, 3)[0](x)
 
 
-@pytest.mark.parametrize("number", range(len(list(public_calls("meta")))))
-def test_public_functions_take_meta_tensors(number):
+@pytest.mark.parametrize("number", range(len(list(other_calls("meta")))))
+def test_other_functions_take_meta_tensors(number):
     def describe(device):
-        results = pytree.tree_leaves(list(public_calls(device))[number]())
+        results = pytree.tree_leaves(list(other_calls(device))[number]())
         assert {t.device.type for t in results} == {device}
         return [(t.shape, t.dtype, t.stride()) for t in results]
 
@@ -162,7 +168,7 @@ def test_tangents_are_those_of_the_gradients(name, requires_grad, forced):
         results = pytree.tree_map(lambda y: fwad.unpack_dual(y).tangent, function(*duals))
         torch.testing.assert_close(product(results), expected)
         one = [duals[0], *inputs[1:]]  # others without a tangent
-        assert fwad.unpack_dual(pytree.tree_leaves(function(*one))[0]).tangent is not None
+        assert any(fwad.unpack_dual(y).tangent is not None for y in function(*one))
     with tokenops.use_backend(forced):
         values, results = jvp(function, tuple(inputs), tuple(tangents))
     torch.testing.assert_close(pytree.tree_leaves(values), outputs)
@@ -379,3 +385,70 @@ def test_threads_share_a_graph(name):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+# ---- vmap ----
+
+IMAGES = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "mapped"),
+    [
+        (name, mapped)
+        for name, call in CALLS.items()
+        for mapped in ("all", "last dimension", "first", "others")[: 2 * min(len(call.tensors), 2)]
+    ],
+)
+def test_vmap(name, mapped, backend, device):
+    """Mapped over some of the tensors, a call gives what a loop gives."""
+    call, *more = (
+        next(c for c in calls(Sizes(device=device, seed=i)) if f"{c.operator}-{c.name}" == name)
+        for i in range(IMAGES)
+    )
+    names = list(call.tensors)
+    dims = {
+        "all": [0] * len(names),
+        "first": [0] + [None] * (len(names) - 1),
+        "others": [None] + [0] * (len(names) - 1),
+        "last dimension": [-1] * len(names),
+    }[mapped]
+    stacked = [
+        call.tensors[n] if d is None else torch.stack([c.tensors[n] for c in (call, *more)], d)
+        for n, d in zip(names, dims, strict=True)
+    ]
+
+    def function(*tensors):
+        results = call.function(**dict(zip(names, tensors, strict=True)))
+        return tuple(pytree.tree_leaves(results))
+
+    got = torch.func.vmap(function, in_dims=tuple(dims))(*stacked)
+    singly = [
+        function(*(x if d is None else x.select(d, i) for x, d in zip(stacked, dims, strict=True)))
+        for i in range(IMAGES)
+    ]
+    for y, expected in zip(got, zip(*singly, strict=True), strict=True):
+        torch.testing.assert_close(y, torch.stack(expected))
+
+
+# ---- torch.compile ----
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compile(name):
+    """One graph, with the same results and gradients."""
+    torch._dynamo.reset()
+    call = CALLS[name]
+
+    def run(function):
+        leaves = {
+            n: t.clone().requires_grad_(t.is_floating_point()) for n, t in call.tensors.items()
+        }
+        results = pytree.tree_leaves(function(**leaves))
+        loss = [y.cos().sum() for y in results if y.requires_grad]
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        gradients = torch.autograd.grad(sum(loss), wanted, allow_unused=True) if loss else ()
+        return [y.detach() for y in results], gradients
+
+    compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled), run(call.function))

@@ -11,9 +11,10 @@ import sys
 import pytest
 import torch
 from chosen import ops
+from torch.utils._pytree import tree_leaves
 
 import tokenops
-from tokenops import TokenMap
+from tokenops import TokenMap, _library
 from tokenops.testing import (
     assert_same_bits,
     assert_valid_token_map,
@@ -22,65 +23,48 @@ from tokenops.testing import (
     random_token_map,
     random_tokens,
 )
+from tokenops.testing.samples import Sizes, calls
 
 # ---- the same bits ----
 
 
-def everything(dtype, device="cpu"):
-    """Results and gradients of all operators, on inputs large enough for several threads."""
-    metric = random_tokens(3, 4, 701, 48, dtype=dtype, device=device, layout="packed")
-    x = random_tokens(3, 701, 200, dtype=dtype, device=device, seed=1)
+def results_and_gradients(sizes, operators):
+    """Results and gradients of the calls of some operators."""
     results = []
-    for options in (
-        {"num_prefix": 1},
-        {"split": tokenops.grid(25, 28, 2, 2), "num_prefix": 1, "order": "tome"},
-        {"threshold": 0.1, "similarity": "dot"},
-    ):
-        token_map = tokenops.match(metric, 170, **options)
-        results += [token_map.assign, token_map.offsets, token_map.members]
-    token_map = random_token_map(3, 701, 300, dropped=0.05, device=device)
-    leaf = x.clone().requires_grad_()
-    size = (x[..., :1].float().abs() + 0.5).requires_grad_()
-    outputs = [token_map.merge(leaf, reduce=r) for r in ("sum", "mean", "amax", "amin", "prod")]
-    outputs += [*token_map.merge_wavg(leaf, size), token_map.merge(leaf, weight=size)]
-    outputs += [token_map.unmerge(outputs[0], residual=leaf)]
-    outputs += [tokenops.nearest(leaf, leaf.flip(1))[0]]
-    cotangents = [
-        torch.linspace(-1, 1, o.numel(), device=device).view(o.shape).to(o.dtype) for o in outputs
-    ]
-    for output, cotangent in zip(outputs, cotangents, strict=True):
-        results += [
-            output,
-            *torch.autograd.grad(
-                output, (leaf, size), cotangent, retain_graph=True, allow_unused=True
-            ),
-        ]
-    return [r.detach() for r in results if r is not None]
+    for call in calls(sizes):
+        if call.operator not in operators:
+            continue
+        leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in call.tensors.items()}
+        outputs = tree_leaves(call.function(**leaves))
+        results += [y.detach() for y in outputs]
+        outputs = [y for y in outputs if y.requires_grad]
+        if outputs:
+            cotangents = [
+                torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
+                for y in outputs
+            ]
+            gradients = torch.autograd.grad(
+                outputs, leaves.values(), cotangents, allow_unused=True, materialize_grads=True
+            )
+            results += gradients
+    return results
 
 
-def all_of_attention(dtype, device="cpu"):
+def of_tokens(dtype, device="cpu"):
+    """Matching and merging, on inputs large enough for several threads."""
+    sizes = Sizes(3, 4, 401, 32, 136, dtype, device)
+    operators = [n for n in _library.operators if "attention" not in n]
+    return results_and_gradients(sizes, operators)
+
+
+def of_attention(dtype, device="cpu"):
     """Few images and heads, so that threads share the rows of one; then many."""
-    results = []
-    for sizes, options in (
-        ((1, 2, 701, 48), {"eps": 1e-3}),
-        ((1, 2, 701, 24), {"is_causal": True}),
-        ((5, 4, 67, 32), {"self_keep": False}),
-    ):
-        kinds = {"policy": "hard", "zero_sizes": 0.1, "layout": "packed", "device": device}
-        inputs = random_attention(*sizes, key_heads=sizes[1] // 2, dtype=dtype, **kinds)
-        leaves = {n: t.requires_grad_() for n, t in inputs.items()}
-        out, lse = tokenops.policy_attention(**leaves, **options, return_lse=True)
-        rest = {n: t for n, t in leaves.items() if n != "v"}
-        scores = [
-            tokenops.attention_scores(**rest, **options),
-            tokenops.attention_scores(**rest, **options, query_index=[0, 1], head_reduce="none"),
-            tokenops.attention_scores(**rest, **options, lse=lse, exclude_self=True),
-        ]
-        cotangent = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(dtype)
-        results += [out, lse, *scores]
-        results += torch.autograd.grad((out, lse), leaves.values(), (cotangent, lse.sin()))
-        results += torch.autograd.grad(sum(s.sin().sum() for s in scores), rest.values())
-    return [r.detach() for r in results]
+    operators = [n for n in _library.operators if "attention" in n]
+    few, many = Sizes(1, 2, 301, 40, 1, dtype, device), Sizes(5, 4, 67, 32, 1, dtype, device)
+    return [
+        *results_and_gradients(few, operators),
+        *results_and_gradients(many, operators),
+    ]
 
 
 @pytest.fixture
@@ -95,7 +79,7 @@ def threads():
 def test_same_bits_for_any_number_of_threads(dtype, backend, threads):
     if backend == "triton":
         pytest.skip("threads of the CPU have no part in it")
-    check_threads(everything, dtype, threads)
+    check_threads(of_tokens, dtype, threads)
 
 
 # The matrix products of PyTorch, and so the reference, depend on the number of threads.
@@ -103,7 +87,7 @@ def test_same_bits_for_any_number_of_threads(dtype, backend, threads):
 @pytest.mark.native_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_same_bits_of_attention_for_any_number_of_threads(dtype, backend, threads):
-    check_threads(all_of_attention, dtype, threads)
+    check_threads(of_attention, dtype, threads)
 
 
 def check_threads(function, dtype, threads):
@@ -115,7 +99,7 @@ def check_threads(function, dtype, threads):
             assert_same_bits(a, b, name=f"result {i} with {number} threads")
 
 
-@pytest.mark.parametrize("function", [everything, all_of_attention], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [of_tokens, of_attention], ids=lambda f: f.__name__)
 def test_same_bits_from_run_to_run(function, backend, device):
     if backend == "triton" and device == "cpu":
         pytest.skip("the interpreter runs one program after the other")
@@ -124,37 +108,38 @@ def test_same_bits_from_run_to_run(function, backend, device):
         assert_same_bits(a, b, name=f"result {i}")
 
 
-def test_inputs_are_left_alone(backend, device):
-    metric, x, y = (random_tokens(2, n, c, device=device) for n, c in ((30, 8), (30, 5), (22, 5)))
-    size, protected = torch.rand(2, 30, device=device), torch.rand(2, 30, device=device) < 0.1
-    inputs = [metric, x, y, size, protected]
-    copies = [t.clone() for t in inputs]
-    token_map = tokenops.match(metric, 8, protected=protected, order="tome")
+@pytest.mark.parametrize("name", [f"{c.operator}-{c.name}" for c in calls(Sizes())])
+def test_inputs_are_left_alone(name, backend, device):
+    """No call writes into its tensors, and no result shares memory with them."""
+    sizes = Sizes(tokens=30, dtype=torch.float32, device=device)
+    call = next(c for c in calls(sizes) if f"{c.operator}-{c.name}" == name)
+    leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in call.tensors.items()}
+    copies = {n: t.detach().clone() for n, t in leaves.items()}
+    results = tree_leaves(call.function(**leaves))
+    loss = [y.sum() for y in results if y.requires_grad]
+    if loss:
+        sum(loss).backward()
+    for tensor, before in copies.items():
+        assert_same_bits(leaves[tensor].detach(), before, name=tensor)
+    inputs = {t.untyped_storage().data_ptr() for t in leaves.values()}
+    assert all(y.untyped_storage().data_ptr() not in inputs for y in results)
+
+
+def test_token_maps_are_left_alone(backend, device):
+    x, y, size = (random_tokens(2, n, 5, device=device) for n in (30, 22, 30))
+    token_map = tokenops.match(x, 8, order="tome")
     fields = [token_map.assign, token_map.offsets, token_map.members]
-    copies += [t.clone() for t in fields]
+    copies = [t.clone() for t in fields]
     for reduce in ("sum", "mean", "amax", "amin", "prod"):
-        token_map.merge(x, reduce=reduce, weight=size)
-    token_map.merge_wavg(x, size)
+        token_map.merge(x, reduce=reduce, weight=size[..., 0])
+    token_map.merge_wavg(x, size[..., 0])
     token_map.unmerge(y, residual=x)
-    tokenops.nearest(metric, metric, a_mask=protected, b_mask=protected)
-    attended = random_attention(
-        2, 3, 30, 8, policy="hard", zero_sizes=0.2, padding=0.2, device=device
-    )
-    index, position = torch.tensor([3, -1], device=device), torch.arange(30, device=device)
-    weights = [*attended.values(), index, position]
-    inputs += weights
-    copies[5:5] = [t.clone() for t in weights]
-    leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in attended.items()}
-    out = tokenops.policy_attention(**leaves, query_position=position, eps=1e-3)
-    del leaves["v"]
-    score = tokenops.attention_scores(**leaves, query_index=index)
-    (out.sum() + score.sum()).backward()
-    for after, before in zip([*inputs, *fields], copies, strict=True):
+    for after, before in zip(fields, copies, strict=True):
         assert_same_bits(after, before)
 
 
-def test_results_are_new_memory(backend, device):
-    """Also where nothing changes, so that writing into a result changes no input."""
+def test_the_identity_copies(backend, device):
+    """Where nothing changes, writing into a result still changes no input."""
     x = random_tokens(2, 6, 3, device=device)
     token_map = tokenops.match(x, 0)
     for out in (token_map.merge(x), token_map.merge_wavg(x)[0], token_map.unmerge(x)):
@@ -183,7 +168,7 @@ def test_unwritten_memory_is_poisoned():
 GARBAGE = """
 import itertools, sys, torch, tokenops
 from chosen import ops
-from tokenops import TokenMap
+from tokenops import TokenMap, _library
 
 if sys.argv[1] != "default":
     tokenops.use_backend(sys.argv[1])

@@ -181,7 +181,7 @@ def unmerge(
         [2.0, 5.0, 2.0]
     """
     if not isinstance(y, Tensor):
-        if residual is not None:
+        if residual is not None and isinstance(y, (list, tuple)):
             raise _checks.value_error("unmerge", "residual", "None for several tensors", residual)
         return _unmerge_all(y, token_map)
     _check_tokens("unmerge", "y", y, token_map, token_map_inputs=False)
