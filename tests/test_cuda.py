@@ -3,77 +3,53 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import tokenops
 from tokenops.testing import assert_same_bits, random_attention, random_tokens
+from tokenops.testing.samples import Sizes, calls
 
 pytestmark = pytest.mark.cuda
 
 CUDA = torch.device("cuda")
 
-CALLS = (
-    "nearest", "match", "match, tome order", "merge", "merge_wavg", "unmerge", "compose",
-    "policy_attention", "policy_attention, exact", "attention_scores", "attention_scores, columns",
-)  # fmt: skip
+SIZES = Sizes(3, 3, 197, 64, 64, torch.float16, CUDA)
+NAMES = [f"{call.operator}-{call.name}" for call in calls(Sizes())]
 
 
-def calls(dtype=torch.float16):
-    """A call of each operator, forward, as functions of tensors that may be filled anew."""
-    x = random_tokens(3, 197, 64, dtype=dtype, device=CUDA, seed=1)
-    heads = random_attention(
-        2, 3, 197, 64, policy="hard", zero_sizes=0.1, dtype=dtype, device=CUDA, seed=2
-    )
-    size = torch.rand(3, 197, 1, device=CUDA) + 0.5
-    token_map = tokenops.match(x, 16, num_prefix=1)
-    y = token_map.merge(x)
-    q, k = heads["q"], heads["k"]
-    return {
-        "nearest": (x, lambda: tokenops.nearest(x, x.flip(1))),
-        "match": (x, lambda: tokenops.match(x, 16, num_prefix=1).assign),
-        "match, tome order": (x, lambda: tokenops.match(x, 16, order="tome").members),
-        "merge": (x, lambda: tokenops.merge(x, token_map)),
-        "merge_wavg": (x, lambda: tokenops.merge_wavg(x, token_map, size)),
-        "unmerge": (y, lambda: tokenops.unmerge(y, token_map, residual=x)),
-        "compose": (size, lambda: token_map.compose(token_map.identity(3, 197, CUDA)).members),
-        "policy_attention": (q, lambda: tokenops.policy_attention(**heads, eps=1e-6)),
-        "policy_attention, exact": (q, lambda: tokenops.policy_attention(**heads)),
-        "attention_scores": (q, lambda: tokenops.attention_scores(q, k, query_index=[0])),
-        "attention_scores, columns": (q, lambda: tokenops.attention_scores(q, k)),
-    }
+def call_of(name):
+    return next(c for c in calls(SIZES) if f"{c.operator}-{c.name}" == name)
 
 
-def flat(outputs):
-    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-
-
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", NAMES)
 def test_capture_in_a_graph(name):
-    """What is captured computes the same on new values."""
-    filled, call = calls()[name]
+    """A graph computes the same results on new values."""
+    call = call_of(name)
+    filled = next(iter(call.tensors.values()))
     fresh = torch.randn_like(filled)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), torch.inference_mode():
-        call()
+        call.function(**call.tensors)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.inference_mode():
         with torch.cuda.graph(graph):
-            captured = flat(call())
+            captured = tree_leaves(call.function(**call.tensors))
         filled.copy_(fresh)
         graph.replay()
-        expected = flat(call())
+        expected = tree_leaves(call.function(**call.tensors))
     for got, wanted in zip(captured, expected, strict=True):
         assert_same_bits(got, wanted, name=name)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_waits_for_the_device(name):
-    _, call = calls()[name]
-    call()
+    call = call_of(name)
+    call.function(**call.tensors)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call()
+        call.function(**call.tensors)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -108,6 +108,7 @@ def calls(sizes: Sizes) -> Iterator[Call]:
         function = partial(_fields, r=tokens // 8 + 1, options=options)
         metric = keys if name == "heads" else a
         yield Call("match", name, function, {"metric": metric}, chooses=True)
+    yield Call("match", "twice", partial(_twice, r=tokens // 8 + 1), {"metric": a}, chooses=True)
 
 
 def _fields(metric: Tensor, r: int, options: dict[str, Any]) -> list[Tensor]:
@@ -115,3 +116,10 @@ def _fields(metric: Tensor, r: int, options: dict[str, Any]) -> list[Tensor]:
     token_map = match(metric, r, **options)
     fields = token_map.assign, token_map.offsets, token_map.members, token_map.counts
     return [field for field in fields if field is not None]
+
+
+def _twice(metric: Tensor, r: int) -> list[Tensor]:
+    """Match, merge the metric, match again, and compose both maps."""
+    first = match(metric, r)
+    token_map = match(first.merge(metric), r).compose(first)
+    return [token_map.assign, token_map.offsets, token_map.members]
