@@ -60,13 +60,13 @@ OPERATORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "wavg": [("merge_wavg", {})],
     "unmerge": [("unmerge", {})],
     "pair_dot": [("pair_dot", {})],
-    "select": [("merge_select_backward", {})],
+    "reduce_backward": [("merge_reduce_backward", {})],
     "strided": [
         ("merge_wavg", {**_X, "size": True}),
         ("unmerge", {**_Y, "residual": "BNC@BCN", "mean": True}),
         ("pair_dot", {**_X, **_Y}),
-        ("merge_select_backward", {**_X, **_OUT, "reduce": "amax"}),
-        ("merge_select_backward", {**_X, **_OUT, "reduce": "prod"}),
+        ("merge_reduce_backward", {**_X, **_OUT, "reduce": "amax"}),
+        ("merge_reduce_backward", {**_X, **_OUT, "reduce": "prod"}),
     ],
     "invert": [("invert", {"B": 8})],
 }
@@ -99,7 +99,7 @@ WORDS: dict[str, dict[str, Any]] = {
 
 _KINDS = "{plain,causal,hard,size,all,eps,all eps,position}"
 _SHAPES = "{C1 B1,C1 B131072,C320 B1,C320 B1024,C384 B1,C384 B1024,C768 B1,C768 B1024}"
-_MERGES = "{merge mean,wavg size,unmerge all,pair_dot,select amax,select prod}"
+_MERGES = "{merge mean,wavg size,unmerge all,pair_dot,reduce_backward amax,reduce_backward prod}"
 
 #: Templates of labels, with sizes and arguments that no word stands for. Half precision comes as
 #: bfloat16, mostly: float16 has the same settings.

@@ -32,7 +32,7 @@ from tokenops._triton.launch import Launch, Settings
 FAMILIES = {
     "matching": ("nearest", "match", "search", "select"),
     "merging": (
-        "invert", "compose", "merge", "merge_many", "merge_select_backward", "merge_wavg",
+        "invert", "compose", "merge", "merge_many", "merge_reduce_backward", "merge_wavg",
         "unmerge", "unmerge_many", "pair_dot",
     ),
     "attention": ("policy_attention", "policy_attention_backward", "attention_scores"),
@@ -320,8 +320,9 @@ def _launched(operator, *arguments, arch="sm_90"):
         "attention": ("policy_attention", "attention_scores"),
     }
     word = next((w for w, names in words.items() if operator in names), "merging")
+    launch_it = getattr(import_module(f"tokenops.ops.{word}.triton"), operator)
     with record(arch) as recorded:
-        getattr(import_module(f"tokenops.ops.{word}.triton"), operator)(*arguments)
+        _library.defined[operator].signature.flat(launch_it)(*arguments)
     return [item.launch.kernel.__name__ for item in recorded]
 
 

@@ -119,6 +119,8 @@ class _References:
     """The reference of each operator as an attribute of its name, of flat arguments."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in defined:  # asked for by tools such as inspect.unwrap
+            raise AttributeError(name)
         return defined[name].reference
 
 

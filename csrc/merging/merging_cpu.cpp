@@ -233,10 +233,10 @@ Tensor pair_dot(const Tensor& x, const Tensor& y, const Tensor& assign, const Te
   return out;
 }
 
-Tensor merge_select_backward(const Tensor& grad, const Tensor& x, const Tensor& out,
+Tensor merge_reduce_backward(const Tensor& grad, const Tensor& x, const Tensor& out,
                              const Tensor& assign, const Tensor& offsets, const Tensor& members,
                              const Text& reduce) {
-  const char* op = "tokenops::merge_select_backward";
+  const char* op = "tokenops::merge_reduce_backward";
   const Data data(op, "x", x), slope(op, "grad", grad), best(op, "out", out);
   const MapTensors index(op, assign, offsets, members, data.batch, data.rows);
   check_like(op, "grad", slope, index.outputs, data);
@@ -278,7 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
   m.impl("merge_many", TORCH_BOX(&tokenops::merge_many));
   m.impl("unmerge_many", TORCH_BOX(&tokenops::unmerge_many));
   m.impl("merge", TORCH_BOX(&tokenops::merge));
-  m.impl("merge_select_backward", TORCH_BOX(&tokenops::merge_select_backward));
+  m.impl("merge_reduce_backward", TORCH_BOX(&tokenops::merge_reduce_backward));
   m.impl("merge_wavg", TORCH_BOX(&tokenops::merge_wavg));
   m.impl("pair_dot", TORCH_BOX(&tokenops::pair_dot));
   m.impl("unmerge", TORCH_BOX(&tokenops::unmerge));

@@ -111,7 +111,7 @@ def test_transposed_rows(backend, device):
     check(forward_and_backward(token_map, x, torch.ones(3, 14, 1, device=device)))
     one = x[:1].expand(3, -1, -1)
     check(lambda: [token_map.merge(one), token_map.unmerge(one[:, :6], residual=one)])
-    check(lambda: [ops.merge_select_backward(
+    check(lambda: [ops.merge_reduce_backward(
         torch.ones((), device=device).expand(3, 6, 66), x, token_map.merge(x, reduce="amax"),
         token_map.assign, token_map.offsets, token_map.members, "amax")])  # fmt: skip
 
@@ -197,7 +197,7 @@ def test_wild_members_are_skipped(wild, backend, device):
     best = ops.merge(x, *index, None, None, "amax")
     assert_same_bits(best[0, 0], x[0, rest].amax(0))
     for reduce, result in (("amax", best), ("prod", out)):
-        gradient = ops.merge_select_backward(result, x, result, *index, reduce)
+        gradient = ops.merge_reduce_backward(result, x, result, *index, reduce)
         assert gradient[0, rest].isfinite().all()
 
 
@@ -232,7 +232,7 @@ def test_wild_labels_are_dropped(wild, backend, device):
     assert ops.pair_dot(x, y, *index)[0, 5] == 0
     for reduce in ("amax", "prod"):
         out = token_map.merge(x, reduce=reduce)
-        gradient = ops.merge_select_backward(y, x, out, *index, reduce)
+        gradient = ops.merge_reduce_backward(y, x, out, *index, reduce)
         assert (gradient[0, 5] == 0).all()
         assert gradient.isfinite().all()
 
@@ -253,7 +253,7 @@ def test_shapes_that_do_not_fit_are_refused(backend, device):
         lambda: ops.unmerge(y, *index, None, short, None, False),
         lambda: ops.unmerge(y, *index, None, None, y, False),
         lambda: ops.pair_dot(x, x, *index),
-        lambda: ops.merge_select_backward(x, x, y, *index, "amax"),
+        lambda: ops.merge_reduce_backward(x, x, y, *index, "amax"),
     ):
         with pytest.raises(ValueError, match="must be of shape"):
             call()

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import Index
+
 
 def route(assign: Tensor, earlier: Tensor, num_tokens: int) -> Tensor:
     """Output token of each input token through two maps: [B, N], [B, N0] -> int32 [B, N0]."""
@@ -40,14 +42,9 @@ def product_of_others(
     return out.scatter(1, target[..., None].expand_as(values), left * right)[:, :-1]
 
 
-def product(
-    values: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
-    largest: int | None = None,
-) -> Tensor:
+def product(values: Tensor, index: Index, largest: int | None = None) -> Tensor:
     """Product of the members of each output token, 0 without any: [B, N, C] -> [B, M, C]."""
+    assign, offsets, members = index
     sorted_values, group = _by_group(values, assign, members)
     through = sorted_values * _product_before(sorted_values, group, largest)
     some = offsets.diff(dim=1) > 0  # [B, M]

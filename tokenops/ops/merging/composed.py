@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ..._library import acc_dtype, may_be_true
 from . import common
+from .arguments import Index, Inverse, Wavg
 
 #: Modes of embedding_bag.
 _SUM, _MEAN = 0, 1
 
 
-def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def invert(assign: Tensor, num_tokens: int) -> Inverse:
     """CSR inverse of ``assign`` [B, N] -> ``offsets`` [B, M + 1], ``members`` [B, N]."""
     live = (assign >= 0) & (assign < num_tokens)
     number = torch.where(live, assign + 1, num_tokens + 1).long()
@@ -31,10 +32,10 @@ def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     # Dropped tokens, in a place of their own, come last.
     offsets = offsets[:, :-1].contiguous()
     place = torch.arange(assign.shape[1], device=assign.device)
-    return offsets, members.masked_fill_(place >= offsets[:, -1:], -1)
+    return Inverse(offsets, members.masked_fill_(place >= offsets[:, -1:], -1))
 
 
-def invert_partition(number: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def invert_partition(number: Tensor, num_tokens: int) -> Inverse:
     """The same for a map that drops no token, by ``number`` = assign + 1, int64 [B, N].
 
     That is the slot of ``offsets`` in which a token is counted before the cumulative sum.
@@ -42,46 +43,42 @@ def invert_partition(number: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     members = number.argsort(dim=1, stable=True).int()
     offsets = number.new_zeros(number.shape[0], num_tokens + 1, dtype=torch.int32)
     one = offsets.new_ones(()).expand(number.shape)
-    return offsets.scatter_add_(1, number, one).cumsum_(1), members
+    return Inverse(offsets.scatter_add_(1, number, one).cumsum_(1), members)
 
 
-def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> Index:
     """The map through ``earlier`` [B, N0] and ``assign`` [B, N]: assign [B, N0] and its inverse."""
     through = common.route(assign, earlier, num_tokens)
-    return through, *invert(through, num_tokens)
+    return Index(through, *invert(through, num_tokens))
 
 
 def merge(
     x: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     scale: Tensor | None,
     reduce: str,
 ) -> Tensor:
     """Reduce the members of each output token; see the schema for the arguments."""
     if reduce not in ("sum", "mean"):
-        return _extremes(x, assign, offsets, members, reduce)
+        return _extremes(x, index, reduce)
     mean = reduce == "mean"
     if weight is None and scale is None:
-        return _reduce(x, offsets, members, None, mean)
-    return _reduce(x, offsets, members, _factor(x, assign, offsets, weight, scale, mean), False)
+        return _reduce(x, index, None, mean)
+    return _reduce(x, index, _factor(x, index, weight, scale, mean), False)
 
 
 def unmerge(
     y: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     scale: Tensor | None,
     residual: Tensor | None,
     mean: bool,
 ) -> Tensor:
     """Give each input token the row of its output token; see the schema for the arguments."""
-    factor = _factor(y, assign, offsets, weight, scale, mean)
-    out = _take(y, assign, factor, wide=residual is not None)
+    factor = _factor(y, index, weight, scale, mean)
+    out = _take(y, index.assign, factor, wide=residual is not None)
     if residual is not None:
         out += residual
     return out.to(y.dtype)
@@ -89,65 +86,58 @@ def unmerge(
 
 def merge_many(
     x: list[Tensor],
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     reduce: str,
 ) -> list[Tensor]:
     """Several tensors merged by one map."""
-    return [merge(t, assign, offsets, members, weight, None, reduce) for t in x]
+    return [merge(t, index, weight, None, reduce) for t in x]
 
 
 def unmerge_many(
     y: list[Tensor],
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     mean: bool,
 ) -> list[Tensor]:
     """Several tensors unmerged by one map."""
-    return [unmerge(t, assign, offsets, members, weight, None, None, mean) for t in y]
+    return [unmerge(t, index, weight, None, None, mean) for t in y]
 
 
-def pair_dot(x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
+def pair_dot(x: Tensor, y: Tensor, index: Index) -> Tensor:
     """Dot product [B, N] of each input row with the row of its output token."""
-    rows = _take(y, assign, None, wide=True)
+    rows = _take(y, index.assign, None, wide=True)
     dot = rows.mul_(x).sum(-1)
-    return _zero_dropped(dot, assign, y.shape[1])
+    return _zero_dropped(dot, index.assign, y.shape[1])
 
 
-def merge_wavg(
-    x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, size: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def merge_wavg(x: Tensor, index: Index, size: Tensor | None) -> Wavg:
     """Size-weighted mean ``sum(x * size) / sum(size)`` and the summed sizes [B, M]."""
     if size is None:
-        total = offsets.diff(dim=1).to(acc_dtype(x))
-        return _reduce(x, offsets, members, None, True), total
-    total = _reduce(size[..., None], offsets, members, None, False).squeeze(-1)
+        total = index.offsets.diff(dim=1).to(acc_dtype(x))
+        return Wavg(_reduce(x, index, None, True), total)
+    total = _reduce(size[..., None], index, None, False).squeeze(-1)
     empty = total == 0
     if total.shape[1] == 0:
-        return x.new_zeros(x.shape[0], 0, x.shape[2]), total
+        return Wavg(x.new_zeros(x.shape[0], 0, x.shape[2]), total)
     # Shares of the members, before the sum: the mean needs no pass of its own then. A product with
     # the inverse of a small total would be infinite.
-    whole = torch.where(empty, 1, total).gather(1, _clamped(assign, total.shape[1]).long())
-    out = _reduce(x, offsets, members, size / whole, False)
+    whole = torch.where(empty, 1, total).gather(1, _clamped(index.assign, total.shape[1]).long())
+    out = _reduce(x, index, size / whole, False)
     if may_be_true(empty):
         out.masked_fill_(empty[..., None], 0)
-    return out, total
+    return Wavg(out, total)
 
 
-def merge_select_backward(
+def merge_reduce_backward(
     grad: Tensor,
     x: Tensor,
     out: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     reduce: str,
 ) -> Tensor:
     """Gradient of amax, amin (shared equally by ties) and prod with respect to ``x``."""
+    assign, offsets, members = index
     values = x.to(acc_dtype(x))
     if reduce == "prod":
         others = common.product_of_others(values, assign, members, _largest(offsets))
@@ -157,38 +147,32 @@ def merge_select_backward(
     if may_be_true(nan := best.isnan()):
         chosen |= values.isnan() & nan
     chosen = _zero_dropped(chosen, assign, out.shape[1]).to(values.dtype)
-    share = _reduce(chosen, offsets, members, None, False).clamp_(min=1)
+    share = _reduce(chosen, index, None, False).clamp_(min=1)
     taken = _take(grad.to(values.dtype).div(share), assign, None, wide=True)
     return taken.mul_(chosen).to(x.dtype)
 
 
 def _factor(
-    x: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    mean: bool,
+    x: Tensor, index: Index, weight: Tensor | None, scale: Tensor | None, mean: bool
 ) -> Tensor | None:
     """Number that each input token's row is multiplied by, [B, N]; None for ones.
 
     That of an output token (scale [B, M], the mean's division) is one of each of its members.
     """
     if mean:
-        inverse = offsets.diff(dim=1).clamp_(min=1).to(acc_dtype(x)).reciprocal_()  # [B, M]
+        inverse = index.offsets.diff(dim=1).clamp_(min=1).to(acc_dtype(x)).reciprocal_()  # [B, M]
         scale = inverse if scale is None else inverse * scale
     if scale is None or scale.shape[1] == 0:
         return weight
-    scale = scale.gather(1, _clamped(assign, scale.shape[1]).long())
+    scale = scale.gather(1, _clamped(index.assign, scale.shape[1]).long())
     return scale if weight is None else scale.mul_(weight)
 
 
-def _reduce(
-    x: Tensor, offsets: Tensor, members: Tensor, factor: Tensor | None, mean: bool
-) -> Tensor:
+def _reduce(x: Tensor, index: Index, factor: Tensor | None, mean: bool) -> Tensor:
     """Sum of the members times their factors [B, N], or their mean: [B, N, C] -> [B, M, C]."""
     batch, tokens, channels = x.shape
-    outputs = offsets.shape[1] - 1
+    _, offsets, members = index
+    outputs = index.num_tokens
     if x.numel() == 0 or outputs == 0:
         return x.new_zeros(batch, outputs, channels)
     # Dropped tokens end the list of members; where there may be some, a bag of their own has them.
@@ -248,23 +232,24 @@ def _bags(x: Tensor, rows: Tensor, starts: Tensor, weight: Tensor | None, mode: 
     return bags.view(batch, starts.shape[1], channels)
 
 
-def _extremes(x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, reduce: str) -> Tensor:
+def _extremes(x: Tensor, index: Index, reduce: str) -> Tensor:
     """Largest, smallest or product of the members: [B, N, C] -> [B, M, C]; 0 without members."""
     batch, _, channels = x.shape
-    outputs = offsets.shape[1] - 1
+    assign, offsets, _ = index
+    outputs = index.num_tokens
     if x.numel() == 0 or outputs == 0:
         return x.new_zeros(batch, outputs, channels)
     if reduce == "prod":
         values = x.to(acc_dtype(x))
-        return common.product(values, assign, offsets, members, _largest(offsets)).to(x.dtype)
+        return common.product(values, index, _largest(offsets)).to(x.dtype)
     live = (assign >= 0) & (assign < outputs)
     image = torch.arange(batch, device=x.device)[:, None] * (outputs + 1)
     # One row more than there are outputs takes the dropped tokens.
     slot = torch.where(live, assign, outputs).long() + image
-    index = slot.view(-1, 1).expand(-1, channels)
+    row = slot.view(-1, 1).expand(-1, channels)
     start = -math.inf if reduce == "amax" else math.inf
     out = x.new_full((batch * (outputs + 1), channels), start)
-    out = out.scatter_reduce_(0, index, x.reshape(-1, channels), reduce)
+    out = out.scatter_reduce_(0, row, x.reshape(-1, channels), reduce)
     out = out.view(batch, outputs + 1, channels)[:, :outputs].to(x.dtype).contiguous()
     empty = offsets.diff(dim=1) == 0
     return out.masked_fill_(empty[..., None], 0) if may_be_true(empty) else out

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..._library import acc_dtype
 from . import common
+from .arguments import Index, Inverse, Wavg
 
 
-def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def invert(assign: Tensor, num_tokens: int) -> Inverse:
     """CSR inverse of ``assign`` [B, N] -> ``offsets`` [B, M + 1], ``members`` [B, N]."""
     slot = _slot(assign, num_tokens)  # [B, N], M where dropped
     members = slot.argsort(dim=1, stable=True).int()
@@ -25,52 +26,48 @@ def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     ends = counts[:, :num_tokens].cumsum(1, dtype=torch.int32)  # [B, M]
     offsets = torch.nn.functional.pad(ends, (1, 0))
     position = torch.arange(assign.shape[1], dtype=torch.int32, device=assign.device)
-    return offsets, torch.where(position < offsets[:, -1:], members, -1)
+    return Inverse(offsets, torch.where(position < offsets[:, -1:], members, -1))
 
 
-def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> Index:
     """The map through ``earlier`` [B, N0] and ``assign`` [B, N]: assign [B, N0] and its inverse."""
     through = common.route(assign, earlier, num_tokens)
-    return through, *invert(through, num_tokens)
+    return Index(through, *invert(through, num_tokens))
 
 
 def merge(
     x: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     scale: Tensor | None,
     reduce: str,
 ) -> Tensor:
     """Reduce the members of each output token; see the schema for the arguments."""
-    num_tokens = offsets.shape[1] - 1
+    assign, num_tokens = index.assign, index.num_tokens
     values = x.to(acc_dtype(x))
     if reduce in ("sum", "mean"):
         if weight is not None:
             values = values * weight[..., None]
         out = _sum(values, assign, num_tokens)
         if reduce == "mean":
-            out = out / _member_counts(offsets)
+            out = out / _member_counts(index.offsets)
         if scale is not None:
             out = out * scale[..., None]
     elif reduce == "prod":  # scatter_reduce is wrong under torch.func.jvp, and atomic on CUDA
-        out = common.product(values, assign, offsets, members)
+        out = common.product(values, index)
     else:
         # One row more than there are outputs takes the dropped tokens.
         slot = _slot(assign, num_tokens)[..., None].expand_as(values)
         # It starts from NaN, for a start that equals a member would share that one's gradient.
         out = values.new_full((x.shape[0], num_tokens + 1, x.shape[2]), math.nan)
         out = out.scatter_reduce(1, slot, values, reduce, include_self=False)[:, :num_tokens]
-        out = torch.where((offsets.diff(dim=1) > 0)[..., None], out, 0)
+        out = torch.where((index.offsets.diff(dim=1) > 0)[..., None], out, 0)
     return out.to(x.dtype)
 
 
 def unmerge(
     y: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     scale: Tensor | None,
     residual: Tensor | None,
@@ -79,12 +76,12 @@ def unmerge(
     """Give each input token the row of its output token; see the schema for the arguments."""
     rows = y.to(acc_dtype(y))
     if mean:
-        rows = rows / _member_counts(offsets)
+        rows = rows / _member_counts(index.offsets)
     if scale is not None:
         rows = rows * scale[..., None]
-    out = _take(rows, assign)
+    out = _take(rows, index.assign)
     if weight is not None:
-        out = torch.where(_live(assign, y.shape[1]), out * weight[..., None], 0)
+        out = torch.where(_live(index.assign, y.shape[1]), out * weight[..., None], 0)
     if residual is not None:
         out = out + residual
     return out.to(y.dtype)
@@ -92,70 +89,61 @@ def unmerge(
 
 def merge_many(
     x: list[Tensor],
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     reduce: str,
 ) -> list[Tensor]:
     """Several tensors merged by one map."""
-    return [merge(t, assign, offsets, members, weight, None, reduce) for t in x]
+    return [merge(t, index, weight, None, reduce) for t in x]
 
 
 def unmerge_many(
     y: list[Tensor],
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     mean: bool,
 ) -> list[Tensor]:
     """Several tensors unmerged by one map."""
-    return [unmerge(t, assign, offsets, members, weight, None, None, mean) for t in y]
+    return [unmerge(t, index, weight, None, None, mean) for t in y]
 
 
-def pair_dot(x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
+def pair_dot(x: Tensor, y: Tensor, index: Index) -> Tensor:
     """Dot product [B, N] of each input row with the row of its output token."""
-    dot = (x.to(acc_dtype(x)) * _take(y.to(acc_dtype(y)), assign)).sum(-1)
-    return torch.where(_live(assign, y.shape[1])[..., 0], dot, 0)
+    dot = (x.to(acc_dtype(x)) * _take(y.to(acc_dtype(y)), index.assign)).sum(-1)
+    return torch.where(_live(index.assign, y.shape[1])[..., 0], dot, 0)
 
 
-def merge_wavg(
-    x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, size: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def merge_wavg(x: Tensor, index: Index, size: Tensor | None) -> Wavg:
     """Size-weighted mean ``sum(x * size) / sum(size)`` and the summed sizes [B, M]."""
-    num_tokens = offsets.shape[1] - 1
+    assign, num_tokens = index.assign, index.num_tokens
     if size is None:
         size = x.new_ones(x.shape[:2], dtype=acc_dtype(x))
     total = _sum(size[..., None], assign, num_tokens)  # [B, M, 1]
     weighted = _sum(x.to(acc_dtype(x)) * size[..., None], assign, num_tokens)
     empty = total == 0
     out = torch.where(empty, 0, weighted / torch.where(empty, 1, total))
-    return out.to(x.dtype), total.squeeze(-1)
+    return Wavg(out.to(x.dtype), total.squeeze(-1))
 
 
-def merge_select_backward(
+def merge_reduce_backward(
     grad: Tensor,
     x: Tensor,
     out: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     reduce: str,
 ) -> Tensor:
     """Gradient of amax, amin (shared equally by ties) and prod with respect to ``x``.
 
     Made of differentiable operations, so that it serves double backward too.
     """
-    num_tokens = offsets.shape[1] - 1
+    assign = index.assign
     values, grads = x.to(acc_dtype(x)), grad.to(acc_dtype(x))
     if reduce == "prod":
-        return (_take(grads, assign) * common.product_of_others(values, assign, members)).to(
-            x.dtype
-        )
+        others = common.product_of_others(values, assign, index.members)
+        return (_take(grads, assign) * others).to(x.dtype)
     best = _take(out.to(values.dtype), assign)
-    chosen = ((values == best) | (values.isnan() & best.isnan())) & _live(assign, num_tokens)
-    share = _sum(chosen.to(values.dtype), assign, num_tokens).clamp(min=1)
+    chosen = ((values == best) | (values.isnan() & best.isnan())) & _live(assign, index.num_tokens)
+    share = _sum(chosen.to(values.dtype), assign, index.num_tokens).clamp(min=1)
     return (chosen * _take(grads / share, assign)).to(x.dtype)
 
 

@@ -58,7 +58,7 @@ def samples() -> Iterator[Sample]:
                 z, grad = values.to(dtype), rows(M, dtype, requires_grad=False, seed=3)
                 out = torch.ops.tokenops.merge(z, *INDEX, None, None, reduce)
                 name = f"{reduce}-{kind}-{dtype}"
-                yield Sample("merge_select_backward", name, (grad, z, out, *INDEX, reduce))
+                yield Sample("merge_reduce_backward", name, (grad, z, out, *INDEX, reduce))
 
 
 def calls(sizes: Sizes) -> Iterator[Call]:

@@ -16,17 +16,21 @@ import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._library import acc_dtype, differentiates, register
+from ..._library import acc_dtype, differentiates, references, register
 from . import composed, reference
+from .arguments import Index, Inverse, Wavg
+
+#: Gradient of a token map: none.
+_NO_GRADIENT = (None, None, None)
 
 
-def _per_output(ops: Any, value: Tensor, index: list[Tensor]) -> Tensor:
+def _per_output(ops: Any, value: Tensor, index: Index) -> Tensor:
     """Spread a number per output token [B, M] to its members [B, N]."""
     out: Tensor = ops.unmerge(value[..., None], *index, None, None, None, False)
     return out[..., 0]
 
 
-def _per_input(ops: Any, value: Tensor, index: list[Tensor]) -> Tensor:
+def _per_input(ops: Any, value: Tensor, index: Index) -> Tensor:
     """Sum a number per input token [B, N] over each output token's members [B, M]."""
     out: Tensor = ops.merge(value[..., None], *index, None, None, "sum")
     return out[..., 0]
@@ -35,32 +39,22 @@ def _per_input(ops: Any, value: Tensor, index: list[Tensor]) -> Tensor:
 # ---- invert ----
 
 
-def _invert_fake(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def _invert_fake(assign: Tensor, num_tokens: int) -> Inverse:
     offsets = assign.new_empty(assign.shape[0], num_tokens + 1, dtype=torch.int32)
-    return offsets, assign.new_empty(assign.shape, dtype=torch.int32)
+    return Inverse(offsets, assign.new_empty(assign.shape, dtype=torch.int32))
 
 
-register(
-    reference.invert,
-    composed=composed.invert,
-    fake=_invert_fake,
-)
+register(reference.invert, composed=composed.invert, fake=_invert_fake)
 
 
 # ---- compose ----
 
 
-def _compose_fake(
-    assign: Tensor, earlier: Tensor, num_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return earlier.new_empty(earlier.shape), *_invert_fake(earlier, num_tokens)
+def _compose_fake(assign: Tensor, earlier: Tensor, num_tokens: int) -> Index:
+    return Index(earlier.new_empty(earlier.shape), *_invert_fake(earlier, num_tokens))
 
 
-register(
-    reference.compose,
-    composed=composed.compose,
-    fake=_compose_fake,
-)
+register(reference.compose, composed=composed.compose, fake=_compose_fake)
 
 
 # ---- merge ----
@@ -68,25 +62,21 @@ register(
 
 def _merge_fake(
     x: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     scale: Tensor | None,
     reduce: str,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], offsets.shape[1] - 1, x.shape[2])
+    return x.new_empty(x.shape[0], index.num_tokens, x.shape[2])
 
 
 def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, assign, offsets, members, weight, scale, reduce = inputs
+    x, index, weight, scale, reduce = inputs
     ctx.reduce = reduce
     selects = reduce in ("amax", "amin", "prod")
     # The backward of sum and mean needs x for the gradient of weight and scale alone.
     keep_x = selects or any(ctx.needs[4:6])
-    ctx.save_for_backward(
-        x if keep_x else None, output if selects else None, assign, offsets, members, weight, scale
-    )
+    ctx.save_for_backward(x if keep_x else None, output if selects else None, *index, weight, scale)
 
 
 def _merge_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -102,13 +92,13 @@ def _merge_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_weight, grad_scale = _factor_grads(ops, x, grad, index, weight, scale)
     elif needs[0]:
         # The fused kernel has no derivative of its own; the formula in PyTorch has.
-        source: Any = reference if differentiates() else ops
-        grad_x = source.merge_select_backward(grad, x, out, *index, ctx.reduce)
-    return grad_x, None, None, None, grad_weight, grad_scale, None
+        source: Any = references if differentiates() else ops
+        grad_x = source.merge_reduce_backward(grad, x, out, *index, ctx.reduce)
+    return grad_x, *_NO_GRADIENT, grad_weight, grad_scale, None
 
 
 def _factor_grads(
-    ops: Any, x: Tensor, y: Tensor, index: list[Tensor], weight: Tensor | None, scale: Tensor | None
+    ops: Any, x: Tensor, y: Tensor, index: Index, weight: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Derivatives of the trilinear form with respect to weight [B, N] and scale [B, M]."""
     dot = ops.pair_dot(x, y, *index)  # [B, N]
@@ -130,22 +120,16 @@ register(
 )
 
 
-def _merge_select_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    out: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
-    reduce: str,
+def _reduce_backward_fake(
+    grad: Tensor, x: Tensor, out: Tensor, index: Index, reduce: str
 ) -> Tensor:
     return x.new_empty(x.shape)
 
 
 register(
-    reference.merge_select_backward,
-    composed=composed.merge_select_backward,
-    fake=_merge_select_backward_fake,
+    reference.merge_reduce_backward,
+    composed=composed.merge_reduce_backward,
+    fake=_reduce_backward_fake,
 )
 
 
@@ -154,22 +138,20 @@ register(
 
 def _unmerge_fake(
     y: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     scale: Tensor | None,
     residual: Tensor | None,
     mean: bool,
 ) -> Tensor:
-    return y.new_empty(y.shape[0], assign.shape[1], y.shape[2])
+    return y.new_empty(y.shape[0], index.assign.shape[1], y.shape[2])
 
 
 def _unmerge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, assign, offsets, members, weight, scale, _, mean = inputs
+    y, index, weight, scale, _, mean = inputs
     ctx.mean = mean
     keep_y = any(ctx.needs[4:6])
-    ctx.save_for_backward(y if keep_y else None, assign, offsets, members, weight, scale)
+    ctx.save_for_backward(y if keep_y else None, *index, weight, scale)
 
 
 def _unmerge_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -182,7 +164,7 @@ def _unmerge_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if needs[4] or needs[5]:
         grad_weight, grad_scale = _factor_grads(ops, grad, y, index, weight, scale)
     grad_residual = grad if needs[6] else None
-    return grad_y, None, None, None, grad_weight, grad_scale, grad_residual, None
+    return grad_y, *_NO_GRADIENT, grad_weight, grad_scale, grad_residual, None
 
 
 register(
@@ -199,23 +181,18 @@ register(
 
 
 def _merge_many_fake(
-    x: list[Tensor],
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
-    weight: Tensor | None,
-    reduce: str,
+    x: list[Tensor], index: Index, weight: Tensor | None, reduce: str
 ) -> list[Tensor]:
-    return [_merge_fake(t, assign, offsets, members, weight, None, reduce) for t in x]
+    return [_merge_fake(t, index, weight, None, reduce) for t in x]
 
 
 def _merge_many_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, assign, offsets, members, weight, reduce = inputs
+    x, index, weight, reduce = inputs
     ctx.reduce, ctx.count = reduce, len(x)
     selects = reduce in ("amax", "amin", "prod")
     # As for one tensor: x for what selects, and for the gradient of the weights.
     kept = x if selects or ctx.needs[4] else ()
-    ctx.save_for_backward(assign, offsets, members, weight, *kept, *(output if selects else ()))
+    ctx.save_for_backward(*index, weight, *kept, *(output if selects else ()))
 
 
 def _loops(grads: Any) -> bool:
@@ -237,12 +214,12 @@ def _merge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any, 
         if ctx.needs[4]:
             grad_weight = sum(ops.pair_dot(t, g, *index) for t, g in zip(x, grads, strict=True))
     else:
-        source: Any = reference if differentiates() else ops
+        source: Any = references if differentiates() else ops
         grad_x = [
-            source.merge_select_backward(g, t, o, *index, ctx.reduce)
+            source.merge_reduce_backward(g, t, o, *index, ctx.reduce)
             for g, t, o in zip(grads, x, out, strict=True)
         ]
-    return grad_x, None, None, None, grad_weight, None
+    return grad_x, *_NO_GRADIENT, grad_weight, None
 
 
 register(
@@ -255,21 +232,16 @@ register(
 
 
 def _unmerge_many_fake(
-    y: list[Tensor],
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
-    weight: Tensor | None,
-    mean: bool,
+    y: list[Tensor], index: Index, weight: Tensor | None, mean: bool
 ) -> list[Tensor]:
-    return [_unmerge_fake(t, assign, offsets, members, weight, None, None, mean) for t in y]
+    return [_unmerge_fake(t, index, weight, None, None, mean) for t in y]
 
 
 def _unmerge_many_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    y, assign, offsets, members, weight, mean = inputs
+    y, index, weight, mean = inputs
     ctx.mean = mean
     kept = y if ctx.needs[4] else ()
-    ctx.save_for_backward(assign, offsets, members, weight, *kept)
+    ctx.save_for_backward(*index, weight, *kept)
 
 
 def _unmerge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
@@ -283,7 +255,7 @@ def _unmerge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any
         grad_y = ops.merge_many(grads, *index, weight, reduce)
     if ctx.needs[4]:
         grad_weight = sum(ops.pair_dot(g, t, *index) for t, g in zip(y, grads, strict=True))
-    return grad_y, None, None, None, grad_weight, None
+    return grad_y, *_NO_GRADIENT, grad_weight, None
 
 
 register(
@@ -298,14 +270,13 @@ register(
 # ---- pair_dot ----
 
 
-def _pair_dot_fake(
-    x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor
-) -> Tensor:
+def _pair_dot_fake(x: Tensor, y: Tensor, index: Index) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=acc_dtype(x))
 
 
 def _pair_dot_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    x, y, index = inputs
+    ctx.save_for_backward(x, y, *index)
 
 
 def _pair_dot_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -315,7 +286,7 @@ def _pair_dot_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_x = ops.unmerge(y, *index, grad, None, None, False)
     if ctx.needs[1]:
         grad_y = ops.merge(x, *index, grad, None, "sum")
-    return grad_x, grad_y, None, None, None
+    return grad_x, grad_y, *_NO_GRADIENT
 
 
 register(
@@ -330,20 +301,18 @@ register(
 # ---- merge_wavg ----
 
 
-def _merge_wavg_fake(
-    x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, size: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], offsets.shape[1] - 1)
-    return x.new_empty(*shape, x.shape[2]), x.new_empty(shape, dtype=acc_dtype(x))
+def _merge_wavg_fake(x: Tensor, index: Index, size: Tensor | None) -> Wavg:
+    shape = (x.shape[0], index.num_tokens)
+    return Wavg(x.new_empty(*shape, x.shape[2]), x.new_empty(shape, dtype=acc_dtype(x)))
 
 
-def _merge_wavg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, assign, offsets, members, size = inputs
+def _merge_wavg_setup(ctx: Any, inputs: tuple[Any, ...], output: Wavg) -> None:
+    x, index, size = inputs
     # Only the gradient of the sizes needs x, and without it sizes must not hold on to the graph.
     needs_size = ctx.needs[4]
     if not needs_size:
         ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x if needs_size else None, output[1], assign, offsets, members, size)
+    ctx.save_for_backward(x if needs_size else None, output[1], *index, size)
 
 
 def _merge_wavg_backward(ops: Any, ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
@@ -360,7 +329,7 @@ def _merge_wavg_backward(ops: Any, ctx: Any, grad: Tensor, grad_total: Tensor) -
         grad_size = dot * _per_output(ops, scale, index) + _per_output(
             ops, grad_total - excess, index
         )
-    return grad_x, None, None, None, grad_size
+    return grad_x, *_NO_GRADIENT, grad_size
 
 
 register(
@@ -374,6 +343,6 @@ register(
 
 _backend.serve_by_triton(
     __package__,
-    *("invert", "compose", "merge", "merge_many", "merge_select_backward", "merge_wavg"),
+    *("invert", "compose", "merge", "merge_many", "merge_reduce_backward", "merge_wavg"),
     *("unmerge", "unmerge_many", "pair_dot"),
 )

@@ -225,7 +225,7 @@ def pair_dot_rows(
 
 
 @triton.jit
-def select_backward_rows(
+def reduce_backward_rows(
     grad, x, best, assign, offsets, members, after, out,
     tokens, outputs, channels, grad_image_stride, grad_row_stride, grad_stride,
     x_image_stride, x_row_stride, x_stride, best_image_stride, best_row_stride, best_stride,

@@ -20,6 +20,7 @@ from ...._triton.launch import (
     power_of_two,
 )
 from .. import common
+from ..arguments import Index, Inverse, Wavg
 from . import kernels
 
 #: Bytes of a vector load, and threads of a program.
@@ -135,8 +136,7 @@ def _merge_plan(
 def _merge(
     name: str,
     x: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     scale: Tensor | None,
     total: Tensor | None,
@@ -144,9 +144,9 @@ def _merge(
 ) -> Tensor:
     shape = x.shape
     images, tokens, channels = shape
-    outputs = offsets.shape[1] - 1
-    offsets = _dense(f"{name}: offsets", offsets, (images, outputs + 1), torch.int32)
-    members = _dense(f"{name}: members", members, (images, tokens), torch.int32)
+    outputs = index.num_tokens
+    offsets = _dense(f"{name}: offsets", index.offsets, (images, outputs + 1), torch.int32)
+    members = _dense(f"{name}: members", index.members, (images, tokens), torch.int32)
     if weight is not None:
         weight = _dense(f"{name}: weight", weight, (images, tokens), acc_dtype(x))
     if scale is not None:
@@ -162,9 +162,7 @@ def _merge(
 
 def merge(
     x: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     scale: Tensor | None,
     reduce: str,
@@ -172,15 +170,13 @@ def merge(
     """Fold of the members of each output token; see the operator's schema."""
     if reduce not in ("sum", "mean"):  # the others know no factors
         weight = scale = None
-    return _merge("merge", x, offsets, members, weight, scale, None, reduce)
+    return _merge("merge", x, index, weight, scale, None, reduce)
 
 
-def merge_wavg(
-    x: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, size: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def merge_wavg(x: Tensor, index: Index, size: Tensor | None) -> Wavg:
     """Mean weighted by sizes, and their sums; see the operator's schema."""
-    total = x.new_empty((x.shape[0], offsets.shape[1] - 1), dtype=acc_dtype(x))
-    return _merge("merge_wavg", x, offsets, members, size, None, total, "wavg"), total
+    total = x.new_empty((x.shape[0], index.num_tokens), dtype=acc_dtype(x))
+    return Wavg(_merge("merge_wavg", x, index, size, None, total, "wavg"), total)
 
 
 @planned
@@ -214,9 +210,7 @@ def _unmerge_plan(
 
 def unmerge(
     y: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     scale: Tensor | None,
     residual: Tensor | None,
@@ -225,9 +219,9 @@ def unmerge(
     """Row of the output token of each input token; see the operator's schema."""
     shape = y.shape
     images, outputs, channels = shape
-    tokens = assign.shape[1]
-    assign = _dense("unmerge: assign", assign, (images, tokens), torch.int32)
-    offsets = _dense("unmerge: offsets", offsets, (images, outputs + 1), torch.int32)
+    tokens = index.assign.shape[1]
+    assign = _dense("unmerge: assign", index.assign, (images, tokens), torch.int32)
+    offsets = _dense("unmerge: offsets", index.offsets, (images, outputs + 1), torch.int32)
     residual_strides = None
     if weight is not None:
         weight = _dense("unmerge: weight", weight, (images, tokens), acc_dtype(y))
@@ -247,26 +241,22 @@ def unmerge(
 
 def merge_many(
     x: list[Tensor],
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     reduce: str,
 ) -> list[Tensor]:
     """Several tensors by one map, a launch for each."""
-    return [merge(t, assign, offsets, members, weight, None, reduce) for t in x]
+    return [merge(t, index, weight, None, reduce) for t in x]
 
 
 def unmerge_many(
     y: list[Tensor],
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     weight: Tensor | None,
     mean: bool,
 ) -> list[Tensor]:
     """Several tensors by one map, a launch for each."""
-    return [unmerge(t, assign, offsets, members, weight, None, None, mean) for t in y]
+    return [unmerge(t, index, weight, None, None, mean) for t in y]
 
 
 @planned
@@ -288,15 +278,15 @@ def _pair_dot_plan(
     )
 
 
-def pair_dot(x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor) -> Tensor:
+def pair_dot(x: Tensor, y: Tensor, index: Index) -> Tensor:
     """Dot products of input rows with the rows of their output tokens; see the schema."""
     shape = x.shape
     images, tokens, channels = shape
-    outputs = offsets.shape[1] - 1
+    outputs = index.num_tokens
     if y.dtype != x.dtype:
         raise ValueError(f"pair_dot: y must be of dtype {x.dtype} as x, got {y.dtype}")
     y = _tensor("pair_dot: y", y, (images, outputs, channels), x.dtype)
-    assign = _dense("pair_dot: assign", assign, (images, tokens), torch.int32)
+    assign = _dense("pair_dot: assign", index.assign, (images, tokens), torch.int32)
     out = x.new_empty((images, tokens), dtype=acc_dtype(x))
     launch = _pair_dot_plan(
         arch(x), x.device.index, x.dtype, shape, outputs, x.stride(), y.stride()
@@ -306,7 +296,7 @@ def pair_dot(x: Tensor, y: Tensor, assign: Tensor, offsets: Tensor, members: Ten
 
 
 @planned
-def _select_backward_plan(
+def _reduce_backward_plan(
     device: str,
     index: int | None,
     dtype: torch.dtype,
@@ -331,7 +321,7 @@ def _select_backward_plan(
         group_tiles, tiles, blocks,
     )  # fmt: skip
     return Launch(
-        kernels.select_backward_rows,
+        kernels.reduce_backward_rows,
         grid,
         numbers,
         tile,
@@ -341,30 +331,28 @@ def _select_backward_plan(
     )
 
 
-def merge_select_backward(
+def merge_reduce_backward(
     grad: Tensor,
     x: Tensor,
     out: Tensor,
-    assign: Tensor,
-    offsets: Tensor,
-    members: Tensor,
+    index: Index,
     reduce: str,
 ) -> Tensor:
     """Gradient of amax, amin and prod; see the operator's schema."""
-    name = "merge_select_backward"
+    name = "merge_reduce_backward"
     shape, dtype = x.shape, x.dtype
     images, tokens, channels = shape
-    outputs = offsets.shape[1] - 1
+    outputs = index.num_tokens
     grad = _tensor(f"{name}: grad", grad, (images, outputs, channels), dtype)
     out = _tensor(f"{name}: out", out, (images, outputs, channels), dtype)
-    assign = _dense(f"{name}: assign", assign, (images, tokens), torch.int32)
-    offsets = _dense(f"{name}: offsets", offsets, (images, outputs + 1), torch.int32)
-    members = _dense(f"{name}: members", members, (images, tokens), torch.int32)
+    assign = _dense(f"{name}: assign", index.assign, (images, tokens), torch.int32)
+    offsets = _dense(f"{name}: offsets", index.offsets, (images, outputs + 1), torch.int32)
+    members = _dense(f"{name}: members", index.members, (images, tokens), torch.int32)
     result = x.new_empty(shape)
     after = None
     if reduce == "prod":
         after = result if dtype == acc_dtype(x) else x.new_empty(shape, dtype=acc_dtype(x))
-    launch = _select_backward_plan(
+    launch = _reduce_backward_plan(
         arch(x), x.device.index, dtype, shape, outputs, grad.stride(), x.stride(), out.stride(),
         reduce == "prod",
     )  # fmt: skip
@@ -381,7 +369,7 @@ def _invert_plan(
     return Launch(kernels.invert_image, (images,), (tokens, middle, outputs), settings, SIZE=size)
 
 
-def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def invert(assign: Tensor, num_tokens: int) -> Inverse:
     """Members of each output token, one after the other; see the operator's schema."""
     images, tokens = assign.shape
     if tokens + num_tokens >= SORTED:
@@ -391,16 +379,16 @@ def invert(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     members = assign.new_empty((images, tokens))
     launch = _invert_plan(arch(assign), assign.device.index, images, tokens, tokens, num_tokens)
     launch(assign, None, None, offsets, members)
-    return offsets, members
+    return Inverse(offsets, members)
 
 
-def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> Index:
     """A map through another one, and its inverse; see the operator's schema."""
     images, tokens = earlier.shape
     middle = assign.shape[1]
     if tokens + num_tokens >= SORTED:
         composed = common.route(assign, earlier, num_tokens)
-        return composed, *_invert_many(composed, num_tokens)
+        return Index(composed, *_invert_many(composed, num_tokens))
     assign = _dense("compose: assign", assign, (images, middle), torch.int32)
     earlier = _dense("compose: earlier", earlier, (images, tokens), torch.int32)
     composed = earlier.new_empty((images, tokens))
@@ -408,14 +396,14 @@ def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> tuple[Tensor, T
     members = earlier.new_empty((images, tokens))
     launch = _invert_plan(arch(assign), assign.device.index, images, tokens, middle, num_tokens)
     launch(assign, earlier, composed, offsets, members)
-    return composed, offsets, members
+    return Index(composed, offsets, members)
 
 
-def _invert_many(assign: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def _invert_many(assign: Tensor, num_tokens: int) -> Inverse:
     """What :func:`invert` does, by PyTorch's sort of any size."""
     live = (assign >= 0) & (assign < num_tokens)
     slot, order = torch.where(live, assign, num_tokens).sort(dim=1, stable=True)
     first = torch.arange(num_tokens + 1, dtype=slot.dtype, device=slot.device)
     first = first.repeat(slot.shape[0], 1)
     offsets = torch.searchsorted(slot, first, out_int32=True)
-    return offsets, torch.where(slot < num_tokens, order, -1).int()
+    return Inverse(offsets, torch.where(slot < num_tokens, order, -1).int())
