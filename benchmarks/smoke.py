@@ -1,171 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator once, forward and backward, at small sizes: ``python -m benchmarks.smoke``.
+"""Every call in the operators' samples once, at small sizes: ``python -m benchmarks.smoke``.
 
-For checkers of memory and races, under which a test suite would take hours, and as the first thing
-to run on a new machine. Results are compared with the reference in float64. A case that fails does
-not keep the others from running; ``--record`` notes each one in a file at once, and a second start
-goes on after those that it has.
+The first program to run on a new machine, and one that memory and race checkers can run in a
+minute. Results and gradients are compared with the reference in float64. After a failed case the
+others still run. With ``--record`` each case is recorded at once, and a second start skips the
+cases that the record has.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import sys
 import time
 from collections.abc import Callable, Container, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokenops
+from tokenops import _library
 from tokenops.testing import (
     assert_valid_token_map,
+    matching_regret,
     nearest_regret,
-    random_attention,
-    random_tokens,
     similarity_rounding,
 )
+from tokenops.testing.samples import Call, Sizes
 
 from .gpu import record
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-#: Largest error, relative to the largest entry: what is looked for is garbage, not rounding.
+#: Largest error, relative to the largest entry: wrong results are looked for, not rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-#: A name and a call that raises if something is wrong.
-Cases = Iterator[tuple[str, Callable[[], object]]]
-#: Makes the cases of a dtype and a device.
-Check = Callable[[torch.dtype, torch.device], Cases]
+#: Sizes, and beginnings of the names of the calls that are made at these sizes: each call at the
+#: first sizes, some at others, where kernels differ. Triton compiles kernels for each.
+LONG = ("policy_attention", "attention_scores per head", "attention_scores sizes")
+SIZES = (
+    (Sizes(tokens=75, width=64, value_width=112, channels=37), ("",)),
+    (Sizes(tokens=300, width=80, channels=40), (*LONG, "merge", "unmerge")),
+    (Sizes(tokens=197, width=320), ("nearest cosine", "match plain", "match threshold")),
+    (Sizes(batch=1, tokens=5000, width=64), ("match plain",)),
+)
 
 
-def results(function: Callable[..., Any], inputs: dict[str, Tensor]) -> list[Tensor]:
-    """What a function returns, and its gradients in all floating-point inputs."""
-    leaves = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in inputs.items()}
-    outputs = function(**leaves)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    wanted = [t for t in leaves.values() if t.requires_grad]
-    total = sum((o.double() * torch.linspace(-1, 1, o.numel()).to(o).view_as(o)).sum()
-                for o in outputs)  # fmt: skip
-    gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    return [o.detach() for o in outputs] + [g for g in gradients if g is not None]
+def calls(operator: str, sizes: Sizes) -> Iterator[Call]:
+    """The calls about an operator in its family's samples."""
+    family = _library.defined[operator].module.rpartition(".")[0]
+    for call in importlib.import_module(f"{family}.samples").calls(sizes):
+        if call.operator == operator:
+            yield call
 
 
-def compare(function: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
-    """Assert that results and gradients are those of the reference in float64."""
-    got = results(function, inputs)
-    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+def outcome(call: Call) -> list[Tensor]:
+    """Results of a call, then its gradients."""
+    leaves = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in call.tensors.items()}
+    results = call.function(**leaves)
+    results = [results] if isinstance(results, Tensor) else list(results)
+    inputs = [t for t in leaves.values() if t.requires_grad]
+    terms = [(t.double() * torch.linspace(-1, 1, t.numel()).to(t).view_as(t)).sum()
+             for t in results if t.requires_grad]  # fmt: skip
+    gradients = torch.autograd.grad(sum(terms), inputs, allow_unused=True) if terms else ()
+    return [t.detach() for t in results] + [g for g in gradients if g is not None]
+
+
+def verify(call: Call, got: list[Tensor]) -> None:
+    """Assert that results are right, and gradients where they do not depend on choices."""
+    if call.chooses:
+        verify_choices(call, got)
+        return
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in call.tensors.items()}
     with tokenops.use_backend("reference"):
-        expected = results(function, wide)
-    tolerance = max(TOLERANCE.get(t.dtype, 0) for t in inputs.values())
+        expected = outcome(call._replace(tensors=wide))
+    tolerance = max(TOLERANCE.get(t.dtype, 0) for t in call.tensors.values())
     for value, truth in zip(got, expected, strict=True):
         error = (value.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-3)
         if not error <= tolerance:
             raise AssertionError(f"off by {error:.2g} of the largest entry")
 
 
-def _nearest(dtype: torch.dtype, device: torch.device) -> Cases:
-    def check(lead: tuple[int, ...], width: int) -> None:
-        a = random_tokens(*lead, 75, width, dtype=dtype, device=device, seed=1)
-        b = random_tokens(*lead, 70, width, dtype=dtype, device=device, seed=2)
-        _, index = tokenops.nearest(a, b)
-        regret = nearest_regret(a, b, index)
-        if not (regret <= similarity_rounding(torch.cat([a, b], -2))).all():
-            raise AssertionError(f"gave away {regret.max():.2g} of similarity")
-        tokenops.nearest(a.requires_grad_(), b)[0].sum().backward()
-
-    for lead, width in (((2,), 64), ((2, 3), 64), ((1,), 320)):
-        yield f"{'x'.join(map(str, lead))} of {width}", partial(check, lead, width)
-
-
-def _match(dtype: torch.dtype, device: torch.device) -> Cases:
-    def check(tokens: int, r: int, options: dict[str, Any]) -> None:
-        x = random_tokens(2, tokens, 64, dtype=dtype, device=device, seed=3)
-        token_map = tokenops.match(x, r, **options)
+def verify_choices(call: Call, got: list[Tensor]) -> None:
+    """Assert that the chosen pairs are as similar as the best ones, but for rounding."""
+    given = call.function.keywords if isinstance(call.function, partial) else {}
+    if call.operator == "nearest":
+        options = {n: given[n] for n in ("similarity", "b_mask") if n in given}
+        regret = nearest_regret(*call.tensors.values(), got[1], **options)
+    else:
+        token_map = tokenops.TokenMap(*got)
         assert_valid_token_map(token_map)
-        token_map.compose(token_map.identity(2, tokens, device))
-
-    protected = torch.arange(197, device=device) % 7 == 3
-    for name, options in (
-        ("prefix", {"num_prefix": 1}),
-        ("tome order, prefix", {"num_prefix": 1, "order": "tome"}),
-        ("tome order, strided", {"order": "tome", "split": tokenops.strided(3)}),
-        ("grid", {"split": tokenops.grid(14, 14, 2, 2), "num_prefix": 1}),
-        ("threshold", {"threshold": 0.1, "protected": protected}),
-    ):
-        yield name, partial(check, 197, 16, options)
-    yield "5000 tokens", partial(check, 5000, 1000, {})
+        batch, tokens = token_map.assign.shape
+        token_map.compose(token_map.identity(batch, tokens, token_map.assign.device))
+        names = ("num_prefix", "protected", "split", "similarity")
+        options = {n: given["options"][n] for n in names if n in given["options"]}
+        regret = matching_regret(*call.tensors.values(), token_map, **options)
+    rows = torch.cat([*call.tensors.values()], -2)
+    bound = similarity_rounding(rows, options.get("similarity", "cosine"))
+    if not (regret <= bound).all():
+        raise AssertionError(f"gave away {regret.max():.2g} of similarity")
 
 
-def _merging(dtype: torch.dtype, device: torch.device) -> Cases:
-    labels = torch.arange(3 * 67, device=device).reshape(3, 67) ** 2 % 13 - 1
-    token_map = tokenops.TokenMap.from_assign(labels, 15)
-    x = random_tokens(3, 67, 40, dtype=dtype, device=device, seed=5)
-    odd = random_tokens(3, 67, 37, dtype=dtype, device=device, seed=6)
-    y = random_tokens(3, 15, 40, dtype=dtype, device=device, seed=7)
-    size = torch.rand(3, 67, 1, device=device) + 0.5
-    for reduce in ("sum", "mean", "amax", "amin", "prod"):
-        merge = partial(tokenops.merge, token_map=token_map, reduce=reduce)
-        yield reduce, partial(compare, merge, {"x": odd})
-    for name, function, inputs in (
-        ("weight", lambda x, w: tokenops.merge(x, token_map, weight=w), {"x": x, "w": size}),
-        ("wavg", lambda x, s: tokenops.merge_wavg(x, token_map, s), {"x": x, "s": size}),
-        ("unmerge", lambda y, r: tokenops.unmerge(y, token_map, residual=r), {"y": y, "r": x}),
-    ):
-        yield name, partial(compare, function, inputs)
+def cases(
+    operator: str, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """For each call about an operator its name, and a function that makes and verifies it."""
 
+    def check(call: Call) -> None:
+        verify(call, outcome(call))
 
-#: Kinds of inputs, and options of the call.
-ATTENTION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "soft": ({"policy": "soft"}, {"eps": 1e-6}),
-    "hard": ({"policy": "hard", "zero_sizes": 0.1}, {}),
-    "per-head": (
-        {"policy": "per-head", "padding": 0.2, "key_heads": 1},
-        {"eps": 1e-2, "is_causal": True},
-    ),
-    "sizes": ({"zero_sizes": 0.0}, {}),
-}
-
-
-def _attention(dtype: torch.dtype, device: torch.device) -> Cases:
-    def check(
-        sizes: tuple[int, int], wide: int, kinds: dict[str, Any], options: dict[str, Any]
-    ) -> None:
-        kinds = {"value_width": wide, "dtype": dtype, "device": device, **kinds}
-        inputs = random_attention(2, 2, *sizes, **kinds)
-        compare(lambda **x: tokenops.policy_attention(**x, **options), inputs)
-
-    for tokens, width, value_width in ((70, 64, 112), (197, 32, 32), (300, 80, 80)):
-        for name, (kinds, options) in ATTENTION.items():
-            call = partial(check, (tokens, width), value_width, kinds, options)
-            yield f"{name}, {tokens} tokens", call
-
-
-def _scores(dtype: torch.dtype, device: torch.device) -> Cases:
-    def check(tokens: int, rows: str, kinds: dict[str, Any], options: dict[str, Any]) -> None:
-        inputs = random_attention(2, 2, tokens, 64, dtype=dtype, device=device, **kinds)
-        del inputs["v"]
-        weights = {"query_weight": torch.rand(tokens, device=device)}
-        chosen = {"query_index": [0]} if rows == "class" else weights
-        compare(lambda **x: tokenops.attention_scores(**x, **options, **chosen), inputs)
-
-    for tokens in (70, 300):
-        for name, (kinds, options) in ATTENTION.items():
-            for rows in ("class", "columns"):
-                call = partial(check, tokens, rows, kinds, options)
-                yield f"{name}, {tokens} tokens, {rows}", call
-
-
-CHECKS: dict[str, Check] = {
-    "nearest": _nearest,
-    "match": _match,
-    "merging": _merging,
-    "policy_attention": _attention,
-    "attention_scores": _scores,
-}
+    for sizes, names in SIZES:
+        for call in calls(operator, replace(sizes, dtype=dtype, device=device)):
+            if f"{operator} {call.name}".startswith(names):
+                yield f"{call.name}, {sizes.tokens} tokens", partial(check, call)
 
 
 def run(
@@ -175,20 +126,19 @@ def run(
     known: Container[str] = (),
     starts: Callable[[str], object] = lambda case: None,
 ) -> Iterator[tuple[str, Exception | None]]:
-    """Run the cases of the checks, but for known ones, and tell what each one raised.
+    """Run the cases of operators, except for known ones, and yield what each one raised.
 
-    Ends early after a CUDA error: nothing that this process does afterwards says anything.
+    Ends early after a CUDA error, after which the process can compute nothing.
     """
-    for name in only or CHECKS:
-        for dtype in dtypes:
-            for case, call in _cases(name, DTYPES[dtype], device):
-                full = f"{name} {dtype} {case}"
+    for operator, dtype in itertools.product(only or _library.operators, dtypes):
+        try:
+            for case, check in cases(operator, DTYPES[dtype], device):
+                full, problem = f"{operator} {dtype} {case}", None
                 if full in known:
                     continue
                 starts(full)
-                problem = None
                 try:
-                    call()
+                    check()
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
                 except Exception as error:
@@ -196,29 +146,18 @@ def run(
                 yield full, problem
                 if problem is not None and record.is_cuda_error(problem):
                     return
-
-
-def _cases(name: str, dtype: torch.dtype, device: torch.device) -> Cases:
-    """The cases of a check; where making their inputs fails, a case that says so."""
-    try:
-        yield from CHECKS[name](dtype, device)
-    except Exception as error:
-        problem = error
-
-        def fail() -> None:
-            raise problem
-
-        yield "inputs", fail
+        except Exception as error:
+            yield f"{operator} {dtype} inputs", error
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line asks for; the result counts failures."""
+    """Run the cases that the command line names; returns the number of failures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backend", default=None, help="the best one by default")
+    parser.add_argument("--backend", default=None, help="the default of each device, if not given")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--only", nargs="+", choices=CHECKS, default=[])
-    parser.add_argument("--record", type=Path, help="CSV file of cases and results")
+    parser.add_argument("--only", nargs="+", choices=_library.operators, default=[])
+    parser.add_argument("--record", type=Path, help="file of cases and results")
     options = parser.parse_args(arguments)
     known = record.settled(options.record) if options.record else set()
     rows = record.read(options.record) if options.record else {}
@@ -233,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = torch.device(options.device)
         for name, problem in run(device, options.dtype, options.only, known, note):
             text = "" if problem is None else f"{type(problem).__name__}: {problem}"
-            print(f"{name:<40} {text or 'ok'}", flush=True)
+            print(f"{name:<50} {text or 'ok'}", flush=True)
             now = time.perf_counter()
             note(name, "failed" if text else "passed", now - start, text)
             start = now

@@ -20,7 +20,7 @@ from benchmarks import gpu_cache, gpu_check, machine, run, smoke, store
 from benchmarks.gpu import bars, library, prefill, record, steps
 from benchmarks.gpu.runner import LARGEST, Outcome, Run, Step, pack
 from benchmarks.registry import find
-from tokenops import _native
+from tokenops import _library, _native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -488,12 +488,12 @@ def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
 
 
 def test_the_cache_is_of_the_calls_that_the_check_makes(tmp_path):
-    assert {*steps.CHECKS} == {*smoke.CHECKS}
+    assert {*steps.OPERATORS} == {*_library.operators}
     assert {*steps.DTYPES} == {*smoke.DTYPES}
     names = [name for name, _ in prefill.calls()]
     assert len(set(names)) == len(names)
-    for check in steps.CHECKS:
-        assert {f"smoke {check} {dtype}" for dtype in steps.DTYPES} <= {*names}
+    for operator in steps.OPERATORS:
+        assert {f"smoke {operator} {dtype}" for dtype in steps.DTYPES} <= {*names}
     assert {"vit", "ceilings", "launches layer"} <= {*names}
     for step in (step for group in steps.phases(steps.Plan("cuda", tmp_path)) for step in group):
         if "benchmarks.run" in step.command:

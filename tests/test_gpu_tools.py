@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs on a GPU alone, as far as it can be tried without one."""
+"""Tools for a GPU, as far as they run without one."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
+import tokenops
 from benchmarks import smoke, vit
 from benchmarks.gpu import record
+from tokenops import _library
+from tokenops.testing.samples import Sizes
 
 pytest.importorskip("triton")
 
@@ -19,42 +23,56 @@ from tokenops._triton.launch import Settings
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("check", smoke.CHECKS)
-def test_smoke(check, backend):
-    problems = dict(smoke.run(CPU, ["float32"], [check]))
+@pytest.mark.parametrize("operator", _library.operators)
+def test_smoke(operator, backend):
+    problems = dict(smoke.run(CPU, ["float32"], [operator]))
     assert set(problems.values()) == {None}
-    assert all(case.startswith(f"{check} float32 ") for case in problems)
+    assert all(case.startswith(f"{operator} float32 ") for case in problems)
 
 
-def test_smoke_finds_garbage(monkeypatch):
+def test_smoke_finds_wrong_results(monkeypatch):
+    module = importlib.import_module("tokenops.ops.merging.samples")
     factor = {torch.float32: 1.1, torch.float64: 1.0}
-    monkeypatch.setattr(
-        smoke.tokenops,
-        "unmerge",
-        lambda y, token_map, residual: residual * factor[y.dtype] * y.sum(),
-    )
-    problems = dict(smoke.run(CPU, ["float32"], ["merging"]))
+
+    def unmerge(y, token_map, residual=None):
+        several = y if isinstance(y, list) else [y]
+        return [tokenops.unmerge(t, token_map) * factor[t.dtype] for t in several]
+
+    monkeypatch.setattr(module, "unmerge", unmerge)
+    problems = dict(smoke.run(CPU, ["float32"], ["unmerge", "merge"]))
     wrong = {case for case, problem in problems.items() if problem is not None}
-    assert wrong == {"merging float32 unmerge"}
-    assert "of the largest entry" in str(problems["merging float32 unmerge"])
+    assert wrong == {case for case in problems if case.startswith("unmerge")}
+    assert "of the largest entry" in str(problems["unmerge float32 plain, 75 tokens"])
 
 
-def three_cases(error):
-    """A check whose second case fails."""
+@pytest.mark.parametrize("operator", ["match", "nearest"])
+def test_smoke_finds_wrong_choices(operator):
+    sizes = Sizes(tokens=12, dtype=torch.float32)
+    call = next(call for call in smoke.calls(operator, sizes) if call.name in ("plain", "cosine"))
+    smoke.verify(call, smoke.outcome(call))
+    other = {name: tensor.flip(1) for name, tensor in call.tensors.items()}
+    if operator == "nearest":
+        other["b"] = -call.tensors["b"]
+    with pytest.raises(AssertionError, match="of similarity"):
+        smoke.verify(call, smoke.outcome(call._replace(tensors=other)))
+
+
+def three_cases(monkeypatch, error):
+    """Let smoke have three cases, the second of which fails."""
 
     def fail():
         raise error
 
-    def check(dtype, device):
+    def cases(operator, dtype, device):
         yield "first", lambda: None
         yield "second", fail
         yield "third", lambda: None
 
-    return check
+    monkeypatch.setattr(smoke, "cases", cases)
 
 
 def test_a_smoke_case_that_fails_leaves_the_others_alone(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(smoke.CHECKS, "match", three_cases(ValueError("odd")))
+    three_cases(monkeypatch, ValueError("odd"))
     path = tmp_path / "record.csv"
     command = ["--dtype", "float16", "--only", "match", "--record", str(path)]
     assert smoke.main(command) == 1
@@ -64,13 +82,12 @@ def test_a_smoke_case_that_fails_leaves_the_others_alone(monkeypatch, tmp_path, 
     }  # fmt: skip
     assert rows["second"].message == "ValueError: odd"
     capsys.readouterr()
-    assert smoke.main(command) == 1  # knows them all
+    assert smoke.main(command) == 1  # the record has all cases
     assert capsys.readouterr().out == "1 failed\n"
 
 
 def test_smoke_goes_on_after_a_cuda_error_in_another_process(monkeypatch, tmp_path):
-    error = RuntimeError("CUDA error: an illegal memory access was encountered")
-    monkeypatch.setitem(smoke.CHECKS, "match", three_cases(error))
+    three_cases(monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
     path = tmp_path / "record.csv"
     command = ["--dtype", "float16", "--only", "match", "--record", str(path)]
     assert smoke.main(command) == record.POISONED
@@ -80,12 +97,12 @@ def test_smoke_goes_on_after_a_cuda_error_in_another_process(monkeypatch, tmp_pa
     assert results == ["passed", "failed", "passed"]
 
 
-def test_smoke_tells_of_inputs_that_cannot_be_made(monkeypatch):
-    def check(dtype, device):
+def test_smoke_reports_inputs_that_cannot_be_made(monkeypatch):
+    def cases(operator, dtype, device):
         raise ValueError("no inputs")
         yield
 
-    monkeypatch.setitem(smoke.CHECKS, "match", check)
+    monkeypatch.setattr(smoke, "cases", cases)
     [(name, problem)] = smoke.run(CPU, ["float16"], ["match"])
     assert (name, str(problem)) == ("match float16 inputs", "no inputs")
 

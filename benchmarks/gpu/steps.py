@@ -15,7 +15,11 @@ from pathlib import Path
 
 from .runner import Step
 
-CHECKS = ("match", "merging", "nearest", "policy_attention", "attention_scores")
+#: Public operators, those first whose kernels take long to compile.
+OPERATORS = (
+    "attention_scores", "policy_attention", "match", "merge", "merge_wavg", "nearest", "unmerge",
+)  # fmt: skip
+MERGING = ("merge", "merge_wavg", "unmerge")
 DTYPES = ("float32", "float16", "bfloat16")
 #: Cases with rivals that torch.compile makes: one of each operator, for compiling is slow.
 COMPILED = ("vit-b-256", "vit-b-256-class")
@@ -84,7 +88,7 @@ def _smoke(plan: Plan) -> list[Step]:
         plan.step("info", 30, "tokenops.info"),
         *(
             _smoke_step(plan, f"smoke-{check}-{dtype}", 70, "--only", check, "--dtype", dtype)
-            for check in CHECKS
+            for check in OPERATORS
             for dtype in DTYPES
         ),
     ]
@@ -113,9 +117,9 @@ def _tests(plan: Plan) -> list[Step]:
         steps.append(_test(plan, "tests-reference", "reference", _part(1, 8), few))
     # Where the compiled library serves these, Triton's kernels are tried besides.
     left_out = "" if plan.on_gpu else NO_GPU
-    for check in ("match", "merging"):
-        arguments = ("--backend", "triton", "--only", check)
-        name = f"smoke-triton-{check}"
+    for name, only in (("match", ("match",)), ("merging", MERGING)):
+        arguments = ("--backend", "triton", "--only", *only)
+        name = f"smoke-triton-{name}"
         steps.append(_smoke_step(plan, name, 90, *arguments, left_out=left_out))
     return steps
 
@@ -189,7 +193,7 @@ def _sanitizers(plan: Plan) -> list[Step]:
         command += [sys.executable, "-m", "benchmarks.smoke", "--device", "cuda"]
         command += ["--dtype", "float16", "--only"]
         for name, only in (
-            (tool, ["match", "merging"]),
+            (tool, ["match", *MERGING]),
             (f"{tool}-triton", ["nearest", "attention_scores", "policy_attention"]),
         ):
             seconds = 110 * plan.patience

@@ -51,6 +51,7 @@ class Sizes:
         heads: Attention heads H.
         tokens: Tokens N.
         width: Width D of a head, and of the metric.
+        value_width: Width of the values' heads; D by default.
         channels: Channels C of tokens.
         dtype: Dtype of tokens; weights have the dtype of sums.
         device: Device of all tensors.
@@ -61,6 +62,7 @@ class Sizes:
     heads: int = 2
     tokens: int = 7
     width: int = 8
+    value_width: int | None = None
     channels: int = 3
     dtype: torch.dtype = torch.float64
     device: torch.device | str = "cpu"

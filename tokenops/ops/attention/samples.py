@@ -91,8 +91,8 @@ def calls(sizes: Sizes) -> Iterator[Call]:
     tokens = sizes.tokens
     for name, (kinds, options) in CALLS.items():
         inputs = random_attention(
-            sizes.batch, sizes.heads, tokens, sizes.width, dtype=sizes.dtype, device=sizes.device,
-            seed=16 * sizes.seed, **kinds,
+            sizes.batch, sizes.heads, tokens, sizes.width, value_width=sizes.value_width,
+            dtype=sizes.dtype, device=sizes.device, seed=16 * sizes.seed, **kinds,
         )  # fmt: skip
         mask = {n: inputs.pop(n) for n in ("key_padding_mask",) if n in inputs}
         fixed = {**options, **mask}
