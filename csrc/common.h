@@ -105,10 +105,11 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
-// Lays out arrays one after the other; over a null base it only measures.
-class Layout {
+// Gives out arrays one after the other from a block of memory, each aligned to a cache line.
+// Without a block it only counts the bytes.
+class Arena {
  public:
-  explicit Layout(char* base) : base_(base) {}
+  explicit Arena(char* base) : base_(base) {}
 
   template <class U>
   U* take(int64_t count) {
@@ -122,6 +123,16 @@ class Layout {
   char* base_;
   int64_t used_ = 0;
 };
+using Layout = Arena;
+
+// A workspace W(arena, sizes...), whose arrays lie in `memory`.
+template <class W, class... Sizes>
+W allocate(Scratch<char>& memory, Sizes... sizes) {
+  Arena measure(nullptr);
+  W(measure, sizes...);
+  Arena arena(memory.reserve(measure.used()));
+  return W(arena, sizes...);
+}
 
 // Call f(begin, end) on parts of [0, count) in parallel, where `cost` is about the number of bytes
 // that one index touches: small loops run on the calling thread, at no overhead.

@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <tuple>
+#include <type_traits>
 
 #define TOKENOPS_INLINE inline __attribute__((always_inline))
 
@@ -130,3 +132,47 @@ struct torch::stable::detail::ToImpl<tokenops::Text> {
     return tokenops::Text(data, length);
   }
 };
+
+namespace tokenops {
+
+// ---- arguments in groups ----
+
+// How a kernel's parameter of type P comes from the operator's flat arguments: `next` points to its
+// first argument and moves behind its last one.
+template <class P, class = void>
+struct Parameter {
+  static constexpr size_t kArguments = 1;
+  static P take(StableIValue*& next) { return torch::stable::detail::to<P>(*next++); }
+};
+
+// A struct with a member function `fields()` that ties all its fields: one argument per field.
+template <class P>
+struct Parameter<P, std::void_t<decltype(std::declval<P&>().fields())>> {
+  using Fields = decltype(std::declval<P&>().fields());
+  static constexpr size_t kArguments = std::tuple_size_v<Fields>;
+  static P take(StableIValue*& next) { return take(next, Type<Fields>()); }
+  template <class... F>
+  static P take(StableIValue*& next, Type<std::tuple<F&...>>) {
+    return {Parameter<F>::take(next)...};
+  }
+};
+
+template <auto kernel>
+struct Boxed;
+template <class... R, class... P, std::tuple<R...> (*kernel)(P...)>
+struct Boxed<kernel> {
+  static void call(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+    constexpr size_t kArguments = (Parameter<std::decay_t<P>>::kArguments + ...);
+    STD_TORCH_CHECK(num_args == kArguments && num_outputs == sizeof...(R), "tokenops: a schema of ",
+                    num_args, " arguments and ", num_outputs, " outputs has a kernel of ",
+                    kArguments, " and ", sizeof...(R));
+    StableIValue* next = stack;
+    std::tuple<std::decay_t<P>...> arguments{Parameter<std::decay_t<P>>::take(next)...};
+    torch::stable::detail::box_from_tuple<R...>(stack, std::apply(kernel, arguments));
+  }
+};
+
+}  // namespace tokenops
+
+// TORCH_BOX for a kernel that returns a tuple and whose parameters may be structs with `fields()`.
+#define TOKENOPS_BOX(kernel) (&::tokenops::Boxed<kernel>::call)

@@ -76,12 +76,12 @@ struct KeyList {
   int64_t count;
 
   KeyList() = default;
-  KeyList(Layout& layout, int64_t keys)
-      : list(layout.take<int32_t>(keys)),
-        slot(layout.take<int32_t>(keys)),
-        rank(layout.take<int32_t>(keys)),
-        weight(layout.take<A>(row_words(keys) + kTile)),
-        bias(layout.take<A>(row_words(keys) + kTile)),
+  KeyList(Arena& arena, int64_t keys)
+      : list(arena.take<int32_t>(keys)),
+        slot(arena.take<int32_t>(keys)),
+        rank(arena.take<int32_t>(keys)),
+        weight(arena.take<A>(row_words(keys) + kTile)),
+        bias(arena.take<A>(row_words(keys) + kTile)),
         count(0) {}
 
   // List the keys that are (not) kept; behind the last one, fill up to whole vectors and tiles.
@@ -138,19 +138,19 @@ template <class T>
 struct ForwardWork {
   using A = acc_t<T>;
 
-  ForwardWork(Layout& layout, int64_t keys, int64_t width, int64_t value_width,
+  ForwardWork(Arena& arena, int64_t keys, int64_t width, int64_t value_width,
               int64_t most_rows = kMostRows)
-      : keys(layout, keys),
+      : keys(arena, keys),
         group(rows_together<A>(keys, most_rows)),
         stride(buffer_stride<A>(keys)),
-        key_panels(layout.take<A>(row_words(keys) * width)),
-        value_panels(layout.take<A>((keys + 1) * row_words(value_width))),
-        rows(layout.take<A>(group * width)),
-        scores(layout.take<A>(group * stride)),
-        best(layout.take<A>(group * 16)),
-        tile(layout.take<A>(kTile * row_words(value_width))),
-        columns(layout.take<A>(row_words(keys))),
-        work(layout.take<A>(16 * row_words(width))) {}
+        key_panels(arena.take<A>(row_words(keys) * width)),
+        value_panels(arena.take<A>((keys + 1) * row_words(value_width))),
+        rows(arena.take<A>(group * width)),
+        scores(arena.take<A>(group * stride)),
+        best(arena.take<A>(group * 16)),
+        tile(arena.take<A>(kTile * row_words(value_width))),
+        columns(arena.take<A>(row_words(keys))),
+        work(arena.take<A>(16 * row_words(width))) {}
 
   KeyList<A> keys;
   int64_t group, stride;
@@ -216,36 +216,36 @@ template <class T>
 struct BackwardWork {
   using A = acc_t<T>;
 
-  BackwardWork(Layout& layout, int64_t queries, int64_t keys, int64_t width, int64_t value_width,
+  BackwardWork(Arena& arena, int64_t queries, int64_t keys, int64_t width, int64_t value_width,
                bool running_means)
-      : kept(layout, keys),
-        dropped(layout, keys),
+      : kept(arena, keys),
+        dropped(arena, keys),
         block(rows_together<A>(most(queries), kMostRows)),
         stride(buffer_stride<A>(round_up(most(queries), 16) + kTile)),
-        rows(layout.take<int32_t>(queries)) {
+        rows(arena.take<int32_t>(queries)) {
     const int64_t padded = keys + 2 * kTile, lanes = round_up(most(queries), 16);
-    key_rows = layout.take<A>(padded * width);
-    value_rows = layout.take<A>(padded * value_width);
-    key_panels = layout.take<A>((keys + 1) * row_words(width));
-    query_columns = layout.take<A>(lanes * width);
-    grad_columns = layout.take<A>(lanes * value_width);
-    query_panels = layout.take<A>((most(queries) + 1) * row_words(width));
-    grad_panels = layout.take<A>((most(queries) + 1) * row_words(value_width));
-    lse = layout.take<A>(lanes);
-    delta = layout.take<A>(lanes);
-    spread = layout.take<A>(lanes);
-    top = layout.take<A>(lanes);
-    place = layout.take<A>(lanes);
-    argmax = layout.take<A>(lanes);
-    attention = layout.take<A>(block * stride);
-    slope = layout.take<A>(block * stride);
-    paired = layout.take<A>(block / 2 * stride);
-    sums = layout.take<A>(2 * block * 16);
-    dq = layout.take<A>((lanes + kTile) * row_words(width));
+    key_rows = arena.take<A>(padded * width);
+    value_rows = arena.take<A>(padded * value_width);
+    key_panels = arena.take<A>((keys + 1) * row_words(width));
+    query_columns = arena.take<A>(lanes * width);
+    grad_columns = arena.take<A>(lanes * value_width);
+    query_panels = arena.take<A>((most(queries) + 1) * row_words(width));
+    grad_panels = arena.take<A>((most(queries) + 1) * row_words(value_width));
+    lse = arena.take<A>(lanes);
+    delta = arena.take<A>(lanes);
+    spread = arena.take<A>(lanes);
+    top = arena.take<A>(lanes);
+    place = arena.take<A>(lanes);
+    argmax = arena.take<A>(lanes);
+    attention = arena.take<A>(block * stride);
+    slope = arena.take<A>(block * stride);
+    paired = arena.take<A>(block / 2 * stride);
+    sums = arena.take<A>(2 * block * 16);
+    dq = arena.take<A>((lanes + kTile) * row_words(width));
     const int64_t widest = row_words(width > value_width ? width : value_width);
-    tile = layout.take<A>(kTile * widest);
-    mean = layout.take<A>((running_means ? keys + 1 : 1) * row_words(value_width));
-    work = layout.take<A>(16 * widest);
+    tile = arena.take<A>(kTile * widest);
+    mean = arena.take<A>((running_means ? keys + 1 : 1) * row_words(value_width));
+    work = arena.take<A>(16 * widest);
   }
   static int64_t most(int64_t queries) { return queries < kMostQueries ? queries : kMostQueries; }
 

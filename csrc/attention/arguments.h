@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arguments of the attention operators: as their schemas list them, then checked.
+//
+// Letters: B batch, H query heads, Hkv key heads, Nq queries, Nk keys, D head_dim, Dv head_dim_v.
+#pragma once
+
+#include <cmath>
+
+#include "attention.h"
+
+namespace tokenops::attention {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The arguments of policy_attention, in the order of its schema.
+struct Inputs {
+  Tensor q;                         // [B, H, Nq, D]
+  Tensor k;                         // [B, Hkv, Nk, D]
+  Tensor v;                         // [B, Hkv, Nk, Dv]
+  OptionalTensor policy;            // [B, Nk] or [B, H, Nk]
+  OptionalTensor size;              // [B, Nk]
+  OptionalTensor key_padding_mask;  // bool [B, Nk], true for padding
+  OptionalTensor query_position;    // int32 [Nq] or [B, Nq]
+  bool self_keep, exclude_self;
+  double eps;
+  bool is_causal;
+  Text policy_grad;  // exact, kept or none
+  double scale;
+
+  auto fields() {
+    return std::tie(q, k, v, policy, size, key_padding_mask, query_position, self_keep,
+                    exclude_self, eps, is_causal, policy_grad, scale);
+  }
+};
+
+// The outputs of policy_attention, which its backward takes.
+struct Saved {
+  Tensor out;     // [B, Nq, H, Dv]
+  Tensor lse;     // [B, H, Nq]
+  Tensor p_eps;   // [B, H, Nq], [B, H, 0] without eps
+  Tensor argmax;  // int32, of the shape of p_eps
+
+  auto fields() { return std::tie(out, lse, p_eps, argmax); }
+};
+
+// ---- checks ----
+
+inline void check(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                  std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype, ", got ",
+                  t.scalar_type());
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == shape.begin()[d];
+  STD_TORCH_CHECK(fits, op, ": ", name, " has a wrong shape");
+}
+
+// A checked tensor whose last dimension is contiguous.
+inline Tensor with_rows(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                        std::initializer_list<int64_t> shape) {
+  check(op, name, t, dtype, shape);
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// A checked contiguous tensor.
+inline Tensor dense(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                    std::initializer_list<int64_t> shape) {
+  check(op, name, t, dtype, shape);
+  return as_contiguous(t);
+}
+inline OptionalTensor dense(const char* op, const char* name, const OptionalTensor& t,
+                            ScalarType dtype, std::initializer_list<int64_t> shape) {
+  return t.has_value() ? dense(op, name, *t, dtype, shape) : t;
+}
+
+// ---- data of tensors ----
+
+template <class U>
+const U* data_of(const OptionalTensor& t) {
+  return t.has_value() ? static_cast<const U*>(t->const_data_ptr()) : nullptr;
+}
+template <class U>
+U* output(const Tensor& t) {
+  return static_cast<U*>(t.mutable_data_ptr());
+}
+
+// The rows of head h of image b of a tensor [B, H, N, D], or [B, N, H, D] with `heads` 2.
+template <class T>
+Tokens<T> tokens_of(const Tensor& t, int64_t b, int64_t h, int heads = 1) {
+  const int rows = 3 - heads;
+  const T* const data = static_cast<const T*>(t.const_data_ptr());
+  const int64_t offset = data == nullptr ? 0 : b * t.stride(0) + h * t.stride(heads);
+  return {data + offset, t.stride(rows), t.size(3), nullptr, t.size(rows)};
+}
+
+// ---- checked arguments ----
+
+// Inputs whose shapes and dtypes are checked: q, k and v have contiguous rows, the other tensors
+// are contiguous.
+struct Params : Inputs {
+  ScalarType dtype, acc;  // of q, k and v; of sums
+  int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
+  bool policy_per_head;
+
+  Params(const char* op, const Inputs& inputs) : Inputs(inputs) {
+    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op,
+                    ": expected q, k and v [B, heads, N, D]");
+    dtype = q.scalar_type(), acc = acc_dtype(dtype);
+    batch = q.size(0), num_heads = q.size(1), seqlen_q = q.size(2), head_dim = q.size(3);
+    num_heads_k = k.size(1), seqlen_k = k.size(2), head_dim_v = v.size(3);
+    STD_TORCH_CHECK(num_heads > 0 && num_heads_k > 0 && num_heads % num_heads_k == 0, op,
+                    ": heads of k must divide those of q");
+    STD_TORCH_CHECK(seqlen_q < kMaxTokens && seqlen_k < kMaxTokens, op, ": at most 2^24 tokens");
+    q = with_rows(op, "q", q, dtype, {batch, num_heads, seqlen_q, head_dim});
+    k = with_rows(op, "k", k, dtype, {batch, num_heads_k, seqlen_k, head_dim});
+    v = with_rows(op, "v", v, dtype, {batch, num_heads_k, seqlen_k, head_dim_v});
+    policy_per_head = policy.has_value() && policy->dim() == 3;
+    policy = policy_per_head ? dense(op, "policy", policy, acc, {batch, num_heads, seqlen_k})
+                             : dense(op, "policy", policy, acc, {batch, seqlen_k});
+    size = dense(op, "size", size, acc, {batch, seqlen_k});
+    key_padding_mask =
+        dense(op, "key_padding_mask", key_padding_mask, ScalarType::Bool, {batch, seqlen_k});
+    query_position =
+        query_position.has_value() && query_position->dim() == 2
+            ? dense(op, "query_position", query_position, ScalarType::Int, {batch, seqlen_q})
+            : dense(op, "query_position", query_position, ScalarType::Int, {seqlen_q});
+  }
+
+  // Write log2 of each key's size to out [B, Nk]; -inf for padding and for keys of size 0.
+  template <class A>
+  void log2_sizes(A* out) const {
+    const A* const sizes = data_of<A>(size);
+    const bool* const padding = data_of<bool>(key_padding_mask);
+    parallel_for(batch * seqlen_k, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const bool valid =
+            (padding == nullptr || !padding[i]) && !(sizes != nullptr && sizes[i] < kSmallest<A>);
+        out[i] = !valid ? -infinity<A>() : sizes == nullptr ? 0 : std::log2(sizes[i]);
+      }
+    });
+  }
+
+  // Head h of image b, whose keys have the sizes log2_size [B, Nk].
+  template <class T>
+  Head<T> head(const acc_t<T>* log2_size, int64_t b, int64_t h) const {
+    using A = acc_t<T>;
+    const int64_t head_k = h / (num_heads / num_heads_k);
+    Head<T> head = {};
+    head.q = tokens_of<T>(q, b, h);
+    head.k = tokens_of<T>(k, b, head_k);
+    head.v = tokens_of<T>(v, b, head_k);
+    if (policy.has_value()) {
+      head.policy = data_of<A>(policy) + (policy_per_head ? b * num_heads + h : b) * seqlen_k;
+    }
+    head.log_size = log2_size + b * seqlen_k;
+    if (query_position.has_value()) {
+      head.position =
+          data_of<int32_t>(query_position) + (query_position->dim() == 2 ? b * seqlen_q : 0);
+    }
+    head.self_keep = self_keep && policy.has_value();
+    head.exclude_self = exclude_self;
+    head.is_causal = is_causal;
+    head.eps = static_cast<A>(eps);
+    head.scale = static_cast<A>(scale);
+    return head;
+  }
+};
+
+}  // namespace tokenops::attention
