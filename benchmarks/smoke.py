@@ -96,6 +96,8 @@ def verify_choices(call: Call, got: list[Tensor]) -> None:
         assert_valid_token_map(token_map)
         batch, tokens = token_map.assign.shape
         token_map.compose(token_map.identity(batch, tokens, token_map.assign.device))
+        if "options" not in given:  # several matches, composed
+            return
         names = ("num_prefix", "protected", "split", "similarity")
         options = {n: given["options"][n] for n in names if n in given["options"]}
         regret = matching_regret(*call.tensors.values(), token_map, **options)
