@@ -112,8 +112,8 @@ class Shape:
         if self.grid is None:
             return token[0::2], token[1::2]
         resolved = self.split().resolve(self.batch, self.tokens, self.prefix, device)
-        both = sides("benchmarks", 1, self.tokens, self.prefix, *resolved.rule(), device)
-        return both.sources[0], both.destinations[0]
+        src, dst, _ = sides("benchmarks", 1, self.tokens, resolved, device)
+        return src[0], dst[0]
 
 
 @dataclass

@@ -33,7 +33,7 @@ TENSORS = {
     "key_padding_mask": "BN b", "position": "Q i", "lse": "BHQ s", "floor": "BHR s",
     "argmax": "BHR i", "grad_lse": "BHQ s",
     "a": "BND", "b": "BND", "a_mask": "BN b", "b_mask": "BN b", "metric": "BND", "protected": "N b",
-    "source_index": "S l", "destination_index": "T l", "cell": "G i", "thresholds": "B s",
+    "src_index": "S l", "dst_index": "T l", "cell": "G i", "thresholds": "B s",
     "x": "BNC", "y": "BMC", "residual": "BNC", "assign": "BN i", "offsets": "BO i",
     "members": "BN i", "weight": "BN s", "scale": "BM s", "out": "BMC", "grad": "BMC",
 }  # fmt: skip
@@ -89,7 +89,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "masks": {"a_mask": True, "b_mask": True}, "dot": {"similarity": "dot"},
     "heads": {"H": 12, "a": "BHND", "b": "BHND"}, "many": {"B": 512}, "huge": {},
     "nearest strided": {"a": "BND@BDN", "b": "BND@BDN"},
-    "listed": {"source_index": True, "destination_index": True}, "drawn": {"cell": True},
+    "listed": {"src_index": True, "dst_index": True}, "drawn": {"cell": True},
     "grid": {"grid_width": 14, "cell_height": 2}, "thresholds": {"thresholds": True},
     "threshold": {"threshold": 0.5}, "tome": {"order": "tome"}, "position": {}, "tokens": {},
     "factors": {"weight": True, "scale": True}, "sum": {},

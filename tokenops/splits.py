@@ -4,48 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
-
-
-class ResolvedSplit(NamedTuple):
-    """A split of one input's tokens: two lists of tokens, or a rule that kernels evaluate.
-
-    The rule of an alternation: token i is a destination iff ``i % stride == stride - 1``, and a
-    source otherwise. That of a grid, where ``grid_width`` is not 0: the tokens behind the prefix
-    are rows of ``grid_width``, and each whole cell of ``cell_height`` by ``stride`` of them has one
-    destination, at the place in ``cell``; all others are sources.
-
-    Attributes:
-        num_sources: Sources outside the prefix.
-        num_destinations: Destinations outside the prefix.
-        source_index: int64 ``[Ns]`` or ``[B, Ns]`` of a list.
-        destination_index: int64 ``[Nd]`` or ``[B, Nd]`` of a list.
-        stride: Of an alternation, or the width of a cell.
-        grid_width: Tokens of a row of a grid; 0 where there is none.
-        cell_height: Rows of a cell.
-        cell: int32 ``[cells]``, row by row: ``y * stride + x`` of each destination in its cell; the
-            top left one where it is None.
-    """
-
-    num_sources: int
-    num_destinations: int
-    source_index: Tensor | None = None
-    destination_index: Tensor | None = None
-    stride: int = 1
-    grid_width: int = 0
-    cell_height: int = 1
-    cell: Tensor | None = None
-
-    def rule(
-        self,
-    ) -> tuple[Tensor | None, Tensor | None, int, int, int, Tensor | None]:
-        """The arguments of an operator that say all of this."""
-        return self[2:]  # no property: torch.compile of PyTorch 2.10 knows none of a named tuple
+from .ops.matching.arguments import SplitArgs
 
 
 class Split:
@@ -53,7 +17,7 @@ class Split:
 
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
-    ) -> ResolvedSplit:
+    ) -> SplitArgs:
         """Apply the split to ``batch`` images of ``num_tokens``, the first ``num_prefix`` taboo."""
         raise NotImplementedError
 
@@ -66,11 +30,9 @@ class Strided(Split):
 
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
-    ) -> ResolvedSplit:
+    ) -> SplitArgs:
         """Apply the split; see :meth:`Split.resolve`."""
-        destinations = num_tokens // self.k - num_prefix // self.k
-        sources = num_tokens - num_prefix - destinations
-        return ResolvedSplit(sources, destinations, stride=self.k)
+        return SplitArgs(num_prefix, stride=self.k)
 
 
 @dataclass(frozen=True)
@@ -82,7 +44,7 @@ class Random(Split):
 
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
-    ) -> ResolvedSplit:
+    ) -> SplitArgs:
         """Apply the split; see :meth:`Split.resolve`."""
         free = num_tokens - num_prefix
         if self.num_sources > free:
@@ -98,7 +60,7 @@ class Random(Split):
             draw = torch.rand(batch, free, generator=generator, device=generator.device)
         index = draw.argsort(dim=1).to(device) + num_prefix
         n = self.num_sources
-        return ResolvedSplit(n, free - n, index[:, :n], index[:, n:])
+        return SplitArgs(num_prefix, None, index[:, :n], index[:, n:])
 
 
 @dataclass(frozen=True)
@@ -113,7 +75,7 @@ class Grid(Split):
 
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
-    ) -> ResolvedSplit:
+    ) -> SplitArgs:
         """Apply the split; see :meth:`Split.resolve`."""
         if self.h * self.w != num_tokens - num_prefix:
             raise _checks.value_mismatch(
@@ -132,9 +94,7 @@ class Grid(Split):
             )
             if origin != device:
                 cell = cell.to(device)
-        return ResolvedSplit(
-            num_tokens - num_prefix - cells, cells, None, None, self.sx, self.w, self.sy, cell
-        )
+        return SplitArgs(num_prefix, None, None, None, self.sx, self.w, self.sy, cell)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +106,7 @@ class Explicit(Split):
 
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
-    ) -> ResolvedSplit:
+    ) -> SplitArgs:
         """Apply the split; see :meth:`Split.resolve`."""
         a, b = self.source_index, self.destination_index
         for argument, index in (("split[0]", a), ("split[1]", b)):
@@ -160,7 +120,7 @@ class Explicit(Split):
                 raise _checks.value_error("match", argument, f"at most {num_tokens} long", index)
         if _checks.values_visible(a):
             self._check_values(batch, num_tokens, num_prefix)
-        return ResolvedSplit(a.shape[-1], b.shape[-1], a.long(), b.long())
+        return SplitArgs(num_prefix, None, a.long(), b.long())
 
     def _check_values(self, batch: int, num_tokens: int, num_prefix: int) -> None:
         a, b = (

@@ -69,11 +69,11 @@ bool describe(const Tensor& metric, MetricRows* x) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> match(
-    const Tensor& metric, int64_t r, int64_t num_prefix, const std::optional<Tensor>& is_protected,
-    const std::optional<Tensor>& source_index, const std::optional<Tensor>& destination_index,
-    int64_t stride, int64_t grid_width, int64_t cell_height, const std::optional<Tensor>& cell,
-    const std::optional<double>& threshold, const std::optional<Tensor>& thresholds,
-    const Text& order, const Text& similarity) {
+    const Tensor& metric, const Text& similarity, int64_t r, const std::optional<double>& threshold,
+    const std::optional<Tensor>& thresholds, const Text& order, int64_t num_prefix,
+    const std::optional<Tensor>& is_protected, const std::optional<Tensor>& source_index,
+    const std::optional<Tensor>& destination_index, int64_t stride, int64_t grid_width,
+    int64_t cell_height, const std::optional<Tensor>& cell) {
   const char* const op = "tokenops::match";
   check_metric(op, metric);
   const bool cosine = is_cosine(op, similarity);
@@ -100,6 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
   const int64_t no_grid = 0, no_height = 1;
   const std::optional<Tensor> no_cell;
   std::array<StableIValue, 10> stack{torch::stable::detail::from(metric),
+                                     torch::stable::detail::from(std::string(similarity)),
                                      torch::stable::detail::from(num_prefix),
                                      torch::stable::detail::from(is_protected),
                                      torch::stable::detail::from(lists.source),
@@ -107,14 +108,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(
                                      torch::stable::detail::from(stride),
                                      torch::stable::detail::from(no_grid),
                                      torch::stable::detail::from(no_height),
-                                     torch::stable::detail::from(no_cell),
-                                     torch::stable::detail::from(cosine)};
+                                     torch::stable::detail::from(no_cell)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("tokenops::search", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor score = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor choice = torch::stable::detail::to<Tensor>(stack[1]);
-  return select(score, choice, tokens, r, num_prefix, is_protected, lists.source, lists.destination,
-                stride, 0, 1, std::nullopt, threshold, thresholds, order);
+  return select(score, choice, tokens, r, threshold, thresholds, order, num_prefix, is_protected,
+                lists.source, lists.destination, stride, 0, 1, std::nullopt);
 }
 
 // Images of ViT-B/16 and, by two tiles a warp, of ViT-L/16 at 512 pixels.

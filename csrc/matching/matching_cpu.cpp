@@ -338,11 +338,11 @@ struct MatchJob {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> match(
-    const Tensor& metric, int64_t r, int64_t num_prefix,
+    const Tensor& metric, const Text& similarity, int64_t r, const std::optional<double>& threshold,
+    const std::optional<Tensor>& thresholds, const Text& order, int64_t num_prefix,
     const std::optional<Tensor>& protected_tokens, const std::optional<Tensor>& source_index,
     const std::optional<Tensor>& destination_index, int64_t stride, int64_t grid_width,
-    int64_t cell_height, const std::optional<Tensor>& cell, const std::optional<double>& threshold,
-    const std::optional<Tensor>& thresholds, const Text& order, const Text& similarity) {
+    int64_t cell_height, const std::optional<Tensor>& cell) {
   const char* const op = "tokenops::match";
   check_metric(op, metric);
   const int64_t batch = metric.size(0), n = metric.size(metric.dim() - 2);

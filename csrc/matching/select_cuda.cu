@@ -67,11 +67,11 @@ const cuda::Reported reported_many_doubles("select_images<double, false>",
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> select(
-    const Tensor& score, const Tensor& choice, int64_t num_tokens, int64_t r, int64_t num_prefix,
-    const std::optional<Tensor>& is_protected, const std::optional<Tensor>& source_index,
-    const std::optional<Tensor>& destination_index, int64_t stride, int64_t grid_width,
-    int64_t cell_height, const std::optional<Tensor>& cell, const std::optional<double>& threshold,
-    const std::optional<Tensor>& thresholds, const Text& order) {
+    const Tensor& score, const Tensor& choice, int64_t num_tokens, int64_t r,
+    const std::optional<double>& threshold, const std::optional<Tensor>& thresholds,
+    const Text& order, int64_t num_prefix, const std::optional<Tensor>& is_protected,
+    const std::optional<Tensor>& source_index, const std::optional<Tensor>& destination_index,
+    int64_t stride, int64_t grid_width, int64_t cell_height, const std::optional<Tensor>& cell) {
   const char* const op = "tokenops::select";
   STD_TORCH_CHECK(score.dim() == 2 && choice.dim() == 2, op, ": expected score and choice [B, Ns]");
   const int64_t batch = score.size(0);

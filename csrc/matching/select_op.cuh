@@ -111,10 +111,10 @@ Lists make_lists(const cuda::Target& target, const char* op, int64_t batch, int6
 
 // The operator: maps from score and choice [B, Ns].
 std::tuple<Tensor, Tensor, Tensor, Tensor> select(
-    const Tensor& score, const Tensor& choice, int64_t num_tokens, int64_t r, int64_t num_prefix,
-    const std::optional<Tensor>& is_protected, const std::optional<Tensor>& source_index,
-    const std::optional<Tensor>& destination_index, int64_t stride, int64_t grid_width,
-    int64_t cell_height, const std::optional<Tensor>& cell, const std::optional<double>& threshold,
-    const std::optional<Tensor>& thresholds, const Text& order);
+    const Tensor& score, const Tensor& choice, int64_t num_tokens, int64_t r,
+    const std::optional<double>& threshold, const std::optional<Tensor>& thresholds,
+    const Text& order, int64_t num_prefix, const std::optional<Tensor>& is_protected,
+    const std::optional<Tensor>& source_index, const std::optional<Tensor>& destination_index,
+    int64_t stride, int64_t grid_width, int64_t cell_height, const std::optional<Tensor>& cell);
 
 }  // namespace tokenops::matching

@@ -7,6 +7,7 @@ from torch.utils import _pytree as pytree
 
 import tokenops
 from tokenops import TokenMap
+from tokenops.ops.matching.arguments import Request, SplitArgs
 from tokenops.testing import assert_same_bits
 
 OPS = torch.ops.tokenops
@@ -92,10 +93,10 @@ def test_means_by_tiny_and_huge_weights(weight):
 @pytest.mark.parametrize("prefix", [-1, -2, 7, 99])
 def test_any_prefix_of_the_bare_operators(prefix):
     metric = torch.randn(2, 6, 4)
-    rest = None, None, None, 2, 0, 1, None
+    split = SplitArgs(prefix)
     for name, arguments in {
-        "match": (metric, 2, prefix, *rest, None, None, "position", "cosine"),
-        "search": (metric, prefix, *rest, True),
+        "match": (metric, "cosine", *Request(2), *split),
+        "search": (metric, "cosine", *split),
     }.items():
         results = [
             pytree.tree_leaves(getattr(getattr(OPS, name), overload)(*arguments))

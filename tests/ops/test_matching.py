@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import tokenops
 from tokenops import TokenMap
-from tokenops.ops.matching import reference
+from tokenops._library import references
+from tokenops.ops.matching.arguments import Request, SplitArgs
 from tokenops.testing import (
     LAYOUTS,
     as_layout,
@@ -343,9 +344,9 @@ def test_protected_sources_merge_as_the_last_resort(r, prefix, protected, order)
     mask[list(protected)] = True
     options = {"protected": protected, "prefix": prefix, "order": order, "kind": "cosine"}
     expected = brute_match(metric, r, strided_indices(2, 12), **options)
-    for operator in (torch.ops.tokenops.match, reference.match):
-        rule = None, None, 2, 0, 1, None
-        got = operator(metric, r, prefix, mask, *rule, None, None, order, "cosine")
+    for operator in (torch.ops.tokenops.match, references.match):
+        arguments = *Request(r, order=order), *SplitArgs(prefix, mask)
+        got = operator(metric, "cosine", *arguments)
         assert got[0].tolist() == [assign for assign, _ in expected]
         assert got[1].shape[1] - 1 == 12 - r
 

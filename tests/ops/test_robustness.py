@@ -169,6 +169,7 @@ GARBAGE = """
 import itertools, sys, torch, tokenops
 from chosen import ops
 from tokenops import TokenMap, _library
+from tokenops.ops.matching.arguments import Request, SplitArgs
 
 if sys.argv[1] != "default":
     tokenops.use_backend(sys.argv[1])
@@ -220,13 +221,14 @@ for _ in range(rounds):
         for shape in ((5,), (BATCH, 5)):
             split = garbage(*shape).long(), garbage(*shape).long()
             for r in (0, 3, 5, 12, 13, 20):
-                rest = threshold, order, "cosine"
-                attempt(lambda: ops.match(metric, r, prefix, None, *split, 1, *rest))
-                attempt(lambda: ops.match(metric, r, prefix, None, None, None, 2, *rest))
-                attempt(lambda: ops.match(metric, r, 40, None, None, None, 2, *rest))
-                attempt(lambda: ops.match(metric, r, -3, None, None, None, 2, *rest))
-                attempt(lambda: ops.match(metric, r, 0, None, None, None, 0, *rest))
-                attempt(lambda: ops.match(metric, -1, 0, None, None, None, -2, *rest))
+                request = Request(r, threshold, None, order)
+                for arguments in (
+                    SplitArgs(prefix, None, *split), SplitArgs(prefix), SplitArgs(40),
+                    SplitArgs(-3), SplitArgs(stride=0),
+                ):
+                    attempt(lambda: ops.match(metric, "cosine", *request, *arguments))
+                request = request._replace(r=-1)
+                attempt(lambda: ops.match(metric, "cosine", *request, *SplitArgs(stride=-2)))
 assert done > 125 * rounds, done  # most calls return something
 print("survived")
 """

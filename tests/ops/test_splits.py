@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import tokenops
+from tokenops._library import references
 from tokenops.ops.matching import reference
+from tokenops.ops.matching.arguments import Request, SplitArgs
 from tokenops.testing import assert_same_bits, exact_metric, random_tokens
 
 OPS = torch.ops.tokenops
@@ -83,14 +85,15 @@ def test_places_in_cells_are_clamped(each, dtype, order, backend, device):
     metric = exact_metric(2, 1 + 5 * 7, 4, device=device, seed=3)
     places = torch.tensor([[-(2**31), -1, 0, 3, 4, 2**31 - 1], [1, 2, 3, 0, 9, -9]], dtype=dtype)
     cell = places.to(device) if each else places[0].to(device)
-    rest = None, None, order, "cosine"
+    request = Request(9, order=order)
     expected = []
     for image in range(2):
         own = places[image if each else 0].tolist()
         lists = (side.to(device) for side in cells_by_hand(5, 7, 2, 2, 1, own))
-        arguments = metric[image : image + 1], 9, 1, None, *lists, 1, 0, 1, None
-        expected.append(reference.match(*arguments, *rest))
-    result = ops.match(metric, 9, 1, None, None, None, 2, 7, 2, cell, *rest)
+        split = SplitArgs(1, None, *lists)
+        expected.append(reference.match(metric[image : image + 1], "cosine", request, split))
+    split = SplitArgs(1, None, None, None, 2, 7, 2, cell)
+    result = ops.match(metric, "cosine", *request, *split)
     same_maps(result, [torch.cat(parts) for parts in zip(*expected, strict=True)])
 
 
@@ -164,40 +167,40 @@ def test_vmap_over_thresholds(backend, device):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("limit", [None, 0.1])
-@pytest.mark.parametrize("grid", [(2, 0, 1), (3, 4, 2)], ids=["alternate", "grid"])
+@pytest.mark.parametrize("pattern", [(2, 0, 1), (3, 4, 2)], ids=["alternate", "grid"])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 12])
-def test_more_than_there_is_to_merge(tokens, grid, limit, order, backend, device):
+def test_more_than_there_is_to_merge(tokens, pattern, limit, order, backend, device):
     """One output is left at least, and the shapes are those that tracing sees."""
     metric = exact_metric(2, tokens, 4, device=device, seed=1)
     for r in (-3, tokens - 1, tokens, tokens + 5):
-        arguments = metric, r, 0, None, None, None, *grid, None, limit, None, order, "cosine"
-        got = ops.match(*arguments)
+        request = Request(r, limit, None, order)
+        split = SplitArgs(0, None, None, None, *pattern)
+        got = ops.match(metric, "cosine", *request, *split)
         outputs = tokens if limit is not None else max(tokens - max(r, 0), min(tokens, 1))
         assert got[1].shape == (2, outputs + 1)
-        same_maps(got, reference.match(*arguments))
-        meta = OPS.match(metric.to("meta"), *arguments[1:])
+        same_maps(got, reference.match(metric, "cosine", request, split))
+        meta = OPS.match(metric.to("meta"), "cosine", *request, *split)
         assert [t.shape for t in meta] == [t.shape for t in got]
         assert (got[0] < max(outputs, 1)).all()
         assert (got[3] <= outputs).all()
 
 
-@pytest.mark.parametrize("given_side", ["source_index", "destination_index"])
+@pytest.mark.parametrize("side", ["src", "dst"])
 @pytest.mark.parametrize("name", ["match", "search", "select"])
-def test_one_list_is_none(name, given_side, device):
+def test_one_list_is_none(name, side, device):
     metric = random_tokens(1, 6, 4, device=device)
     index = torch.tensor([0, 2], device=device)
-    lists = (index, None) if given_side == "source_index" else (None, index)
-    missing = {"source_index": "destination_index"}.get(given_side, "source_index")
-    split = *lists, 1, 0, 1, None
-    score, choice = torch.zeros(1, 2, device=device), index[None].int()
+    split = SplitArgs(**{f"{side}_index": index})
+    missing = "(dst|destination)_index" if side == "src" else "(src|source)_index"
+    request = Request(1)
     arguments = {
-        "match": (metric, 1, 0, None, *split, None, None, "position", "cosine"),
-        "search": (metric, 0, None, *split, True),
-        "select": (score, choice, 6, 1, 0, None, *split, None, None, "position"),
+        "match": (metric, "cosine", *request, *split),
+        "search": (metric, "cosine", *split),
+        "select": (torch.zeros(1, 2, device=device), index[None].int(), 6, *request, *split),
     }[name]
     for place in (device, "meta"):
         moved = [a.to(place) if isinstance(a, torch.Tensor) else a for a in arguments]
-        for function in (getattr(OPS, name), getattr(reference, name)):
+        for function in (getattr(OPS, name), getattr(references, name)):
             with pytest.raises((ValueError, RuntimeError), match=f"{missing} must be given"):
                 function(*moved)
 

@@ -183,9 +183,9 @@ def _split_masks(
     if not isinstance(split, Split):
         split = Explicit(*split)
     resolved = split.resolve(batch, tokens, num_prefix, device)
-    sides = common.sides("testing", batch, tokens, num_prefix, *resolved.rule(), device)
+    src, dst, _ = common.sides("testing", batch, tokens, resolved, device)
     masks = []
-    for index in (sides.sources, sides.destinations):
+    for index in (src, dst):
         mask = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
         masks.append(mask.scatter(1, index, True))
     return masks[0], masks[1]

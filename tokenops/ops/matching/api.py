@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ... import _backend, _checks, _library
 from ..._library import acc_dtype
-from ...splits import Explicit, ResolvedSplit, Split, Strided
+from ...splits import Explicit, Split, Strided
 from ...token_map import TokenMap
 from . import common, schema  # noqa: F401 - registers the operators
+from .arguments import Request, SplitArgs
 
 SIMILARITIES = ("cosine", "dot")
 ORDERS = ("position", "tome")
@@ -160,31 +161,22 @@ def match(
         _checks.check_shape("match", "protected", protected, [(tokens,), (batch, tokens)])
         _checks.check_same_device("match", "protected", protected, metric)
     resolved = _resolve(split, batch, tokens, num_prefix, metric.device)
-    limit = resolved.num_sources if resolved.num_destinations > 0 else 0
-    r = min(r, limit)
-    limited = threshold is not None or thresholds is not None
-    if protected is not None and not limited:
-        _check_enough_tokens(r, batch, tokens, num_prefix, protected, resolved)
-    arguments = (
-        metric.detach(),
-        r,
-        num_prefix,
-        protected,
-        *resolved.rule(),
-        threshold,
-        thresholds,
-        order,
-        similarity,
-    )
+    resolved = SplitArgs(num_prefix, protected, *resolved[2:])
+    num_src, num_dst, prefix_src, prefix_dst = common.count_sides("match", tokens, resolved)
+    r = min(r, num_src - prefix_src if num_dst > prefix_dst else 0)
+    request = Request(r, threshold, thresholds, order)
+    if protected is not None and not request.limited():
+        _check_enough_tokens(r, batch, tokens, protected, resolved)
+    arguments = metric.detach(), similarity, *request, *resolved
     if _library.distribute is not None:
         arguments = _library.distribute(arguments)
     assign, offsets, members, counts = _backend.dispatch("match", metric)(*arguments)
-    return TokenMap(assign, offsets, members, counts if limited else None)
+    return TokenMap(assign, offsets, members, counts if request.limited() else None)
 
 
 def _resolve(
     split: object, batch: int, tokens: int, num_prefix: int, device: torch.device
-) -> ResolvedSplit:
+) -> SplitArgs:
     if isinstance(split, (tuple, list)) and len(split) == 2:
         split = Explicit(*split)
     if not isinstance(split, Split):
@@ -219,31 +211,25 @@ def _check_threshold(threshold: object, metric: Tensor) -> tuple[float | None, T
 
 
 def _check_enough_tokens(
-    r: int,
-    batch: int,
-    tokens: int,
-    num_prefix: int,
-    protected: Tensor,
-    split: ResolvedSplit,
+    r: int, batch: int, tokens: int, protected: Tensor, split: SplitArgs
 ) -> None:
-    """Each image must have r sources and a destination that are free, or N - r cannot hold."""
+    """Check that each image has r sources and a destination that are free."""
     if not _checks.values_visible(protected) or r == 0:
         return
     token = torch.arange(tokens, device=protected.device)
-    free = ((token >= num_prefix) & ~protected).expand(batch, tokens)
-    if split.source_index is None and split.grid_width == 0:
-        is_destination = token % split.stride == split.stride - 1
-        sources, destinations = free & ~is_destination, free & is_destination
+    free = ((token >= split.num_prefix) & ~protected).expand(batch, tokens)
+    if split.src_index is None and split.grid_width == 0:
+        is_dst = token % split.stride == split.stride - 1
+        src, dst = free & ~is_dst, free & is_dst
     else:
-        sides = common.sides("match", batch, tokens, num_prefix, *split.rule(), token.device)
-        sources = free.gather(1, sides.sources)
-        destinations = free.gather(1, sides.destinations)
-    enough = (sources.sum(1) >= r) & destinations.any(1)  # [B]
+        sides = common.sides("match", batch, tokens, split, token.device)
+        src, dst = free.gather(1, sides.src), free.gather(1, sides.dst)
+    enough = (src.sum(1) >= r) & dst.any(1)  # [B]
     if not _checks.holds(enough.all()):
         image = int(enough.int().argmin())
         raise ValueError(
             f"match: r must be at most the number of unprotected sources, with at least one "
             f"unprotected destination, in each image; got r = {r} and, in image {image}, "
-            f"{int(sources[image].sum())} sources and {int(destinations[image].sum())} "
+            f"{int(src[image].sum())} sources and {int(dst[image].sum())} "
             f"destinations (threshold=-inf lifts this, at the price of a padded map)"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..._library import ROWS_AT_LEAST, acc_dtype, block_entries, may_be_true, no_autocast
 from ..merging.composed import invert, invert_partition
 from . import common
+from .arguments import Best, Map, Request, SplitArgs
 
 
 class _Split(NamedTuple):
@@ -83,109 +84,63 @@ def nearest(
     return score, index
 
 
-def search(
-    metric: Tensor,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    cosine: bool,
-) -> tuple[Tensor, Tensor]:
-    """Best destination of each source; see the schema for the arguments and results."""
+def search(metric: Tensor, similarity: str, split: SplitArgs) -> Best:
+    """Best destination of each source."""
     batch, tokens = metric.shape[0], metric.shape[-2]
-    by = source_index, destination_index, stride, grid_width, cell_height, cell
-    num_prefix = common.prefix_of(tokens, num_prefix)
-    split = _split("search", batch, tokens, num_prefix, *by, metric.device)
-    score, choice = _best_pairs(metric, num_prefix, protected, split, cosine)
-    if split.source_order is not None:
-        score = torch.empty_like(score).scatter_(1, split.source_order, score)
-        choice = torch.empty_like(choice).scatter_(1, split.source_order, choice)
-    return score, choice
+    split = split._replace(num_prefix=common.prefix_of(tokens, split.num_prefix))
+    sides = _split("search", batch, tokens, split, metric.device)
+    best = _best_pairs(metric, split, sides, similarity == "cosine")
+    if sides.source_order is not None:
+        best = Best(*(torch.empty_like(x).scatter_(1, sides.source_order, x) for x in best))
+    return best
 
 
-def match(
-    metric: Tensor,
-    r: int,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    threshold: float | None,
-    thresholds: Tensor | None,
-    order: str,
-    similarity: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Bipartite matching; see the schema for the arguments and results."""
+def match(metric: Tensor, similarity: str, request: Request, split: SplitArgs) -> Map:
+    """The token map of the best pairs."""
     batch, tokens = metric.shape[0], metric.shape[-2]
-    by = source_index, destination_index, stride, grid_width, cell_height, cell
-    num_prefix = common.prefix_of(tokens, num_prefix)
-    split = _split("match", batch, tokens, num_prefix, *by, metric.device)
-    least, cosine = _least(threshold, thresholds, metric), similarity == "cosine"
-    r = common.mergeable(tokens, r)
-    free = split.num_sources - split.prefix_sources
-    if metric.is_cpu and protected is None and split.stride > 0 and 0 < r <= free:
-        pairs = _few_pairs(metric, r, split, least, _sorts(order, num_prefix), cosine)
+    num_prefix = common.prefix_of(tokens, split.num_prefix)
+    split = split._replace(num_prefix=num_prefix)
+    sides = _split("match", batch, tokens, split, metric.device)
+    least, cosine = common.thresholds(request, acc_dtype(metric)), similarity == "cosine"
+    r, order = common.mergeable(tokens, request.r), request.order
+    free = sides.num_sources - sides.prefix_sources
+    if metric.is_cpu and split.protected is None and sides.stride > 0 and 0 < r <= free:
+        pairs = _few_pairs(metric, r, sides, least, _sorts(order, num_prefix), cosine)
         if pairs is not None:
-            return _map(pairs, split, r, num_prefix, least is not None, order)
-    score, choice = _best_pairs(metric, num_prefix, protected, split, cosine)
-    return _select(score, choice, r, num_prefix, protected, split, least, order)
+            return _map(pairs, sides, r, num_prefix, least is not None, order)
+    best = _best_pairs(metric, split, sides, cosine)
+    return _select(best, r, split, sides, least, order)
 
 
-def select(
-    score: Tensor,
-    choice: Tensor,
-    tokens: int,
-    r: int,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    threshold: float | None,
-    thresholds: Tensor | None,
-    order: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The map of the best pairs; see the schema for the arguments and results."""
-    by = source_index, destination_index, stride, grid_width, cell_height, cell
-    num_prefix = common.prefix_of(tokens, num_prefix)
-    split = _split("select", score.shape[0], tokens, num_prefix, *by, score.device)
-    if split.source_order is not None:
-        score = score.gather(1, split.source_order)
-        choice = choice.gather(1, split.source_order)
-    r, least = common.mergeable(tokens, r), _least(threshold, thresholds, score)
-    return _select(score, choice, r, num_prefix, protected, split, least, order)
+def select(best: Best, num_tokens: int, request: Request, split: SplitArgs) -> Map:
+    """The token map of the best pairs."""
+    batch, device = best.node_max.shape[0], best.node_max.device
+    split = split._replace(num_prefix=common.prefix_of(num_tokens, split.num_prefix))
+    sides = _split("select", batch, num_tokens, split, device)
+    if sides.source_order is not None:
+        best = Best(*(x.gather(1, sides.source_order) for x in best))
+    least = common.thresholds(request, best.node_max.dtype)
+    r = common.mergeable(num_tokens, request.r)
+    return _select(best, r, split, sides, least, request.order)
 
 
 # ---- the search ----
 
 
-def _best_pairs(
-    metric: Tensor, num_prefix: int, protected: Tensor | None, split: _Split, cosine: bool
-) -> tuple[Tensor, Tensor]:
+def _best_pairs(metric: Tensor, split: SplitArgs, sides: _Split, cosine: bool) -> Best:
     """Best destination of each source and its similarity, [B, Ns], both sides ascending."""
     x = _comparable(metric, cosine)
-    takes_part, first = None, 0
-    if protected is not None or (split.stride == 0 and num_prefix > 0):
-        closed = common.taboo(x.shape[0], x.shape[1], num_prefix, protected, x.device)
-        takes_part = ~closed.gather(1, split.lists(x.shape[0], x.device)[1])
+    receives, first = None, 0
+    if split.protected is not None or (sides.stride == 0 and split.num_prefix > 0):
+        protected = common.protected_tokens(x.shape[0], x.shape[1], split, x.device)
+        receives = ~protected.gather(1, sides.lists(x.shape[0], x.device)[1])
     else:
-        first = split.prefix_destinations
-    a, b = split.sides(x)
-    score, choice = _search(a, b[:, first:], takes_part)
+        first = sides.prefix_destinations
+    a, b = sides.sides(x)
+    node_max, node_idx = _search(a, b[:, first:], receives)
     if first > 0:
-        choice = torch.where(choice >= 0, choice + first, choice)
-    return score, choice
+        node_idx = torch.where(node_idx >= 0, node_idx + first, node_idx)
+    return Best(node_max, node_idx)
 
 
 def _few_pairs(
@@ -272,33 +227,20 @@ def _nearest_block(
 
 
 def _split(
-    operator: str,
-    batch: int,
-    tokens: int,
-    num_prefix: int,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    device: torch.device,
+    operator: str, batch: int, tokens: int, split: SplitArgs, device: torch.device
 ) -> _Split:
-    by = source_index, destination_index, stride, grid_width, cell_height, cell
-    common.check_split(operator, *by)
-    if source_index is not None and destination_index is not None:
+    common.check_split(operator, split)
+    counts = common.count_sides(operator, tokens, split)
+    if split.src_index is not None and split.dst_index is not None:
         last, lists = max(tokens - 1, 0), []
-        for index in (source_index, destination_index):
+        for index in (split.src_index, split.dst_index):
             ascending, order = index.long().clamp(0, last).sort(dim=-1, stable=True)
             lists += [ascending.expand(batch, -1), order.expand(batch, -1)]
-        counts = lists[0].shape[1], lists[2].shape[1]
-        return _Split(tokens, *counts, 0, 0, 0, lists[0], lists[2], lists[1], lists[3])
-    counts = common.counts(operator, tokens, num_prefix, *by[2:])
-    if grid_width == 0:
-        before = num_prefix // stride
-        return _Split(tokens, *counts, stride, num_prefix - before, before)
-    sides = common.sides(operator, batch, tokens, num_prefix, *by, device)  # ascending
-    return _Split(tokens, *counts, 0, 0, 0, sides.sources, sides.listed)
+        return _Split(tokens, *counts[:2], 0, 0, 0, lists[0], lists[2], lists[1], lists[3])
+    if split.grid_width == 0:
+        return _Split(tokens, *counts[:2], split.stride, *counts[2:])
+    src, dst, _ = common.sides(operator, batch, tokens, split, device)  # both ascending
+    return _Split(tokens, *counts[:2], 0, 0, 0, src, dst)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -309,13 +251,6 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 # ---- the choice of the sources, and the map ----
-
-
-def _least(
-    threshold: float | None, thresholds: Tensor | None, like: Tensor
-) -> float | Tensor | None:
-    """How similar pairs have to be: a number, one for each image [B, 1], or None."""
-    return threshold if thresholds is None else thresholds.to(acc_dtype(like))[:, None]
 
 
 def _sorts(order: str, num_prefix: int) -> bool:
@@ -334,27 +269,26 @@ def _top(score: Tensor, r: int, sort: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _select(
-    score: Tensor,
-    choice: Tensor,
+    best: Best,
     r: int,
-    num_prefix: int,
-    protected: Tensor | None,
-    split: _Split,
+    split: SplitArgs,
+    sides: _Split,
     least: float | Tensor | None,
     order: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The map of the best pairs, both sides ascending."""
+) -> Map:
+    """The token map of the best pairs, both sides ascending."""
+    (score, choice), num_prefix = best, split.num_prefix
     batch, device, sort = score.shape[0], score.device, _sorts(order, num_prefix)
-    r_here = r if split.num_destinations > 0 else 0
-    if protected is None and (num_prefix == 0 or split.stride > 0):
-        first = split.prefix_sources
+    r_here = r if sides.num_destinations > 0 else 0
+    if split.protected is None and (num_prefix == 0 or sides.stride > 0):
+        first = sides.prefix_sources
         sources, by_score = _top(score[:, first:], min(r_here, score.shape[1] - first), sort)
         sources, live = sources + first, None
     else:
         # Eligible sources come first, protected ones as a last resort, prefix tokens never.
-        tokens_of_sources = split.lists(batch, device)[0]
-        closed = common.taboo(batch, split.tokens, num_prefix, protected, device)
-        grade = closed.gather(1, tokens_of_sources).int() + (tokens_of_sources < num_prefix)
+        tokens_of_sources = sides.lists(batch, device)[0]
+        protected = common.protected_tokens(batch, sides.tokens, split, device)
+        grade = protected.gather(1, tokens_of_sources).int() + (tokens_of_sources < num_prefix)
         score = score.masked_fill(grade > 0, -math.inf)
         by_score = score.argsort(dim=1, descending=True, stable=True)
         by_grade = grade.gather(1, by_score).argsort(dim=1, stable=True)
@@ -365,7 +299,7 @@ def _select(
         similar = (score.gather(1, sources) >= least) & (destinations >= 0)
         live = similar if live is None else live & similar
     pairs = _Pairs(sources, destinations.clamp(min=0).long(), live, by_score if sort else None)
-    return _map(pairs, split, r, num_prefix, least is not None, order)
+    return _map(pairs, sides, r, num_prefix, least is not None, order)
 
 
 def _map(
@@ -375,7 +309,7 @@ def _map(
     num_prefix: int,
     limited: bool,
     order: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Map:
     """Output token of each token, its inverse, and the number of live output tokens."""
     (batch, merged), tokens = pairs.sources.shape, split.tokens
     outputs = tokens if limited else tokens - r
@@ -389,10 +323,10 @@ def _map(
         counts = (tokens - pairs.live.sum(dim=1)).clamp(max=outputs).int()
     if split.stride > 0 and (limited or (pairs.live is None and merged == r)):
         inverse = invert_partition(number, outputs)
-        return number.sub_(1).int(), *inverse, counts
+        return Map(number.sub_(1).int(), *inverse, counts)
     # Fewer may have merged than r; what has no place among the outputs is dropped.
     assign = torch.where(number <= outputs, number - 1, -1)
-    return assign.int(), *invert(assign, outputs), counts
+    return Map(assign.int(), *invert(assign, outputs), counts)
 
 
 def _by_position(pairs: _Pairs, split: _Split) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..._library import acc_dtype, no_autocast
 from ..merging.reference import invert
 from . import common
+from .arguments import Best, Map, Request, SplitArgs
 
 #: Similarities that are held at a time: rows of the score matrix come in blocks of so many entries,
 #: which keeps memory linear in N.
@@ -89,84 +90,28 @@ def _nearest_block(a: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor
     return score, torch.where(score == -math.inf, fallback, index).int()
 
 
-def match(
-    metric: Tensor,
-    r: int,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    threshold: float | None,
-    thresholds: Tensor | None,
-    order: str,
-    similarity: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Bipartite matching; see the schema for the arguments and results."""
-    split = source_index, destination_index, stride, grid_width, cell_height, cell
-    score, choice = search(metric, num_prefix, protected, *split, similarity == "cosine")
-    tokens = metric.shape[-2]
-    return select(
-        score, choice, tokens, r, num_prefix, protected, *split, threshold, thresholds, order
-    )
+def match(metric: Tensor, similarity: str, request: Request, split: SplitArgs) -> Map:
+    """The token map of the best pairs; see :func:`tokenops.match`."""
+    best = search(metric, similarity, split)
+    return select(best, metric.shape[-2], request, split)
 
 
-def search(
-    metric: Tensor,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    cosine: bool,
-) -> tuple[Tensor, Tensor]:
-    """Best destination of each source; see the schema for the arguments and results."""
-    x = _comparable(metric, cosine)
+def search(metric: Tensor, similarity: str, split: SplitArgs) -> Best:
+    """Best destination of each source.
+
+    A split names each token once: the result for a token that is listed twice may differ from
+    backend to backend.
+    """
+    x = _comparable(metric, similarity == "cosine")
     batch, tokens, _ = x.shape
-    split = common.sides(
-        "search", batch, tokens, num_prefix, source_index, destination_index, stride, grid_width,
-        cell_height, cell, x.device,
-    )  # fmt: skip
-    closed = common.taboo(batch, tokens, num_prefix, protected, x.device)
-    takes_part = ~closed.gather(1, split.destinations)
-    return _search(_rows(x, split.sources), _rows(x, split.destinations), takes_part)
+    src, dst, _ = common.sides("search", batch, tokens, split, x.device)
+    receives = ~common.protected_tokens(batch, tokens, split, x.device).gather(1, dst)
+    return Best(*_search(_rows(x, src), _rows(x, dst), receives))
 
 
-def select(
-    score: Tensor,
-    choice: Tensor,
-    num_tokens: int,
-    r: int,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    threshold: float | None,
-    thresholds: Tensor | None,
-    order: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The map of the best pairs; see the schema for the arguments and results."""
-    batch, device = score.shape[0], score.device
-    split = common.sides(
-        "select", batch, num_tokens, num_prefix, source_index, destination_index, stride,
-        grid_width, cell_height, cell, device,
-    )  # fmt: skip
-    closed = common.taboo(batch, num_tokens, num_prefix, protected, device)
-    assign, counts, outputs = common.select(
-        score, choice, split, closed, r, num_prefix, threshold, thresholds, order
-    )
-    offsets, members = invert(assign, outputs)
-    return assign, offsets, members, counts
+def select(best: Best, num_tokens: int, request: Request, split: SplitArgs) -> Map:
+    """The token map of the best pairs."""
+    return common.select(best, num_tokens, request, split, invert)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -14,9 +14,7 @@ from ...splits import grid, strided
 from ...testing import random_tokens
 from ...testing.samples import B, C, Call, N, Sample, Sizes, rows
 from .api import match, nearest
-
-#: Two lists of tokens, none; stride, grid_width, cell_height and cell of a pattern.
-ALTERNATE = None, None, 2, 0, 1, None
+from .arguments import Request, SplitArgs
 
 
 def samples() -> Iterator[Sample]:
@@ -31,53 +29,45 @@ def samples() -> Iterator[Sample]:
     metric = rows(N, requires_grad=False)
     limits = torch.linspace(0.05, 0.3, B)
     doubles = limits[0].expand(B).double()
+    plain, tome, alternate = Request(2), Request(2, order="tome"), SplitArgs()
     for name, arguments in {
-        "plain": arguments_of_match(metric),
-        "heads": arguments_of_match(heads.detach(), order="tome", similarity="dot"),
-        "threshold": arguments_of_match(metric, 1, threshold=0.1),
-        "protected": arguments_of_match(metric, protected=~mask[0], order="tome"),
-        "protected-each": arguments_of_match(metric, protected=~mask, threshold=0.0),
-        "thresholds": arguments_of_match(metric, 1, thresholds=limits),
-        "thresholds-double": arguments_of_match(metric, thresholds=doubles),
+        "plain": (metric, "cosine", *plain, *alternate),
+        "heads": (heads.detach(), "dot", *tome, *alternate),
+        "threshold": (metric, "cosine", *Request(2, 0.1), *SplitArgs(1)),
+        "protected": (metric, "cosine", *tome, *SplitArgs(0, ~mask[0])),
+        "protected-each": (metric, "cosine", *Request(2, 0.0), *SplitArgs(0, ~mask)),
+        "thresholds": (metric, "cosine", *Request(2, None, limits), *SplitArgs(1)),
+        "thresholds-double": (metric, "cosine", *Request(2, None, doubles), *alternate),
     }.items():
         yield Sample("match", name, arguments)
 
-    lists = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5])
-    each = tuple(index.expand(B, -1).contiguous() for index in lists)
+    lists = {"src_index": torch.tensor([0, 1, 2, 3]), "dst_index": torch.tensor([4, 5])}
+    each = {name: index.expand(B, -1).contiguous() for name, index in lists.items()}
     cells = torch.tensor([[3], [1]], dtype=torch.int32)[torch.arange(B) % 2]
-    no_grid = 1, 0, 1, None
-    for kind, split in {
-        "alternate": ALTERNATE,
-        "lists": (*lists, *no_grid),
-        "lists-each": (*each, *no_grid),
-        "grid": (None, None, 2, 3, 2, None),
-        "grid-cell": (None, None, 2, 3, 2, torch.tensor([2])),
-        "grid-each": (None, None, 2, 3, 2, cells),
-    }.items():
-        yield Sample("match", f"split-{kind}", arguments_of_match(metric, 1, split=split))
+    cellular = {"stride": 2, "grid_width": 3, "cell_height": 2}
+    patterns: dict[str, dict[str, Any]] = {
+        "alternate": {},
+        "lists": {**lists, "stride": 1},
+        "lists-each": {**each, "stride": 1},
+        "grid": cellular,
+        "grid-cell": {**cellular, "cell": torch.tensor([2])},
+        "grid-each": {**cellular, "cell": cells},
+    }
+    for kind, pattern in patterns.items():
+        split = SplitArgs(1, **pattern)
+        yield Sample("match", f"split-{kind}", (metric, "cosine", *plain, *split))
         for protected in (None, ~mask[0], ~mask):
             name = f"{kind}-{0 if protected is None else protected.dim()}"
-            search = metric, 1, protected, *split, True
+            split = SplitArgs(1, protected, **pattern)
+            search = metric, "cosine", *split
             yield Sample("search", name, search)
-            pairs = *torch.ops.tokenops.search(*search), N, 2, 1, protected, *split
-            yield Sample("select", name, (*pairs, None, None, "position"))
-            yield Sample("select", f"tome-{name}", (*pairs, 0.1, None, "tome"))
-            yield Sample("select", f"thresholds-{name}", (*pairs, None, limits, "position"))
-
-
-def arguments_of_match(
-    metric: Tensor,
-    num_prefix: int = 0,
-    *,
-    protected: Tensor | None = None,
-    split: tuple[Any, ...] = ALTERNATE,
-    threshold: float | None = None,
-    thresholds: Tensor | None = None,
-    order: str = "position",
-    similarity: str = "cosine",
-) -> tuple[Any, ...]:
-    """Arguments of the operator."""
-    return metric, 2, num_prefix, protected, *split, threshold, thresholds, order, similarity
+            pairs = *torch.ops.tokenops.search(*search), N
+            for limit, request in {
+                "": plain,
+                "tome-": Request(2, 0.1, None, "tome"),
+                "thresholds-": Request(2, None, limits),
+            }.items():
+                yield Sample("select", f"{limit}{name}", (*pairs, *request, *split))
 
 
 def calls(sizes: Sizes) -> Iterator[Call]:

@@ -13,6 +13,7 @@ from ... import _backend
 from ..._library import acc_dtype, register
 from ..merging import schema as _merging  # noqa: F401 - registers what the backward calls
 from . import common, composed, reference
+from .arguments import Best, Map, Request, SplitArgs
 
 # ---- nearest ----
 
@@ -89,56 +90,48 @@ register(
 )
 
 
-# ---- match ----
+# ---- match, and its two halves ----
 
-#: A split is two lists of tokens, or else a rule; see :class:`tokenops.splits.ResolvedSplit`.
-_SPLIT = (
-    "Tensor? source_index, Tensor? destination_index, SymInt stride, SymInt grid_width,"
-    " SymInt cell_height, Tensor? cell"
-)
-_SHARED = ("protected", "source_index", "destination_index", "cell")
-
-#: How similar pairs have to be: a number for all images, or one for each of them, [B].
-_THRESHOLD = "float? threshold, Tensor? thresholds"
+_SHARED = ("protected", "src_index", "dst_index", "cell")
 
 
-def _match_fake(
-    metric: Tensor,
-    r: int,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    threshold: float | None,
-    thresholds: Tensor | None,
-    order: str,
-    similarity: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rule = stride, grid_width, cell_height, cell
-    common.check_split("match", source_index, destination_index, *rule)
-    return _map_fake(metric, metric.shape[-2], r, threshold is not None or thresholds is not None)
-
-
-def _map_fake(
-    like: Tensor, tokens: int, r: int, limited: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _map_fake(like: Tensor, tokens: int, request: Request) -> Map:
     batch, outputs = like.shape[0], tokens
-    if not limited:  # some token is left, which exporting with a proportional r needs to see
-        outputs = torch.sym_max(tokens - torch.sym_max(r, 0), torch.sym_min(tokens, 1))
-    return (
-        like.new_empty((batch, tokens), dtype=torch.int32),
-        like.new_empty((batch, outputs + 1), dtype=torch.int32),
-        like.new_empty((batch, tokens), dtype=torch.int32),
-        like.new_empty((batch,), dtype=torch.int32),
+    if not request.limited():  # one token is left, which exporting with a proportional r must see
+        outputs = torch.sym_max(tokens - torch.sym_max(request.r, 0), torch.sym_min(tokens, 1))
+    shapes = (batch, tokens), (batch, outputs + 1), (batch, tokens), (batch,)
+    return Map(*(like.new_empty(shape, dtype=torch.int32) for shape in shapes))
+
+
+def _match_fake(metric: Tensor, similarity: str, request: Request, split: SplitArgs) -> Map:
+    common.check_split("match", split)
+    return _map_fake(metric, metric.shape[-2], request)
+
+
+def _search_fake(metric: Tensor, similarity: str, split: SplitArgs) -> Best:
+    common.check_split("search", split)
+    shape = metric.shape[0], common.count_sides("search", metric.shape[-2], split).num_src
+    return Best(
+        metric.new_empty(shape, dtype=acc_dtype(metric)),
+        metric.new_empty(shape, dtype=torch.int32),
     )
 
 
-def _match_flops(metric: Any, r: int, *rest: Any) -> int:
-    return _search_flops(metric, *rest)
+def _select_fake(best: Best, num_tokens: int, request: Request, split: SplitArgs) -> Map:
+    common.check_split("select", split)
+    return _map_fake(best.node_max, num_tokens, request)
+
+
+def _match_flops(metric: Any, similarity: str, request: Request, split: SplitArgs) -> int:
+    return _search_flops(metric, similarity, split)
+
+
+def _search_flops(metric: Any, similarity: str, split: Any) -> int:
+    if split.src_index is not None:
+        num_src, num_dst = split.src_index[-1], split.dst_index[-1]
+    else:
+        num_src, num_dst, *_ = common.count_sides("search", metric[-2], split._replace(cell=None))
+    return int(2 * metric[0] * num_src * num_dst * metric[-1])
 
 
 register(
@@ -149,59 +142,6 @@ register(
     shared=_SHARED,
     public=True,
 )
-
-
-# ---- the two halves of match ----
-
-
-def _search_fake(
-    metric: Tensor,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    cosine: bool,
-) -> tuple[Tensor, Tensor]:
-    tokens = metric.shape[-2]
-    rule = stride, grid_width, cell_height, cell
-    common.check_split("search", source_index, destination_index, *rule)
-    if source_index is not None:
-        sources = source_index.shape[-1]
-    else:
-        sources, _ = common.counts("search", tokens, num_prefix, *rule)
-    shape = metric.shape[0], sources
-    return (
-        metric.new_empty(shape, dtype=acc_dtype(metric)),
-        metric.new_empty(shape, dtype=torch.int32),
-    )
-
-
-def _search_flops(
-    metric: Any,
-    num_prefix: int,
-    protected: Any,
-    source_index: Any,
-    destination_index: Any,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    *_: Any,
-) -> int:
-    if source_index is not None:
-        sources, destinations = source_index[-1], destination_index[-1]
-    else:
-        rule = stride, grid_width, cell_height, None
-        sources, destinations = common.counts("search", metric[-2], num_prefix, *rule)
-    return int(2 * metric[0] * sources * destinations * metric[-1])
-
-
-#: Similarity of each source to its best destination, sources in the order of the split, and the
-#: place of that one among the destinations in ascending order; -1 where there is none. A token is
-#: listed once: what becomes of one that is listed twice may differ from backend to backend.
 register(
     reference.search,
     composed=composed.search,
@@ -209,35 +149,6 @@ register(
     flops=_search_flops,
     shared=_SHARED,
 )
-
-
-def _select_fake(
-    score: Tensor,
-    choice: Tensor,
-    num_tokens: int,
-    r: int,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    threshold: float | None,
-    thresholds: Tensor | None,
-    order: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rule = stride, grid_width, cell_height, cell
-    common.check_split("select", source_index, destination_index, *rule)
-    return _map_fake(score, num_tokens, r, threshold is not None or thresholds is not None)
-
-
-register(
-    reference.select,
-    composed=composed.select,
-    fake=_select_fake,
-    shared=_SHARED,
-)
+register(reference.select, composed=composed.select, fake=_select_fake, shared=_SHARED)
 
 _backend.serve_by_triton(__package__, "nearest", "match", "search", "select")

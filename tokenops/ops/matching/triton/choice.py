@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...._triton.launch import BEFORE_3_7, Launch, Settings, planned, power_of_two
 from .. import common
+from ..arguments import Best, Map, Request, SplitArgs
 from .launches import Side, find_best
 
 _invert = torch.ops.tokenops.invert.default
@@ -389,184 +390,93 @@ class Found(NamedTuple):
     ascending: Tensor | None = None
 
 
-def _find_split(
-    operator: str,
-    like: Tensor,
-    tokens: int,
-    num_prefix: int,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-) -> Found:
+def _find_split(operator: str, like: Tensor, tokens: int, split: SplitArgs) -> Found:
     index, new = like.device.index, functools.partial(like.new_empty, dtype=torch.int32)
-    grid = stride, grid_width, cell_height, cell
-    common.check_split(operator, source_index, destination_index, *grid)
-    if source_index is not None and destination_index is not None:
-        listed = (
-            source_index.shape, _by_image(source_index),
-            destination_index.shape, _by_image(destination_index),
-        )  # fmt: skip
-        split = plan_split(index, tokens, listed, stride)
-        sources = source_index
-        given: tuple[Tensor | None, Tensor] = source_index, destination_index
-    elif grid_width == 0:
+    common.check_split(operator, split)
+    src, dst, stride, cell = split.src_index, split.dst_index, split.stride, split.cell
+    if src is not None and dst is not None:
+        listed = src.shape, _by_image(src), dst.shape, _by_image(dst)
+        plan = plan_split(index, tokens, listed, stride)
+        sources = src
+        given: tuple[Tensor | None, Tensor] = src, dst
+    elif split.grid_width == 0:
         return Found(plan_split(index, tokens, None, stride))
     else:
-        num_prefix = common.prefix_of(tokens, num_prefix)
-        _, cells = common.counts(operator, tokens, num_prefix, *grid)
-        split = plan_grid(
-            index, tokens, num_prefix, stride, grid_width, cell_height, cells,
+        num_prefix = common.prefix_of(tokens, split.num_prefix)
+        cells = common.count_sides(operator, tokens, split).num_dst
+        plan = plan_grid(
+            index, tokens, num_prefix, stride, split.grid_width, split.cell_height, cells,
             None if cell is None else (*cell.shape[:-1], *_by_image(cell)),
         )  # fmt: skip
-        sources = new((split.images, split.sources.rows))
+        sources = new((plan.images, plan.sources.rows))
         given = cell, sources
-    slot = like.new_full((split.images, tokens), -1, dtype=torch.int32)
-    ascending = new((split.images, split.destinations.rows))
-    if split.list is not None:
-        split.list(*given, slot, ascending)
-    return Found(split, sources, slot, ascending)
+    slot = like.new_full((plan.images, tokens), -1, dtype=torch.int32)
+    ascending = new((plan.images, plan.destinations.rows))
+    if plan.list is not None:
+        plan.list(*given, slot, ascending)
+    return Found(plan, sources, slot, ascending)
 
 
-def _choose(
-    score: Tensor,
-    choice: Tensor,
-    found: Found,
-    tokens: int,
-    r: int,
-    num_prefix: int,
-    protected: Tensor | None,
-    stride: int,
-    threshold: float | None,
-    thresholds: Tensor | None,
-    order: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = score.shape[0]
-    by_protected = (0, 0) if protected is None else _by_image(protected)
-    by_thresholds = None if thresholds is None else thresholds.stride(0)
+def _choose(best: Best, found: Found, tokens: int, request: Request, split: SplitArgs) -> Map:
+    node_max, node_idx = best
+    batch, protected, thresholds = node_max.shape[0], split.protected, request.thresholds
+    r = common.mergeable(tokens, request.r)
     launch = plan_choice(
-        score.device.index, batch, tokens, r, num_prefix, by_protected, found.split, stride,
-        threshold, by_thresholds, order == "tome",
+        node_max.device.index, batch, tokens, r, split.num_prefix,
+        (0, 0) if protected is None else _by_image(protected), found.split, split.stride,
+        request.threshold, None if thresholds is None else thresholds.stride(0),
+        request.order == "tome",
     )  # fmt: skip
-    new = functools.partial(score.new_empty, dtype=torch.int32)
-    outputs = tokens if threshold is not None or thresholds is not None else tokens - r
-    assign, members = new((batch, tokens)), new((batch, tokens))
-    offsets, counts = new((batch, outputs + 1)), new((batch,))
+    new = functools.partial(node_max.new_empty, dtype=torch.int32)
+    outputs = tokens if request.limited() else tokens - r
+    result = Map(new((batch, tokens)), new((batch, outputs + 1)), new((batch, tokens)), new(batch))
     launch(
-        score, choice, found.sources, found.slot, found.ascending, protected, thresholds, assign,
-        offsets, members, counts,
+        node_max, node_idx, found.sources, found.slot, found.ascending, protected, thresholds,
+        *result,
     )  # fmt: skip
-    return assign, offsets, members, counts
+    return result
 
 
-def match(
-    metric: Tensor,
-    r: int,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    threshold: float | None,
-    thresholds: Tensor | None,
-    order: str,
-    similarity: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Bipartite matching; see the operator's schema."""
+def match(metric: Tensor, similarity: str, request: Request, split: SplitArgs) -> Map:
+    """The token map of the best pairs."""
     tokens = metric.shape[-2]
-    split = source_index, destination_index, stride, grid_width, cell_height, cell
     if _is_large(metric, tokens):
-        score, choice = search(metric, num_prefix, protected, *split, similarity == "cosine")
-        return select(
-            score, choice, tokens, r, num_prefix, protected, *split, threshold, thresholds, order
-        )
-    r = common.mergeable(tokens, r)
-    found = _find_split("match", metric, tokens, num_prefix, *split)
-    sides = found.split
-    score, choice = find_best(
-        metric, metric, sides.sources, sides.destinations, found.sources, found.ascending, None,
-        protected, num_prefix, True, similarity == "cosine",
-    )  # fmt: skip
-    return _choose(
-        score, choice, found, tokens, r, num_prefix, protected, stride, threshold, thresholds, order
-    )
+        return select(search(metric, similarity, split), tokens, request, split)
+    found = _find_split("match", metric, tokens, split)
+    return _choose(_find_best(metric, similarity, found, split), found, tokens, request, split)
 
 
-def search(
-    metric: Tensor,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    cosine: bool,
-) -> tuple[Tensor, Tensor]:
-    """Best destination of each source; see the operator's schema."""
+def search(metric: Tensor, similarity: str, split: SplitArgs) -> Best:
+    """Best destination of each source."""
     batch, tokens = metric.shape[0], metric.shape[-2]
-    split = source_index, destination_index, stride, grid_width, cell_height, cell
-    if source_index is not None and tokens > LARGEST:
-        sides = common.sides("search", batch, tokens, num_prefix, *split, metric.device)
-        listed, ascending = sides.sources, sides.destinations
-        a = Side(listed.shape[1], _by_image(listed))
-        b = Side(ascending.shape[1], _by_image(ascending))
-        return find_best(
-            metric, metric, a, b, listed, ascending, None, protected, num_prefix, True, cosine,
-        )  # fmt: skip
-    found = _find_split("search", metric, tokens, num_prefix, *split)
+    if split.src_index is not None and tokens > LARGEST:
+        src, dst, _ = common.sides("search", batch, tokens, split, metric.device)
+        sides = Side(src.shape[1], _by_image(src)), Side(dst.shape[1], _by_image(dst))
+        found = Found(Split(*sides, None, 0, (0, 0, 0, 0)), src, None, dst)
+    else:
+        found = _find_split("search", metric, tokens, split)
+    return _find_best(metric, similarity, found, split)
+
+
+def _find_best(metric: Tensor, similarity: str, found: Found, split: SplitArgs) -> Best:
     a, b = found.split.sources, found.split.destinations
-    return find_best(
-        metric, metric, a, b, found.sources, found.ascending, None, protected, num_prefix, True,
-        cosine,
-    )  # fmt: skip
+    return Best(*find_best(
+        metric, metric, a, b, found.sources, found.ascending, None, split.protected,
+        split.num_prefix, True, similarity == "cosine",
+    ))  # fmt: skip
 
 
-def select(
-    score: Tensor,
-    choice: Tensor,
-    num_tokens: int,
-    r: int,
-    num_prefix: int,
-    protected: Tensor | None,
-    source_index: Tensor | None,
-    destination_index: Tensor | None,
-    stride: int,
-    grid_width: int,
-    cell_height: int,
-    cell: Tensor | None,
-    threshold: float | None,
-    thresholds: Tensor | None,
-    order: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The map of the best pairs; see the operator's schema.
+def select(best: Best, num_tokens: int, request: Request, split: SplitArgs) -> Map:
+    """The token map of the best pairs.
 
     By PyTorch's sorts, beside which the search is most of the work, for images that are too large
     to sort in one program, and for double scores, which no key holds exactly.
     """
-    r = common.mergeable(num_tokens, r)
-    split = source_index, destination_index, stride, grid_width, cell_height, cell
-    if not _is_large(score, num_tokens):
-        score, choice = score.contiguous(), choice.contiguous()
-        found = _find_split("select", score, num_tokens, num_prefix, *split)
-        return _choose(
-            score, choice, found, num_tokens, r, num_prefix, protected, stride, threshold,
-            thresholds, order,
-        )  # fmt: skip
-    batch, device = score.shape[0], score.device
-    sides = common.sides("select", batch, num_tokens, num_prefix, *split, device)
-    closed = common.taboo(batch, num_tokens, num_prefix, protected, device)
-    assign, counts, outputs = common.select(
-        score, choice, sides, closed, r, num_prefix, threshold, thresholds, order
-    )
-    offsets, members = _invert(assign, outputs)
-    return assign, offsets, members, counts
+    if _is_large(best.node_max, num_tokens):
+        return common.select(best, num_tokens, request, split, _invert)
+    best = Best(*(x.contiguous() for x in best))
+    found = _find_split("select", best.node_max, num_tokens, split)
+    return _choose(best, found, num_tokens, request, split)
 
 
 def _is_large(x: Tensor, tokens: int) -> bool:
