@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choice of the backend that serves an operator, and the reasons why another one does not."""
+"""Which backend serves an operator, and why another one cannot."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from torch.utils import _pytree as pytree
 from . import _checks, _library, _missing, _native
 from ._library import NAMESPACE, operators
 
-#: Every backend by name, the one that is preferred first.
+#: Names of all backends, in the order of preference.
 BACKENDS = ("native", "triton", "composed", "reference")
 
-#: Operators whose compiled kernels are slower than plain PyTorch, by level of CPU instructions; in
-#: docs/performance.md are the measurements.
+#: Operators whose compiled kernels are slower than plain PyTorch, by level of CPU instructions;
+#: docs/performance.md has the measurements.
 SLOWER: dict[str, tuple[str, ...]] = {
     "portable": ("match", "nearest", "search", "policy_attention", "policy_attention_backward"),
 }
-#: Those that step aside in this process.
+#: Operators that the composed functions serve instead, in this process.
 aside: set[str] = set()
 
 _TOO_OLD = "the Triton kernels need compute capability 8.0"
-# Triton runs its kernels as Python on CPU tensors then.
+# Whether Triton runs kernels as Python on CPU tensors.
 _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-_in_triton: dict[str, Callable[..., Any]] = {}  # Triton kernels by operator
-_in_native: dict[str, frozenset[str]] = {}  # and by operator, where they have a compiled one
-_served_natively: set[str] = set()  # operators with an overload for their compiled kernels
+_in_triton: dict[str, Callable[..., Any]] = {}  # Triton kernel of each operator
+_in_native: dict[str, frozenset[str]] = {}  # device types that each operator is compiled for
+_served_natively: set[str] = set()  # operators whose "native" overload is defined
 
 
 # ---- the choice ----
@@ -46,23 +46,23 @@ _served_natively: set[str] = set()  # operators with an overload for their compi
 class _Choice(NamedTuple):
     owner: use_backend
     name: str | None
-    entered: bool  # by a with statement, which will leave it
+    entered: bool  # whether a with statement made the choice, and will end it
 
 
 _choices: ContextVar[tuple[_Choice, ...]] = ContextVar("tokenops_backend", default=())
 _default: str | None = None  # of the process: TOKENOPS_BACKEND
 
-#: Choices that functions make which torch.compile is tracing: it follows this variable and no other
-#: one. No other code sees it filled, unless a graph breaks inside of such a choice: until its end,
-#: the choice then holds in all threads.
+#: Choices made inside a function that torch.compile is tracing. Dynamo follows assignments to a
+#: global variable, but no context variable. Outside tracing the tuple is empty, unless a graph
+#: breaks within a choice: the choice then holds in all threads until its end.
 _traced: tuple[str | None, ...] = ()
 
 
 class _State(ModuleType):
-    """The choice as an attribute of a module.
+    """The current choice as an attribute of a module.
 
-    torch.compile knows no context variables. It takes this attribute for a constant of a module,
-    and guards it: the compiled function reads it before each call, in the caller's context.
+    Dynamo guards on attributes of modules, but not on context variables. A compiled function reads
+    this attribute before each call, in the caller's context, and compiles again if it has changed.
     """
 
     @property
@@ -86,29 +86,29 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
     """Choose the backend of all operators: as a function, a context manager or a decorator.
 
     An explicit choice never falls back silently: an operator that the backend cannot serve raises
-    ``NotImplementedError`` with the reason. ``None`` gives the choice back to tokenops, which takes
-    the fastest backend for the tensors' device.
-
-    The choice belongs to a thread and, within ``asyncio``, to a task: others do not see it, though
-    a task starts with the choice of the code that created it. A context takes back its own choice
-    and no other one, in whichever order contexts are left. As a function, it chooses for the rest
-    of the enclosing context. A decorated generator or coroutine makes the choice while its own code
-    runs; a plain ``with`` in a generator also affects the code that iterates over it. The
-    environment variable ``TOKENOPS_BACKEND`` is the choice of all who make none.
-
-    A backward runs on the backend of its forward, wherever it runs. A function compiled by
-    ``torch.compile`` keeps the choice that it was compiled under, or compiles again; within one,
-    choose by a ``with`` statement or a decorator. Activation checkpointing computes forwards
-    again during the backward: choose within the function that it calls.
+    ``NotImplementedError`` with the reason. ``None`` lets tokenops take the fastest backend for the
+    tensors' device. The environment variable ``TOKENOPS_BACKEND`` is the default.
 
     Args:
-        name: ``"native"``: compiled kernels. ``"triton"``: Triton's. ``"composed"``: plain PyTorch
-            that is made to be fast, which serves where there is no kernel. ``"reference"``: plain
-            PyTorch that reads like the formula, the oracle of all tests. Or ``None``.
+        name: ``"native"``: compiled kernels. ``"triton"``: Triton kernels. ``"composed"``: plain
+            PyTorch that is made to be fast; it serves where no kernel does. ``"reference"``: plain
+            PyTorch that reads like the formula; it is the oracle of all tests. Or ``None``.
 
     Raises:
         TypeError: If ``name`` is no string.
         ValueError: If there is no backend of this name.
+
+    Note:
+        The choice belongs to a thread and, within ``asyncio``, to a task; a task starts with the
+        choice of the code that created it. Leaving a context ends its own choice only, in whichever
+        order contexts are left. The function form chooses for the rest of the enclosing context. A
+        decorated generator or coroutine makes the choice while its own code runs; a plain ``with``
+        in a generator also affects the code that iterates over it.
+
+        A backward runs on the backend of its forward. A function compiled by ``torch.compile``
+        compiles again when the choice changes; within it, choose by a ``with`` statement or a
+        decorator. Activation checkpointing computes forwards again during the backward: choose
+        within the checkpointed function.
 
     Example:
         >>> import torch, tokenops
@@ -121,8 +121,8 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
         self._name = name
         if torch.compiler.is_dynamo_compiling():
             return
-        # A call of the function form ends where the next one is made, but a with statement calls
-        # this too: the last choice stays beneath until the with statement is left.
+        # A call of the function form replaces the previous one. A with statement also calls
+        # __init__ first: the previous choice stays below, for when the with statement ends.
         choices = _choices.get()
         if len(choices) > 1 and not choices[-1].entered and not choices[-2].entered:
             choices = (*choices[:-2], choices[-1])
@@ -150,19 +150,19 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
             return
         choices = _choices.get()
         mine = [i for i, c in enumerate(choices) if c.owner is self and c.entered]
-        if mine:  # else it was entered in another thread or task, where it ends by itself
+        if mine:  # otherwise another thread or task entered it, whose context ends with it
             end = mine[-1] + 1
             while end < len(choices) and not choices[end].entered:
-                end += 1  # calls of the function form hold until their context is left
+                end += 1  # calls of the function form end with their context
             _choices.set(choices[: mine[-1]] + choices[end:])
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        _choices.set(tuple(c for c in _choices.get() if c.owner is not self))  # no choice yet
+        _choices.set(tuple(c for c in _choices.get() if c.owner is not self))  # of __init__
         return _choosing(function, self._name)
 
 
 def _choosing(function: Callable[..., Any], name: str | None) -> Callable[..., Any]:
-    """A function that runs under a choice: a plain one, a coroutine, or a generator of any kind."""
+    """Wrap a function, coroutine or generator of any kind so that it runs under a choice."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with use_backend(name):
@@ -221,7 +221,7 @@ def _choosing(function: Callable[..., Any], name: str | None) -> Callable[..., A
 
 
 def chosen() -> str | None:
-    """Name of the backend that was chosen explicitly, if any."""
+    """Return the name of the explicitly chosen backend, if any."""
     return _traced[-1] if _traced else _state.chosen
 
 
@@ -263,11 +263,11 @@ def dispatches_to_reference(operator: str, tensor: Tensor) -> bool:
 def step_aside(*names: str) -> None:
     """Let the composed functions serve operators on the CPU in place of compiled kernels.
 
-    For levels of vector instructions at which the compiled kernels are slower. They serve still
-    where ``"native"`` is chosen.
+    This is for levels of vector instructions at which the compiled kernels are slower. An explicit
+    choice of ``"native"`` still runs the compiled kernels.
 
     Args:
-        *names: Operators that are registered already.
+        *names: Registered operators.
     """
     if not names:
         return
@@ -287,7 +287,7 @@ def step_aside(*names: str) -> None:
 
 
 def _serve_natively(name: str) -> None:
-    """Let the compiled kernels serve the overload of an operator that is for them alone."""
+    """Define the overload ``"native"`` of an operator by its compiled kernels."""
     if name in _served_natively:
         return
     _served_natively.add(name)
@@ -301,7 +301,7 @@ def _serve_natively(name: str) -> None:
 
 
 def _reason(operator: str, backend: str, device: str) -> str | None:
-    """The reason why ``backend`` can't serve ``operator`` on ``device``; None when it can."""
+    """Return why ``backend`` can't serve ``operator`` on ``device``; None if it can."""
     if backend == "reference":
         return None
     if _differentiated():
@@ -318,7 +318,7 @@ def _reason(operator: str, backend: str, device: str) -> str | None:
 
 
 def _compiled_for(operator: str) -> frozenset[str]:
-    """Kinds of devices that the compiled library has kernels of an operator for."""
+    """Return the device types that the compiled library has kernels of an operator for."""
     if operator not in _in_native:
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         _in_native[operator] = frozenset(
@@ -349,21 +349,22 @@ def _new_enough(index: int) -> bool:
 
 
 class UnservedError(NotImplementedError):
-    """A kernel does not know such arguments; plain PyTorch does."""
+    """Raised by a kernel for arguments that only plain PyTorch serves."""
 
 
 def serve_by_triton(package: str, *names: str) -> None:
     """Let the functions of a package's module ``triton`` serve the operators of the same names.
 
-    On CUDA tensors where the compiled library does not, and wherever they can when ``"triton"`` is
-    chosen: also on CPU tensors under the interpreter. The module is imported by the first call.
+    They serve CUDA tensors where the compiled library does not, and whatever they can where
+    ``"triton"`` is chosen; under the interpreter also CPU tensors. The first call imports the
+    module.
 
     Args:
         package: Package of the operators, which has the module.
-        *names: Operators that are registered already.
+        *names: Registered operators.
     """
     for name in names:
-        there = _compiled_for(name)  # before what follows counts as one
+        compiled_for = _compiled_for(name)  # asked before a Triton kernel is registered
         if "native" in _library.overloads:
             _serve_natively(name)
         signature = _library.defined[name].signature
@@ -372,7 +373,7 @@ def serve_by_triton(package: str, *names: str) -> None:
         _library.implement(f"{name}.triton", _on_cuda(name, kernel), "CUDA")
         if _interpreting:
             _library.implement(f"{name}.triton", _interpreted(name, kernel), "CPU")
-        if "cuda" not in there and importlib.util.find_spec("triton") is not None:
+        if "cuda" not in compiled_for and importlib.util.find_spec("triton") is not None:
             otherwise = _library.dense(_library.defined[name].composed)
             _library.implement(name, _on_cuda(name, kernel, otherwise), "CUDA")
 
@@ -392,9 +393,12 @@ def _triton_kernel(module: str, name: str) -> Callable[..., Any]:
 def _on_cuda(
     name: str, kernel: Callable[..., Any], otherwise: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
-    """The kernel on the device of its tensors; what it does not know goes to another function.
+    """Wrap a kernel so that it runs on the device of its tensors.
 
-    Without such a function, this is an error.
+    Args:
+        name: Name of the operator.
+        kernel: Triton kernel, which may raise :class:`UnservedError`.
+        otherwise: Function that serves the arguments that the kernel does not; an error if None.
     """
 
     def serve(keys: Any, first: Any, *rest: Any) -> Any:
@@ -421,7 +425,7 @@ def _refusal(name: str, reason: UnservedError) -> NotImplementedError:
 
 
 def _interpreted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel under the interpreter, which knows no bfloat16: it computes in float32 then."""
+    """Wrap a kernel for the interpreter, which has no bfloat16: compute in float32 instead."""
     fake = _library.defined[name].fake
 
     def widen(x: Tensor) -> Tensor:
@@ -438,9 +442,9 @@ def _interpreted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _differentiated() -> bool:
-    """Whether torch.func.grad, vjp, jvp or forward-mode AD is at work.
+    """Return whether torch.func.grad, vjp, jvp or forward-mode AD is active.
 
-    No registered operator knows them; they differentiate the references.
+    Registered operators have no rules for them; they differentiate the references.
     """
     if forward_ad._current_level >= 0:
         return True
@@ -450,11 +454,8 @@ def _differentiated() -> bool:
     return any(t.key() != torch._C._functorch.TransformType.Vmap for t in transforms)
 
 
-# What torch.compiler.assume_constant_result does, without its import of the compiler: torch.compile
-# takes the answers for granted while it traces, and guards on the transforms by itself.
-_constants: tuple[Any, ...] = (_reason, _differentiated)
-for _function in _constants:
-    _function._dynamo_marked_constant = True
+# Dynamo guards on active transforms by itself.
+_library.assume_constant_result(_reason, _differentiated)
 
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:

@@ -100,14 +100,14 @@ class Operator(NamedTuple):
     flops: Callable[..., int]
 
 
-#: All operators by name, and the names of those that users call; the rest serve backwards.
+#: Records of all operators by name, and the names of the public ones; backwards call the others.
 defined: dict[str, Operator] = {}
 operators: list[str] = []
 
-#: The operators as attributes of their names: those that serve where nobody has chosen a backend,
-#: under None, and the overloads that one backend serves by itself, under its name, for example
-#: torch.ops.tokenops.merge.triton. A formula of a backward gets the ones that its forward belongs
-#: to. So a choice becomes part of graphs and of backwards, and changes nothing for anybody else.
+#: Overloads of the operators, as attributes of their names: under None the default overloads, which
+#: serve where nobody has chosen a backend; under a backend's name the overloads that this backend
+#: alone serves, for example torch.ops.tokenops.merge.triton. A backward formula gets the overloads
+#: of its forward. So a choice becomes part of graphs and backwards, and affects no other code.
 overloads: dict[str | None, SimpleNamespace] = {
     backend: SimpleNamespace() for backend in (None, "composed", "triton")
 }
@@ -127,51 +127,60 @@ class _References:
 #: The references, for backwards that are differentiated themselves.
 references = _References()
 
-#: Makes plain tensors beside distributed ones alike; from ``tokenops.integrations.dtensor``.
+#: Distributes plain tensors beside DTensors; set by ``tokenops.integrations.dtensor``.
 distribute: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
-    """Type of sums, weights and similarities: float64 for double data, float32 for all other."""
+    """Return the dtype of sums, weights and similarities: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def differentiates() -> bool:
-    """Whether a backward may be differentiated itself, in reverse or in forward mode."""
+    """Return whether a running backward may be differentiated, in reverse or forward mode."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def may_be_true(condition: Tensor) -> bool:
-    """Whether some element is true: exactly on the CPU, where looking does not wait."""
+    """Return whether an element is true; always True on devices where reading would wait."""
     return not condition.is_cpu or bool(condition.any())
 
 
 def block_entries(device: torch.device) -> int:
-    """Entries of a similarity or attention matrix that one block computes.
+    """Return how many entries of a similarity or attention matrix to compute at a time.
 
-    On the CPU 4 MiB of float32, which stay in a cache; elsewhere 64 MiB, which keep a device busy.
+    4 MiB of float32 stay in a CPU's cache; 64 MiB keep another device busy.
     """
     return 1 << 20 if device.type == "cpu" else 1 << 24
 
 
-#: Fewest rows of a block, unless there are fewer: each block's product reads all keys again.
+#: Fewest rows of such a block, because the product of each block reads all keys again.
 ROWS_AT_LEAST = 64
 
 
+def assume_constant_result(*functions: Any) -> None:
+    """Let torch.compile call functions while it traces, and take their results for constants.
+
+    ``torch.compiler.assume_constant_result`` sets the same attribute, but imports the compiler,
+    which takes longer than all of tokenops.
+    """
+    for function in functions:
+        function._dynamo_marked_constant = True
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Keep autocast from lowering the precision of PyTorch's operators; not every device has it."""
+    """Return a context that disables autocast, on devices that have it."""
     if knows_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def knows_autocast(device_type: str) -> bool:
-    """Whether there is autocast for a kind of device; to ask for its state is an error if not."""
+    """Return whether a device type has autocast; asking for its state is an error otherwise."""
     return torch.amp.is_autocast_available(device_type)
 
 
-# torch.compile takes the answer for granted; PyTorch 2.11 cannot trace the question.
-knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+assume_constant_result(knows_autocast)  # PyTorch 2.11 cannot trace the question
 
 
 def register(
@@ -232,7 +241,7 @@ def _no_flops(*args: Any) -> int:
 
 
 def add_overloads(backend: str) -> None:
-    """Let a backend have an overload of each operator, also of those that are defined later."""
+    """Define an overload of each operator for a backend, also of operators registered later."""
     overloads[backend] = SimpleNamespace()
     for operator in defined.values():
         _define(operator, backend)
@@ -240,7 +249,7 @@ def add_overloads(backend: str) -> None:
 
 
 def _define(operator: Operator, backend: str | None) -> None:
-    """Define one overload, with all that does not depend on a kernel."""
+    """Define one overload: schema, fake, autograd and vmap."""
     ops = overloads[backend]
     name = operator.name if backend is None else f"{operator.name}.{backend}"
     qualified = f"{NAMESPACE}::{name}"
@@ -255,13 +264,12 @@ def _define(operator: Operator, backend: str | None) -> None:
 
 
 def _autograd_rule(operator: Operator, overload: Any, ops: SimpleNamespace) -> Callable[..., Any]:
-    """Kernel for autograd: records the backward formula, and refuses tangents of forward mode.
+    """Make the kernel for the Autograd key: record the backward formula, refuse tangents.
 
-    As ``torch.library.register_autograd`` does, but for three things. The formula gets ``ops``.
-    ``ctx.needs`` says which arguments need a gradient, of a list each one of its tensors, before
-    and in the backward; it is never changed, while PyTorch changes ``ctx.needs_input_grad`` for a
-    moment, which other threads that go through the same graph would see. And tangents, which the
-    kernels would drop without a word, are an error.
+    It differs from ``torch.library.register_autograd`` in three ways. The formula gets ``ops``.
+    ``ctx.needs`` is constant, and has an entry for each tensor of a list; PyTorch changes
+    ``ctx.needs_input_grad`` during a backward, which other threads in the same graph would see.
+    Tangents of forward mode are an error, because the kernels would drop them silently.
     """
     setup_context: Any = operator.setup_context
     formula: Any = operator.backward
@@ -318,13 +326,13 @@ def _refuse_tangents(name: str, *args: Any) -> None:
 
 
 def implement(name: str, kernel: Callable[..., Any], key: str, *, instead: bool = False) -> None:
-    """Give an operator, or an overload of it, a kernel in Python for one kind of device.
+    """Register a Python kernel of an operator, or of an overload, for one device type.
 
     Args:
-        name: Name of the operator, with that of the backend for an overload: ``"merge.triton"``.
-        kernel: Takes the operator's arguments, behind the set of dispatch keys.
+        name: Name of the operator or overload: ``"merge"``, ``"merge.triton"``.
+        kernel: Takes the dispatch key set, then the operator's arguments.
         key: ``"CPU"`` or ``"CUDA"``.
-        instead: Whether it takes the place of another kernel.
+        instead: Whether it replaces another kernel.
     """
     options = {"allow_override": True} if instead else {}  # unknown to older versions of PyTorch
     with warnings.catch_warnings():
@@ -333,9 +341,9 @@ def implement(name: str, kernel: Callable[..., Any], key: str, *, instead: bool 
 
 
 def dense(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with dense outputs, as the fakes promise and as compiled graphs rely on.
+    """Wrap a function so that its outputs are contiguous, as the fakes promise.
 
-    The registered backward differentiates the operator, so that nothing in it need be recorded.
+    It runs without recording for autograd, because the operator has a registered backward.
     """
 
     def kernel(*args: Any) -> Any:
@@ -348,7 +356,7 @@ def dense(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _contiguous(result: Any) -> Any:
-    """A tensor, or each of a tuple or list, dense."""
+    """Make a tensor, or each tensor of a list or tuple, contiguous."""
     if isinstance(result, Tensor):
         return result.contiguous()
     dense = [t.contiguous() for t in result]
@@ -356,7 +364,7 @@ def _contiguous(result: Any) -> Any:
 
 
 def _for_want_of_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that serves where there is no kernel, and says so at its first call."""
+    """Wrap a function that serves for want of a kernel: the first call warns."""
 
     def kernel(first: Any, *rest: Any) -> Any:
         _missing.warn(device_of(first, *rest).type)
@@ -366,24 +374,24 @@ def _for_want_of_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def device_of(first: Any, *rest: Any) -> torch.device:
-    """Device of an operator's arguments: the first is a tensor, or a list that may be empty."""
+    """Return the device of an operator's arguments; a list in the first place may be empty."""
     tensor = rest[0] if isinstance(first, list) else first
     device: torch.device = tensor.device
     return device
 
 
 def shared_arguments(name: str) -> frozenset[str]:
-    """Arguments of an operator that may come with one dimension, meant for every image."""
+    """Return the arguments of an operator that may have one dimension and serve every image."""
     return defined[name].shared
 
 
 def _pairs(argument: Any, dim: Any) -> Iterable[tuple[Any, Any]]:
-    """An argument, or each of a list, with the dimension that is mapped."""
+    """Return pairs of a tensor and its mapped dimension, of an argument or of each in a list."""
     return zip(argument, dim, strict=True) if isinstance(argument, list) else [(argument, dim)]
 
 
 def _batch_rule(operator: Any, shared: frozenset[str]) -> Callable[..., Any]:
-    """Vectorize by folding the mapped dimension into the batch: every image is independent."""
+    """Make the vmap rule: fold the mapped dimension into the batch, images being independent."""
     names = [argument.name for argument in operator._schema.arguments]
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
