@@ -91,11 +91,12 @@ class PolicyAttention(nn.Module):
             ``[B, N, C]``, or ``[B, Nq, C]`` with ``queries``; and the keys ``[B, H, N, D]``, which
             are the metric that tokens merge by.
 
-        Differentiable in: ``x``, ``policy``, ``size`` and the parameters.
-
         Raises:
             TypeError: If an argument has a wrong type or dtype.
             ValueError: If a shape, device or value does not fit.
+
+        Note:
+            Differentiable in ``x``, ``policy``, ``size`` and the parameters.
         """
         _checks.check_floating("PolicyAttention", "x", x, dims=(3,))
         if queries is None:
@@ -203,13 +204,14 @@ class KeepPredictor(nn.Module):
     Args:
         dim: Channels C.
 
-    Source: the prediction module of DynamicViT (Rao et al., NeurIPS 2021, section 3.2).
-
     Example:
         >>> import torch
         >>> from tokenops.layers import KeepPredictor
         >>> KeepPredictor(32)(torch.randn(1, 5, 32)).exp().sum(-1).round(decimals=4).tolist()
         [[1.0, 1.0, 1.0, 1.0, 1.0]]
+
+    References:
+        The prediction module of DynamicViT (Rao et al., NeurIPS 2021, section 3.2).
     """
 
     def __init__(self, dim: int) -> None:
@@ -232,7 +234,8 @@ class KeepPredictor(nn.Module):
             ``[B, N, 2]``: log-probability of keeping (index 0) and of dropping (index 1), as
             :func:`tokenops.gumbel_keep` takes them.
 
-        Differentiable in: ``x``, ``policy`` and the parameters.
+        Note:
+            Differentiable in ``x``, ``policy`` and the parameters.
         """
         _checks.check_floating("KeepPredictor", "x", x, dims=(3,))
         x = self.norm(x)
@@ -259,14 +262,15 @@ class MergeStep(nn.Module):
         TypeError: If an argument has a wrong type.
         ValueError: If a number is negative or ``reduce`` unknown.
 
-    Source: ToMe (Bolya et al., ICLR 2023, section 3).
-
     Example:
         >>> import torch
         >>> from tokenops.layers import MergeStep
         >>> x, size, token_map = MergeStep(2)(torch.randn(1, 5, 8), torch.randn(1, 5, 4))
         >>> x.shape, size.sum().item()
         (torch.Size([1, 3, 8]), 5.0)
+
+    References:
+        ToMe (Bolya et al., ICLR 2023, section 3).
     """
 
     def __init__(
@@ -291,7 +295,9 @@ class MergeStep(nn.Module):
         Returns:
             Tokens ``[B, M, C]``, sizes ``[B, M, 1]``, and the map of N to M tokens.
 
-        Differentiable in: ``x``, and ``size`` where ``reduce`` is ``"wavg"`` or through the sizes.
+        Note:
+            Differentiable in ``x``, and ``size`` where ``reduce`` is ``"wavg"`` or through the
+            sizes.
         """
         token_map = match(metric, self.r, num_prefix=self.num_prefix, order=self.order)
         if self.reduce == "wavg":

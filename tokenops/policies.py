@@ -48,18 +48,14 @@ def prune(
         token is ``merge(x, token_map, reduce="sum", weight=w)`` with ``w`` 1 for kept tokens and
         the score for the others.
 
-    Differentiable in: nothing; indices carry no gradient. :func:`topk_keep` makes the same choice
-    with one.
-
-    Determinism: the same bits from run to run; ties go to the lowest index.
-
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape or device does not fit, or a number is negative (those of a tensor
             count as 0 where reading them would wait for the device).
 
-    Source: DynamicViT (Rao et al., NeurIPS 2021, section 3.3); ``fuse`` from EViT (Liang et al.,
-    ICLR 2022, section 3.2).
+    Note:
+        Not differentiable; indices carry no gradient. :func:`topk_keep` makes the same choice with
+        one. Deterministic: the same bits from run to run; ties go to the lowest index.
 
     Example:
         >>> import torch, tokenops
@@ -68,6 +64,10 @@ def prune(
         [[-1, 0, -1, 1]]
         >>> token_map.merge(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])).flatten().tolist()
         [2.0, 4.0]
+
+    References:
+        DynamicViT (Rao et al., NeurIPS 2021, section 3.3); ``fuse`` from EViT (Liang et al., ICLR
+        2022, section 3.2).
     """
     num_prefix = _check_scores("prune", scores, num_prefix)
     keep = _check_keep("prune", "keep", keep, scores, num_prefix)
@@ -113,25 +113,26 @@ def gumbel_keep(
     Returns:
         ``[B, N, 1]`` in the dtype of ``logits``.
 
-    Differentiable in: ``logits`` and ``prev``, twice and more.
-
-    Determinism: a function of the state of the generator, from which ``[B, N, 2]`` exponential
-    numbers in float32 are taken; with float32 logits, the same decisions as
-    :func:`torch.nn.functional.gumbel_softmax` from the same state.
-
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape or device does not fit, ``tau`` is not above 0, or activation
             checkpointing would draw from a generator of your own for a second time.
 
-    Source: Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017, section 2;
-    DynamicViT (Rao et al., NeurIPS 2021, section 3.2).
+    Note:
+        Differentiable in ``logits`` and ``prev``, twice and more. Deterministic: a function of the
+        state of the generator, from which ``[B, N, 2]`` exponential numbers in float32 are taken;
+        with float32 logits, the same decisions as :func:`torch.nn.functional.gumbel_softmax` from
+        the same state.
 
     Example:
         >>> import torch, tokenops
         >>> logits = torch.tensor([[[99.0, 0.0], [0.0, 99.0]]])
         >>> tokenops.gumbel_keep(logits).flatten().tolist()
         [1.0, 0.0]
+
+    References:
+        Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017, section 2;
+        DynamicViT (Rao et al., NeurIPS 2021, section 3.2).
     """
     name = "gumbel_keep"
     _checks.check_floating(name, "logits", logits, dims=(3,))
@@ -173,23 +174,24 @@ def topk_keep(scores: Tensor, k: int | Tensor, *, num_prefix: int = 0) -> Tensor
     Returns:
         ``[B, N, 1]`` in the dtype of ``scores``, exactly 0 or 1.
 
-    Differentiable in: ``scores``, by the identity; those of the prefix, and those that are infinite
-    or NaN, get 0.
-
-    Determinism: the same bits from run to run; ties go to the lowest index.
-
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape or device does not fit, or a number is negative.
 
-    Source: the straight-through estimator of Bengio et al., "Estimating or Propagating Gradients
-    Through Stochastic Neurons for Conditional Computation", arXiv 1308.3432, section 4.
+    Note:
+        Differentiable in ``scores``, by the identity; those of the prefix, and those that are
+        infinite or NaN, get 0. Deterministic: the same bits from run to run; ties go to the lowest
+        index.
 
     Example:
         >>> import torch, tokenops
         >>> scores = torch.tensor([[0.1, 0.5, 0.2, 0.9]], requires_grad=True)
         >>> tokenops.topk_keep(scores, 2).flatten().tolist()
         [0.0, 1.0, 0.0, 1.0]
+
+    References:
+        The straight-through estimator of Bengio et al., "Estimating or Propagating Gradients
+        Through Stochastic Neurons for Conditional Computation", arXiv 1308.3432, section 4.
     """
     num_prefix = _check_scores("topk_keep", scores, num_prefix)
     k = _check_keep("topk_keep", "k", k, scores, num_prefix)
@@ -223,16 +225,12 @@ def keep_ratio_loss(
     Returns:
         A number, in float32 (float64 if decisions are double).
 
-    Differentiable in: ``decisions``, twice.
-
-    Determinism: the same bits from run to run.
-
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape does not fit, there are no stages, or a ratio is not in [0, 1].
 
-    Source: DynamicViT (Rao et al., NeurIPS 2021, section 3.3), the ratio loss; ``per_image=False``
-    is its ``dynamic`` mode.
+    Note:
+        Differentiable in ``decisions``, twice. Deterministic: the same bits from run to run.
 
     Example:
         >>> import torch, tokenops
@@ -241,6 +239,10 @@ def keep_ratio_loss(
         0.125
         >>> tokenops.keep_ratio_loss(decisions, 0.75, per_image=False).item()
         0.0
+
+    References:
+        DynamicViT (Rao et al., NeurIPS 2021, section 3.3), the ratio loss; ``per_image=False`` is
+        its ``dynamic`` mode.
     """
     name = "keep_ratio_loss"
     if isinstance(decisions, Tensor):

@@ -15,8 +15,9 @@ Where the original is plainly wrong, this is right:
 * ``batch_index_fill`` leaves its argument as it is, and knows what repeated indices mean.
 * The mean over an image that dropped everything is 0, not NaN (DynamicViT #27).
 
-Source: Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification",
-NeurIPS 2021, sections 3.2 and 3.3.
+References:
+    Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification",
+    NeurIPS 2021, sections 3.2 and 3.3.
 """
 
 from __future__ import annotations
@@ -53,22 +54,22 @@ def softmax_with_policy(attn: Tensor, policy: Tensor, eps: float = 1e-6) -> Tens
         The attention ``[B, H, N, N]`` in the dtype of ``attn``, computed in float32 (float64 for
         double). Only the arguments are kept for the backward pass.
 
-    Differentiable in: ``attn`` and ``policy``, twice; the policy's gradient is not zero where the
-    policy is.
-
-    Determinism: the same bits from run to run.
-
     Raises:
         TypeError: If ``attn`` is no floating-point tensor.
         ValueError: If a shape does not fit.
 
-    Source: ``softmax_with_policy`` of DynamicViT.
+    Note:
+        Differentiable in ``attn`` and ``policy``, twice; the policy's gradient is not zero where
+        the policy is. Deterministic: the same bits from run to run.
 
     Example:
         >>> from tokenops.compat.dynamicvit import softmax_with_policy
         >>> policy = torch.tensor([[[1.0], [0.0]]])
         >>> softmax_with_policy(torch.zeros(1, 1, 2, 2), policy, eps=0.0).tolist()
         [[[[1.0, 0.0], [0.5, 0.5]]]]
+
+    References:
+        ``softmax_with_policy`` of DynamicViT.
     """
     name = "softmax_with_policy"
     _checks.check_floating(name, "attn", attn, dims=(4,))
@@ -102,13 +103,12 @@ def attention_with_policy(
     Returns:
         ``[B, H, N, D]``, so laid out that ``.transpose(1, 2).reshape(B, N, C)`` is a view.
 
-    Differentiable in: ``q``, ``k``, ``v`` and ``policy``.
-
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape, device or value does not fit.
 
-    Source: ``Attention`` of DynamicViT; see :func:`tokenops.policy_attention`.
+    Note:
+        Differentiable in ``q``, ``k``, ``v`` and ``policy``.
 
     Example:
         >>> from tokenops.compat.dynamicvit import attention_with_policy
@@ -116,6 +116,9 @@ def attention_with_policy(
         >>> out = attention_with_policy(q, k, v, torch.tensor([[[1.0], [0.0]]]), eps=0.0)
         >>> out[0, 0, 0].tolist()
         [1.0, 0.0]
+
+    References:
+        ``Attention`` of DynamicViT; see :func:`tokenops.policy_attention`.
     """
     if policy is None:
         eps = 0.0
@@ -132,22 +135,23 @@ def batch_index_select(x: Tensor, idx: Tensor) -> Tensor:
     Returns:
         ``[B, M, ...]`` in the dtype of ``x``.
 
-    Differentiable in: ``x``.
-
-    Determinism: the same bits from run to run, also in the gradient of a token taken twice.
-
     Raises:
         TypeError: If ``idx`` is no integer tensor.
         ValueError: If a shape does not fit or an index is out of range; where looking at indices
             would wait for the device, the nearest token is taken instead.
 
-    Source: ``batch_index_select`` of DynamicViT, except that an index out of range is an error, and
-    not a token of another image, and that ``x`` may have any rank above 1.
+    Note:
+        Differentiable in ``x``. Deterministic: the same bits from run to run, also in the gradient
+        of a token taken twice.
 
     Example:
         >>> from tokenops.compat.dynamicvit import batch_index_select
         >>> batch_index_select(torch.tensor([[5.0, 6.0, 7.0]]), torch.tensor([[2, 0]])).tolist()
         [[7.0, 5.0]]
+
+    References:
+        ``batch_index_select`` of DynamicViT, except that an index out of range is an error, and not
+        a token of another image, and that ``x`` may have any rank above 1.
     """
     name = "batch_index_select"
     _check_rows(name, "x", x)
@@ -168,23 +172,23 @@ def batch_index_fill(x: Tensor, x1: Tensor, x2: Tensor, idx1: Tensor, idx2: Tens
         ``[B, N, ...]`` in the dtype of ``x``. Of several tokens for one place the last one counts,
         those of ``x2`` being later than those of ``x1``.
 
-    Differentiable in: ``x``, ``x1`` and ``x2``.
-
-    Determinism: the same bits from run to run.
-
     Raises:
         TypeError: If an index is no integer tensor.
         ValueError: If a shape does not fit or an index is out of range; where looking at indices
             would wait for the device, the nearest place is taken instead.
 
-    Source: ``batch_index_fill`` of DynamicViT, except that it does not write into ``x``, that the
-    outcome of repeated indices is defined, and that an index out of range is an error.
+    Note:
+        Differentiable in ``x``, ``x1`` and ``x2``. Deterministic: the same bits from run to run.
 
     Example:
         >>> from tokenops.compat.dynamicvit import batch_index_fill
         >>> x, x1, x2 = torch.zeros(1, 3, 1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 2.0)
         >>> batch_index_fill(x, x1, x2, torch.tensor([[2]]), torch.tensor([[0]])).flatten().tolist()
         [2.0, 0.0, 1.0]
+
+    References:
+        ``batch_index_fill`` of DynamicViT, except that it does not write into ``x``, that the
+        outcome of repeated indices is defined, and that an index out of range is an error.
     """
     name = "batch_index_fill"
     _check_rows(name, "x", x)
@@ -215,22 +219,23 @@ def masked_mean(x: Tensor, policy: Tensor) -> Tensor:
     Returns:
         ``[B, 1, C]`` in the dtype of ``x``; half types accumulate in float32.
 
-    Differentiable in: ``x`` and ``policy``. Where everything is dropped the gradient is finite: 0
-    for ``x``, ``g . x[b, n]`` for the policy, as if one token were kept.
-
-    Determinism: the same bits from run to run.
-
     Raises:
         TypeError: If ``x`` is no floating-point tensor.
         ValueError: If a shape does not fit.
 
-    Source: ``PredictorLG`` of DynamicViT, where such an image turns the model into NaN (#27).
+    Note:
+        Differentiable in ``x`` and ``policy``. Where everything is dropped the gradient is finite:
+        0 for ``x``, ``g . x[b, n]`` for the policy, as if one token were kept. Deterministic: the
+        same bits from run to run.
 
     Example:
         >>> from tokenops.compat.dynamicvit import masked_mean
         >>> x = torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]])
         >>> masked_mean(x, torch.tensor([[1.0, 1.0], [0.0, 0.0]])).flatten().tolist()
         [2.0, 0.0]
+
+    References:
+        ``PredictorLG`` of DynamicViT, where such an image turns the model into NaN (#27).
     """
     name = "masked_mean"
     _checks.check_floating(name, "x", x, dims=(3,))

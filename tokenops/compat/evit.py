@@ -12,8 +12,9 @@ Where the original is plainly wrong, this is right: further prefix tokens (disti
 are no candidates for dropping, if ``num_prefix`` says so (EViT #15), and an index outside the range
 is an error.
 
-Source: Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
-Reorganizations", ICLR 2022, section 3.
+References:
+    Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
+    Reorganizations", ICLR 2022, section 3.
 """
 
 from __future__ import annotations
@@ -45,18 +46,20 @@ def class_attention(
     Returns:
         ``[B, N - num_prefix]`` in float32 (float64 for double).
 
-    Differentiable in: ``q`` and ``k``.
-
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape or device does not fit.
 
-    Source: ``attn[:, :, 0, 1:].mean(dim=1)`` of EViT's ``Attention``.
+    Note:
+        Differentiable in ``q`` and ``k``.
 
     Example:
         >>> from tokenops.compat.evit import class_attention
         >>> class_attention(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8)).tolist()
         [[0.25, 0.25, 0.25]]
+
+    References:
+        ``attn[:, :, 0, 1:].mean(dim=1)`` of EViT's ``Attention``.
     """
     num_prefix = _checks.check_int("class_attention", "num_prefix", num_prefix)
     return attention_scores(q, k, query_index=[0], scale=scale)[:, num_prefix:]
@@ -72,19 +75,21 @@ def complement_idx(idx: Tensor, dim: int) -> Tensor:
     Returns:
         int64 ``[..., dim - K]``.
 
-    Determinism: the same bits from run to run.
-
     Raises:
         TypeError: If ``idx`` is no integer tensor.
         ValueError: If K is above ``dim``, or an index is out of range (clamped where looking at
             indices would wait for the device).
 
-    Source: ``complement_idx`` of EViT.
+    Note:
+        Deterministic: the same bits from run to run.
 
     Example:
         >>> from tokenops.compat.evit import complement_idx
         >>> complement_idx(torch.tensor([[3, 0]]), 5).tolist()
         [[1, 2, 4]]
+
+    References:
+        ``complement_idx`` of EViT.
     """
     name = "complement_idx"
     dim = _checks.check_int(name, "dim", dim)
@@ -127,21 +132,22 @@ def drop_tokens(
         them. ``token_map.members[:, num_prefix : num_prefix + kept] - num_prefix`` is EViT's
         ``idx``. Where nothing is dropped, ``x`` itself, in its order, and the identity.
 
-    Differentiable in: ``x``, and ``cls_attn`` through the fused token.
-
-    Determinism: the same bits from run to run; ties go to the lowest index.
-
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape, device or value does not fit.
 
-    Source: ``Attention`` and ``Block`` of EViT; Liang et al., ICLR 2022, sections 3.2 and 3.3.
+    Note:
+        Differentiable in ``x``, and ``cls_attn`` through the fused token. Deterministic: the same
+        bits from run to run; ties go to the lowest index.
 
     Example:
         >>> from tokenops.compat.evit import drop_tokens
         >>> x, cls_attn = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[0.25, 0.5]])
         >>> drop_tokens(x, cls_attn, 0.5, fuse_token=True)[0].flatten().tolist()
         [1.0, 3.0, 0.5]
+
+    References:
+        ``Attention`` and ``Block`` of EViT; Liang et al., ICLR 2022, sections 3.2 and 3.3.
     """
     name = "drop_tokens"
     _checks.check_floating(name, "x", x, dims=(3,))

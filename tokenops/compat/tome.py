@@ -14,7 +14,8 @@ Where the original is plainly wrong, this is right:
   comes back as zeros instead of being missing.
 * Sizes are float32 whatever ``x`` is; in half precision they would stop growing.
 
-Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3.
+References:
+    Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3.
 """
 
 from __future__ import annotations
@@ -116,21 +117,23 @@ def bipartite_soft_matching(
         tokens descend in similarity; with a class token they ascend in index, so that it stays in
         front. With a distillation token, it comes second.
 
-    Determinism: as :func:`tokenops.match`; ties go to the lowest token index.
-
     Raises:
         TypeError: If ``metric`` is no floating-point tensor or ``r`` no int.
         ValueError: If ``metric`` has a wrong shape.
 
-    Source: ToMe's ``bipartite_soft_matching``, except that ``unmerge`` knows the layout of the
-    distillation token, that a token of zero length is similar to nothing, and that three tokens
-    with a distillation token alone stay three: the only destination is not to be touched.
+    Note:
+        Deterministic as :func:`tokenops.match`; ties go to the lowest token index.
 
     Example:
         >>> from tokenops.compat import tome
         >>> merge, unmerge = tome.bipartite_soft_matching(torch.eye(4)[None], 1)
         >>> merge(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])).flatten().tolist()
         [3.0, 1.5, 4.0]
+
+    References:
+        ToMe's ``bipartite_soft_matching``, except that ``unmerge`` knows the layout of the
+        distillation token, that a token of zero length is similar to nothing, and that three tokens
+        with a distillation token alone stay three: the only destination is not to be touched.
     """
     name = "bipartite_soft_matching"
     tokens = _num_tokens(name, metric)
@@ -163,20 +166,22 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
         ``(merge, unmerge)``, to N // k tokens in the order of the destinations. ``merge`` drops the
         N % k tokens of the tail; ``unmerge`` gives zeros for them.
 
-    Determinism: as :func:`tokenops.match`; ties go to the lowest token index.
-
     Raises:
         TypeError: If ``metric`` is no floating-point tensor or ``k`` no int.
         ValueError: If ``metric`` has a wrong shape or fewer than ``k`` tokens.
 
-    Source: ToMe's ``kth_bipartite_soft_matching``, except that ``unmerge`` does not lose the tail
-    and that a token of zero length is similar to nothing.
+    Note:
+        Deterministic as :func:`tokenops.match`; ties go to the lowest token index.
 
     Example:
         >>> from tokenops.compat import tome
         >>> merge, unmerge = tome.kth_bipartite_soft_matching(torch.ones(1, 5, 2), 2)
         >>> unmerge(merge(torch.arange(5.0)[None, :, None])).flatten().tolist()
         [1.0, 1.0, 1.0, 3.0, 0.0]
+
+    References:
+        ToMe's ``kth_bipartite_soft_matching``, except that ``unmerge`` does not lose the tail and
+        that a token of zero length is similar to nothing.
     """
     name = "kth_bipartite_soft_matching"
     tokens = _num_tokens(name, metric)
@@ -209,15 +214,18 @@ def random_bipartite_soft_matching(metric: Tensor, r: int) -> Matching:
     Returns:
         ``(merge, unmerge)``, to the N - r tokens that were not drawn, in the order of the draw.
 
-    Determinism: the draw takes ``[B, N]`` numbers from the default generator of the metric's
-    device, as the original does: the same seed gives the same split. None are taken if ``r <= 0``.
-
     Raises:
         TypeError: If ``metric`` is no floating-point tensor or ``r`` no int.
         ValueError: If ``metric`` has a wrong shape or ``r`` is not below N.
 
-    Source: ToMe's ``random_bipartite_soft_matching``, except that a token of zero length is similar
-    to nothing.
+    Note:
+        Deterministic: the draw takes ``[B, N]`` numbers from the default generator of the metric's
+        device, as the original does: the same seed gives the same split. None are taken if ``r <=
+        0``.
+
+    References:
+        ToMe's ``random_bipartite_soft_matching``, except that a token of zero length is similar to
+        nothing.
     """
     name = "random_bipartite_soft_matching"
     tokens = _num_tokens(name, metric)
@@ -249,14 +257,16 @@ def merge_wavg(
         sizes be ``x.new_ones(B, N, 1, dtype=torch.float32)``; all later ones are float32 then, and
         attention adds ``size.log().to(q.dtype)``.
 
-    Differentiable in: ``x`` and ``size``.
-
     Raises:
         TypeError: If ``x`` or ``size`` is no tensor of numbers.
         ValueError: If a shape does not fit.
 
-    Source: ToMe's ``merge_wavg``, except that half types are summed in float32, and that sizes of a
-    wider type do not widen ``x``.
+    Note:
+        Differentiable in ``x`` and ``size``.
+
+    References:
+        ToMe's ``merge_wavg``, except that half types are summed in float32, and that sizes of a
+        wider type do not widen ``x``.
     """
     if not isinstance(x, Tensor):
         raise _checks.type_error("merge_wavg", "x", "a tensor", x)
@@ -309,7 +319,8 @@ def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None 
         TypeError: If ``source`` is no tensor of numbers.
         ValueError: If a shape does not fit.
 
-    Source: ToMe's ``merge_source``.
+    References:
+        ToMe's ``merge_source``.
     """
     nothing = isinstance(merge, DoNothing)
     if source is None:
@@ -332,7 +343,8 @@ def parse_r(num_layers: int, r: list[int] | tuple[int, float] | int) -> list[int
     Returns:
         L numbers, rounded towards zero (a list that is longer than L as it is).
 
-    Source: ToMe's ``parse_r``, except that one layer alone gets ``[r]`` and no division by zero.
+    References:
+        ToMe's ``parse_r``, except that one layer alone gets ``[r]`` and no division by zero.
     """
     if isinstance(r, list):
         return r + [0] * (num_layers - len(r))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in for tomesd: the functions of ``tomesd.merge``.
 
-Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
+References:
+    Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
 """
 
 from __future__ import annotations
@@ -47,24 +48,26 @@ def bipartite_soft_matching_random2d(
         the order ``[unmerged | destinations]``, unmerged tokens by descending similarity,
         destinations by index; ``unmerge(y)`` goes back. Both carry their ``token_map``.
 
-    Determinism: as :func:`tokenops.match`; ties go to the lowest token index. The draw takes one
-    integer for each cell on the generator's device, as the original does: the same seed gives the
-    same destinations.
-
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If ``w * h`` is not N.
 
-    Source: tomesd's ``bipartite_soft_matching_random2d``, except that destinations come in the
-    order of their index (there an unstable sort decides), that a token of zero length is similar to
-    nothing (there it becomes NaN and wins every match), and that randomness without a generator is
-    no error.
+    Note:
+        Deterministic as :func:`tokenops.match`; ties go to the lowest token index. The draw takes
+        one integer for each cell on the generator's device, as the original does: the same seed
+        gives the same destinations.
 
     Example:
         >>> from tokenops.compat import tomesd
         >>> m, u = tomesd.bipartite_soft_matching_random2d(torch.ones(1, 4, 2), 2, 2, 2, 2, 3, True)
         >>> u(m(torch.arange(4.0)[None, :, None])).flatten().tolist()
         [1.5, 1.5, 1.5, 1.5]
+
+    References:
+        Tomesd's ``bipartite_soft_matching_random2d``, except that destinations come in the order of
+        their index (there an unstable sort decides), that a token of zero length is similar to
+        nothing (there it becomes NaN and wins every match), and that randomness without a generator
+        is no error.
     """
     _num_tokens("bipartite_soft_matching_random2d", metric)
     r = _checks.check_int("bipartite_soft_matching_random2d", "r", r, minimum=None)

@@ -173,14 +173,15 @@ def apply_patch(
     Returns:
         The patch; its ``trace`` tells after each forward pass what happened, its ``r`` can be set.
 
-    Differentiable in: all that the model is differentiable in; the choice of the tokens that merge
-    carries no gradient.
-
     Raises:
         TypeError: If ``model`` is of a class that the patch does not know, or an argument has a
             wrong type.
         ValueError: If the model is patched already, or a value does not fit.
         ImportError: If transformers is not installed.
+
+    Note:
+        Differentiable in all that the model is differentiable in; the choice of the tokens that
+        merge carries no gradient.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
