@@ -30,7 +30,7 @@ DTYPES = {
 #: Tensors by name of the argument. Optional ones are passed where a call sets them to True.
 TENSORS = {
     "q": "BHQD@BN3HD", "k": "BHND@BN3HD", "v": "BHNV@BN3HV", "policy": "BN s", "size": "BN s",
-    "key_padding_mask": "BN b", "position": "Q i", "lse": "BHQ s", "floor": "BHR s",
+    "key_padding_mask": "BN b", "query_position": "Q i", "lse": "BHQ s", "p_eps": "BHR s",
     "argmax": "BHR i", "grad_lse": "BHQ s",
     "a": "BND", "b": "BND", "a_mask": "BN b", "b_mask": "BN b", "metric": "BND", "protected": "N b",
     "src_index": "S l", "dst_index": "T l", "cell": "G i", "thresholds": "B s",
@@ -46,7 +46,7 @@ OPTIONS = {
     "order": "position", "similarity": "cosine", "reduce": "sum", "mean": False,
 }  # fmt: skip
 
-_ROWS = {"out": "BQHV", "grad": "BQHV"}
+_ROWS = {"out": "BQHV", "grad_out": "BQHV"}
 _X, _Y, _OUT = {"x": "BNC@BCN"}, {"y": "BMC@"}, {"grad": "BMC@", "out": "BMC@"}
 
 #: Operators by the first word of a label, with sizes and arguments of all their calls.
@@ -72,7 +72,7 @@ OPERATORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 }
 
 _ALL = {"policy": True, "size": True, "key_padding_mask": True, "is_causal": True}
-_QUERIES = {"policy": True, "key_padding_mask": True, "position": True}
+_QUERIES = {"policy": True, "key_padding_mask": True, "query_position": True}
 _POLICY = {"policy": True, "self_keep": True, "need_policy": True}
 
 #: Sizes and arguments by word of a label, or by its first word and another one.
@@ -83,7 +83,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "scores all": {**_ALL, "exclude_self": True},
     "backward policy": _POLICY, "backward kept": {**_POLICY, "policy_grad": "kept"},
     "backward all": {
-        **_ALL, **_POLICY, "policy": "BHN s", "position": "BN i", "eps": 1e-6,
+        **_ALL, **_POLICY, "policy": "BHN s", "query_position": "BN i", "eps": 1e-6,
         "exclude_self": True, "grad_lse": True, "need_size": True,
     },
     "masks": {"a_mask": True, "b_mask": True}, "dot": {"similarity": "dot"},

@@ -226,18 +226,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
   return {dq, dk, dv, dpolicy, dsize};
 }
 
-// The schema's order of the arguments.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward_flat(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const OptionalTensor& policy, const OptionalTensor& size,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& query_position,
-    const Saved& saved, bool self_keep, bool exclude_self, double eps, bool is_causal,
-    const Text& policy_grad, double scale, bool need_v, bool need_policy, bool need_size) {
-  return policy_attention_backward({q, k, v, policy, size, key_padding_mask, query_position,
-                                    self_keep, exclude_self, eps, is_causal, policy_grad, scale},
-                                   saved, grad_out, grad_lse, need_v, need_policy, need_size);
-}
-
 // ---- scores ----
 
 // q . k of few queries and all keys, [B, H, Nq, Nk]. Blocks of keys are tasks where heads are few;
@@ -356,6 +344,6 @@ Tensor attention_scores(const Tensor& q, const Tensor& k, const OptionalTensor& 
 STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
   m.impl("policy_attention", TOKENOPS_BOX(&tokenops::attention::policy_attention));
   m.impl("policy_attention_backward",
-         TOKENOPS_BOX(&tokenops::attention::policy_attention_backward_flat));
+         TOKENOPS_BOX(&tokenops::attention::policy_attention_backward));
   m.impl("attention_scores", TORCH_BOX(&tokenops::attention::attention_scores));
 }

@@ -7,6 +7,7 @@ import torch
 
 import tokenops
 from tokenops.ops.attention import reference
+from tokenops.ops.attention.arguments import Inputs, Needs, OutputGrads, ScoreInputs
 from tokenops.testing import (
     LAYOUTS,
     assert_same_bits,
@@ -232,28 +233,23 @@ def test_formulas_in_blocks_of_rows(case, rows, monkeypatch):
     kinds, options = CASES[case]
     inputs = random_attention(2, 4, 19, 8, dtype=torch.float64, seed=1, **kinds)
     monkeypatch.setattr(reference, "MAP_AT_A_TIME", 2 * 4 * 19 * rows)
-    q, k, v, policy, size, mask = (
-        inputs.get(n) for n in ("q", "k", "v", "policy", "size", "key_padding_mask")
-    )
-    if policy is not None:
-        policy = policy.double().view(
-            policy.shape[:2] if policy.shape[2:] == (1,) else policy.shape
-        )
-    by_default = {
+    arguments = {n: inputs.get(n) for n in Inputs._fields} | {
         "self_keep": True, "exclude_self": False, "eps": 0.0, "is_causal": False,
-        "policy_grad": "exact", "scale": 8**-0.5,
+        "policy_grad": "exact", "scale": 8**-0.5, **options,
     }  # fmt: skip
-    flags = [options.get(n, value) for n, value in by_default.items()]
-    tensors = q, k, v, policy, size, mask, None
+    policy = arguments["policy"]
+    if policy is not None:
+        shape = policy.shape[:2] if policy.shape[2:] == (1,) else policy.shape
+        arguments["policy"] = policy.double().view(shape)
     grad, grad_lse = oracle.cotangents(inputs)
-    need_policy = policy is not None and flags[4] != "none"
+    grads = OutputGrads(grad.transpose(1, 2), grad_lse)
+    needs = Needs(True, policy is not None and arguments["policy_grad"] != "none", True)
+    rest = {n: t for n, t in arguments.items() if n in ScoreInputs._fields}
+    rest |= {"query_weight": None, "lse": None, "head_reduce": "sum"}
     with torch.no_grad():
-        results = reference.policy_attention(*tensors, *flags)
-        backward = reference.policy_attention_backward(
-            grad.transpose(1, 2), grad_lse, *tensors, *results, *flags, True, need_policy, True
-        )
-        rest = q, k, None, policy, size, mask, None, None, flags[0], False, *flags[2:4], flags[5]
-        score = reference.attention_scores(*rest, "sum")
+        results = reference.policy_attention(Inputs(**arguments))
+        backward = reference.policy_attention_backward(Inputs(**arguments), results, grads, needs)
+        score = reference.attention_scores(ScoreInputs(**rest))
     got = {"out": results[0].transpose(1, 2), "lse": results[1]}
     got |= {n: t.transpose(1, 2) for n, t in zip("qkv", backward, strict=False)}
     truth = oracle.results(oracle.attention, inputs, grad, grad_lse, **options)

@@ -299,10 +299,10 @@ def test_wild_argmax_of_the_backward(backend, device):
     q, k, v, policy = inputs.values()
     options = True, False, 1e-2, False, "exact", 0.5
     tensors = q, k, v, policy, None, None, None
-    out, lse, floor, argmax = ops.policy_attention(*tensors, *options)
+    out, lse, p_eps, argmax = ops.policy_attention(*tensors, *options)
     for wild in (-(2**31), -1, 7, 2**24, 2**31 - 1):
         results = ops.policy_attention_backward(
-            out, lse, *tensors, out, lse, floor, torch.full_like(argmax, wild), *options,
+            *tensors, *options, out, lse, p_eps, torch.full_like(argmax, wild), out, lse,
             True, True, False,
         )  # fmt: skip
         assert all(r.isfinite().all() for r in results)

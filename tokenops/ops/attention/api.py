@@ -157,9 +157,8 @@ def policy_attention(
     self_keep = _self_keep(name, self_keep, policy, position, q, k)
     eps = _checks.check_real(name, "eps", eps, minimum=0.0)
     scale = _scale(name, scale, q)
-    out, lse, _, _ = _backend.dispatch(name, q)(
-        *(q, k, v, *weights, position, self_keep, False, eps, bool(is_causal), policy_grad, scale)
-    )
+    options = self_keep, False, eps, bool(is_causal), policy_grad, scale
+    out, lse, _, _ = _backend.dispatch(name, q)(q, k, v, *weights, position, *options)
     out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
 

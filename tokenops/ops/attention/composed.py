@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..._library import acc_dtype, may_be_true, no_autocast
+from .arguments import InputGrads, Inputs, Needs, OutputGrads, Saved, ScoreInputs
 from .composed_rows import (
     Keys,
     Maps,
@@ -41,35 +42,21 @@ _fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def policy_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    policy_grad: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, Nq, H, Dv], L [B, H, Nq] and, with eps, floor and argmax [B, H, Nq] of rows."""
-    options = self_keep, exclude_self, eps, is_causal, scale, product_dtype(q)
-    keys = weighted_keys(q, k, policy, size, key_padding_mask, position, *options)
+def policy_attention(inputs: Inputs) -> Saved:
+    """Output, lse and, with eps, the share of eps and the key of the maximum of each row."""
+    q, k, v, eps = inputs.q, inputs.k, inputs.v, inputs.eps
+    keys = weighted_keys(inputs, product_dtype(q))
     if _is_fused(q, v, keys):
-        inputs = _with_dense_rows(q), keys.k, dense_values(v, keys)
-        attended, lse = _fused_attention(*inputs, 0.0, False, **_fused(q, keys))
+        dense = _with_dense_rows(q), keys.k, dense_values(v, keys)
+        attended, lse = _fused_attention(*dense, 0.0, False, **_fused(q, keys))
         none = lse.new_empty(*lse.shape[:2], 0)
-        return attended.transpose(1, 2), lse, none, none.int()
+        return Saved(attended.transpose(1, 2), lse, none, none.int())
     values, maps = dense_values(v, keys), Maps(keys, q.device)
     batch, heads, rows = q.shape[:3]
     out = q.new_empty(batch, rows, heads, v.shape[3])
     lse = q.new_empty(batch, heads, rows, dtype=keys.dtype)
-    floor = q.new_empty(batch, heads, rows if eps > 0 else 0, dtype=keys.dtype)
-    argmax = torch.empty_like(floor, dtype=torch.int32)
+    p_eps = q.new_empty(batch, heads, rows if eps > 0 else 0, dtype=keys.dtype)
+    argmax = torch.empty_like(p_eps, dtype=torch.int32)
     mean = mean_value(values, keys) if eps > 0 else None
     with no_autocast(q.device.type):
         for block in blocks(q, k, keys):
@@ -80,58 +67,36 @@ def policy_attention(
             attended = product(maps.lower(weight), values[i])
             if mean is not None:
                 attended = attended.to(keys.dtype)
-                floor[i, :, r] = sums.floor[..., 0]
+                p_eps[i, :, r] = sums.p_eps[..., 0]
                 argmax[i, :, r] = -1 if sums.argmax is None else sums.argmax
                 if not keys.by_row:
                     attended += sums.eps * mean[i]
                 attended *= sums.inverse
             out[i, r] = attended.transpose(1, 2)
-    return out, lse, floor, argmax
+    return Saved(out, lse, p_eps, argmax)
 
 
 def policy_attention_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    floor: Tensor,
-    argmax: Tensor,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    policy_grad: str,
-    scale: float,
-    need_v: bool,
-    need_policy: bool,
-    need_size: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v in the layout [B, N, heads, width], of policy and of size."""
-    options = self_keep, exclude_self, eps, is_causal, scale, product_dtype(q)
-    keys = weighted_keys(q, k, policy, size, key_padding_mask, position, *options)
+    inputs: Inputs, saved: Saved, grads: OutputGrads, needs: Needs
+) -> InputGrads:
+    """Gradients of q, k, v, policy and size."""
+    q, k, v, policy, size = inputs[:5]
+    self_keep, exclude_self, eps, _, policy_grad, scale = inputs[7:]
+    out, lse, p_eps, argmax = saved
+    grad, grad_lse = grads
+    need_v, need_policy, need_size = needs
+    keys = weighted_keys(inputs, product_dtype(q))
     values, maps = dense_values(v, keys), Maps(keys, q.device)
     if _is_fused(q, v, keys) and grad_lse is None and not need_size:
-        saved = _with_dense_rows(q), keys.k, values, out.transpose(1, 2), lse
+        forward = _with_dense_rows(q), keys.k, values, out.transpose(1, 2), lse
         upward = _with_dense_rows(grad).transpose(1, 2)
-        gradients = _fused_backward(upward, *saved, 0.0, False, **_fused(q, keys))
+        gradients = _fused_backward(upward, *forward, 0.0, False, **_fused(q, keys))
         dq, dk, dv = (
             per_group(t, heads).transpose(1, 2)
             for t, heads in zip(gradients, (q.shape[1], k.shape[1], k.shape[1]), strict=True)
         )
-        return (
-            dq,
-            dk,
-            dv if need_v else dv[:, :0],
-            lse.new_empty(q.shape[0], 0),
-            lse.new_empty(q.shape[0], 0),
-        )
+        none = lse.new_empty(q.shape[0], 0)
+        return InputGrads(dq, dk, dv if need_v else dv[:, :0], none, none.clone())
     mean = mean_value(values, keys) if eps > 0 else None
     delta = (grad.to(keys.dtype) * out).sum(-1).transpose(1, 2)[..., None]  # [B, H, Nq, 1]
     if grad_lse is not None:
@@ -178,7 +143,7 @@ def policy_attention_backward(
                 if kept is not None:
                     own.write(t, kept)
             if mean is not None and t.shape[3] > 0:
-                tail = floor[i, :, r, None].mul(by_mean - delta[i, :, r])
+                tail = p_eps[i, :, r, None].mul(by_mean - delta[i, :, r])
                 t.scatter_add_(3, argmax[i, :, r, None].clamp(0, t.shape[3] - 1).long(), tail)
             if need_size:
                 dlog[i] += t.sum(2)
@@ -193,12 +158,12 @@ def policy_attention_backward(
                 if kept is not None:
                     own.write(share, kept)
             if mean is not None and seen is not None:
-                share += seen * (floor[i, :, r, None] / number)
+                share += seen * (p_eps[i, :, r, None] / number)
             if exclude_self:
                 own.write(share, 0.0)
             add_product(dv[i], maps.lower(share).transpose(2, 3), g, whole)
             if mean is not None and seen is None:
-                dv[i] += (floor[i, :, r, None].transpose(2, 3) @ g.to(keys.dtype)) / number
+                dv[i] += (p_eps[i, :, r, None].transpose(2, 3) @ g.to(keys.dtype)) / number
     dk *= scale
     if keys.part is not None:
         dv.masked_fill_(~keys.part, 0)
@@ -213,7 +178,7 @@ def policy_attention_backward(
         dpolicy = dpolicy.sum(1) if policy.dim() == 2 else dpolicy
         if policy_grad == "kept":
             dpolicy = torch.where(policy > 0, dpolicy, 0)
-    return dq, dk, dv if need_v else dv[:, :0], dpolicy, dsize
+    return InputGrads(dq, dk, dv if need_v else dv[:, :0], dpolicy, dsize)
 
 
 def _times(
@@ -227,25 +192,11 @@ def _times(
     t *= policy
 
 
-def attention_scores(
-    q: Tensor,
-    k: Tensor,
-    query_weight: Tensor | None,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    lse: Tensor | None,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    scale: float,
-    head_reduce: str,
-) -> Tensor:
+def attention_scores(inputs: ScoreInputs) -> Tensor:
     """Attention that each key receives, [B, Nk], or [B, H, Nk] without a reduction over heads."""
-    options = self_keep, exclude_self, eps, is_causal, scale, acc_dtype(q)
-    keys = weighted_keys(q, k, policy, size, key_padding_mask, position, *options)
+    q, k, query_weight, eps = inputs.q, inputs.k, inputs.query_weight, inputs.eps
+    head_reduce = inputs.head_reduce
+    keys = weighted_keys(inputs, acc_dtype(q))
     maps = Maps(keys, q.device)
     score = keys.k.new_zeros(keys.k.shape[:3], dtype=keys.dtype)
     with no_autocast(q.device.type):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._library import ROWS_AT_LEAST, acc_dtype, block_entries, may_be_true
+from .arguments import Inputs, ScoreInputs
 
 #: Smallest softmax probability of the first key from which a row's log-sum-exp is taken, as logit -
 #: log(probability). That is off by less than 1e-5, far less than logits from bfloat16 products.
@@ -89,21 +90,10 @@ class Own:
             self.write(x, kept)
 
 
-def weighted_keys(
-    q: Tensor,
-    k: Tensor,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    scale: float,
-    products: torch.dtype,
-) -> Keys:
-    """What all rows share, of arguments as the operators have them; ``products``: their type."""
+def weighted_keys(inputs: Inputs | ScoreInputs, products: torch.dtype) -> Keys:
+    """What all rows share; ``products`` is the type of operands of products."""
+    q, k, size, policy = inputs.q, inputs.k, inputs.size, inputs.policy
+    position, key_padding_mask = inputs.query_position, inputs.key_padding_mask
     dtype = acc_dtype(q)
     part = None if key_padding_mask is None else ~key_padding_mask
     if size is not None:
@@ -128,18 +118,18 @@ def weighted_keys(
     k = _per_head(_without_padding(k, part).to(products), q.shape[1]).contiguous()
     return Keys(
         k,
-        k.to(dtype) if eps > 0 else None,
+        k.to(dtype) if inputs.eps > 0 else None,
         dtype,
         None if bias is None else bias[:, None, None],
         policy,
         part,
         count,
         position,
-        self_keep,
-        exclude_self,
-        eps,
-        is_causal,
-        scale,
+        inputs.self_keep,
+        inputs.exclude_self,
+        inputs.eps,
+        inputs.is_causal,
+        inputs.scale,
     )
 
 
@@ -289,13 +279,13 @@ def seen_keys(block: Block, keys: Keys) -> tuple[Tensor, Tensor]:
 class _Sums(NamedTuple):
     """Of the rows of a block, [b, H, R, 1], but for the first and the last.
 
-    Without eps, ``eps`` and ``floor`` have no dimension.
+    Without eps, ``eps`` and ``p_eps`` have no dimension.
     """
 
     lse: Tensor  # [b, H, R]
     inverse: Tensor  # of the sum of the weights
     eps: Tensor  # weight of the mean of the values; 0 for a row that sees nothing
-    floor: Tensor  # share of eps in the sum
+    p_eps: Tensor  # share of eps in the sum
     argmax: Tensor | None  # int32 [b, H, R], with eps alone
 
 

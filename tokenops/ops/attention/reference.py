@@ -16,23 +16,11 @@ import torch
 from torch import Tensor
 
 from ..._library import acc_dtype, no_autocast
+from .arguments import InputGrads, Inputs, Needs, OutputGrads, Saved, ScoreInputs
 
 #: Entries of attention maps that the operators hold at a time: queries come in blocks of so many,
 #: which keeps memory linear in N. Autograd through these functions keeps the maps all the same.
 MAP_AT_A_TIME = 1 << 24
-
-
-class Options(NamedTuple):
-    """What stays the same for all rows; the names are the operators' arguments."""
-
-    policy: Tensor | None  # [B, Nk] or [B, H, Nk], >= 0
-    size: Tensor | None  # [B, Nk], >= 0
-    key_padding_mask: Tensor | None  # bool [B, Nk], true for padding
-    self_keep: bool
-    exclude_self: bool
-    eps: float
-    is_causal: bool
-    scale: float
 
 
 class _Rows(NamedTuple):
@@ -40,22 +28,25 @@ class _Rows(NamedTuple):
 
     share: Tensor  # exp(s_ij + log z_j - L_i): attention before the policy
     weight: Tensor  # share times the policy, which is 1 for a row's own key under self_keep
-    attention: Tensor  # what multiplies the values: weight + floor / (number of seen keys)
+    attention: Tensor  # what multiplies the values: weight + p_eps / (number of seen keys)
     seen: Tensor  # bool
     own: Tensor  # bool, the row's own key
     lse: Tensor  # [B, H, Nq]
-    floor: Tensor  # [B, H, Nq], the share of eps in the row's sum
+    p_eps: Tensor  # [B, H, Nq], the share of eps in the row's sum
     argmax: Tensor  # int32 [B, H, Nq], the key of the row's maximum; -1 without eps
 
 
-def _map_rows(q: Tensor, k: Tensor, position: Tensor | None, o: Options) -> _Rows:
-    """All factors of the rows of ``q``, differentiable by autograd in q, k, policy and size."""
+def _map_rows(o: Inputs | ScoreInputs, rows: slice) -> _Rows:
+    """All factors of some rows, differentiable by autograd in q, k, policy and size."""
+    q = o.q[:, :, rows]
     dtype = acc_dtype(q)
-    nq, nk = q.shape[2], k.shape[2]
+    nk = o.k.shape[2]
     part = _part(o)
-    keys = _per_head(_without_padding(k, part).to(dtype), q.shape[1])
+    keys = _per_head(_without_padding(o.k, part).to(dtype), q.shape[1])
     key = torch.arange(nk, device=q.device)
-    at = torch.arange(nq, device=q.device) if position is None else position
+    at = torch.arange(rows.start, rows.stop, device=q.device)
+    if o.query_position is not None:
+        at = o.query_position[..., rows]
     own = (at[..., None] == key).unsqueeze(-3)  # [1, Nq, Nk] or [B, 1, Nq, Nk]
     seen = torch.ones(1, 1, 1, nk, dtype=torch.bool, device=q.device)
     if part is not None:
@@ -78,16 +69,16 @@ def _map_rows(q: Tensor, k: Tensor, position: Tensor | None, o: Options) -> _Row
             keep = torch.where(own, 1, keep)
     seen, own = seen.expand(s.shape), own.expand(s.shape)
     s = s.masked_fill(~seen, -math.inf)
-    lse, floor, exp, total, argmax = _normalize(s, keep, seen, o.eps)
+    lse, p_eps, exp, total, argmax = _normalize(s, keep, seen, o.eps)
 
     # A dropped key may dominate its row beyond all bounds; its share is capped, not infinite.
     share = (exp / total[..., None]).clamp(max=math.exp(_limit(s)))
     count = seen.sum(-1).clamp(min=1)
     weight = exp * keep / total[..., None]
-    attention = weight + (floor / count)[..., None] * seen
+    attention = weight + (p_eps / count)[..., None] * seen
     if o.exclude_self:
         attention = attention.masked_fill(own, 0)
-    return _Rows(share, weight, attention, seen, own, lse, floor, argmax)
+    return _Rows(share, weight, attention, seen, own, lse, p_eps, argmax)
 
 
 def _normalize(
@@ -121,13 +112,13 @@ def _normalize(
     total = torch.where(empty, 1, total)
     exp = exp.masked_fill(empty[..., None], 0)
     lse = torch.where(empty, -math.inf, c[..., 0] + total.log())
-    floor = weight_of_eps / total
+    p_eps = weight_of_eps / total
     if eps == 0:
-        return lse, floor, exp, total, torch.full_like(argmax[..., 0], -1, dtype=torch.int32)
-    return lse, floor, exp, total, torch.where(some, argmax[..., 0], -1).int()
+        return lse, p_eps, exp, total, torch.full_like(argmax[..., 0], -1, dtype=torch.int32)
+    return lse, p_eps, exp, total, torch.where(some, argmax[..., 0], -1).int()
 
 
-def _part(o: Options) -> Tensor | None:
+def _part(o: Inputs | ScoreInputs) -> Tensor | None:
     """Keys that take part, bool [B, Nk]; None for all."""
     part = None if o.key_padding_mask is None else ~o.key_padding_mask
     if o.size is None:
@@ -178,169 +169,101 @@ def _row_blocks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(i, min(i + block, rows)) for i in range(0, rows, block)]
 
 
-def _positions(position: Tensor | None, q: Tensor, rows: slice) -> Tensor | None:
-    if position is not None:
-        return position[..., rows]
-    if rows.start == 0:
-        return None
-    return torch.arange(rows.start, rows.stop, device=q.device)
-
-
-def policy_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    policy_grad: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, Nq, H, Dv], L [B, H, Nq] and, with eps, floor and argmax [B, H, Nq] of each row.
+def policy_attention(inputs: Inputs) -> Saved:
+    """Output, lse and, with eps, the share of eps and the key of the maximum of each row.
 
     Differentiable by ordinary autograd in q, k, v, policy and size.
     """
-    policy = _differentiable(policy, policy_grad)
-    o = Options(policy, size, key_padding_mask, self_keep, exclude_self, eps, is_causal, scale)
+    q, v = inputs.q, inputs.v
+    inputs = inputs._replace(policy=_differentiable(inputs.policy, inputs.policy_grad))
     parts = []
     with no_autocast(q.device.type):
-        values = _per_head(_without_padding(v, _part(o)).to(acc_dtype(v)), q.shape[1])
-        for block in _row_blocks(q, k):
-            rows = _map_rows(q[:, :, block], k, _positions(position, q, block), o)
+        values = _per_head(_without_padding(v, _part(inputs)).to(acc_dtype(v)), q.shape[1])
+        for block in _row_blocks(q, inputs.k):
+            rows = _map_rows(inputs, block)
             out = (rows.attention @ values).to(q.dtype).transpose(1, 2)
-            parts.append((out, rows.lse, rows.floor, rows.argmax))
+            parts.append((out, rows.lse, rows.p_eps, rows.argmax))
     dims = (1, 2, 2, 2)
-    out, lse, floor, argmax = (torch.cat([p[i] for p in parts], dims[i]) for i in range(4))
-    if eps == 0:
-        floor, argmax = floor[..., :0], argmax[..., :0]
-    return out, lse, floor, argmax
+    out, lse, p_eps, argmax = (torch.cat([p[i] for p in parts], dims[i]) for i in range(4))
+    if inputs.eps == 0:
+        p_eps, argmax = p_eps[..., :0], argmax[..., :0]
+    return Saved(out, lse, p_eps, argmax)
 
 
 def policy_attention_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    floor: Tensor,
-    argmax: Tensor,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    policy_grad: str,
-    scale: float,
-    need_v: bool,
-    need_policy: bool,
-    need_size: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v in the layout [B, N, heads, width], of policy and of size.
+    inputs: Inputs, saved: Saved, grads: OutputGrads, needs: Needs
+) -> InputGrads:
+    """Gradients of q, k, v, policy and size; all is computed from the inputs again.
 
-    What is not needed comes back empty. All is computed from the inputs again; ``out``, ``lse``,
-    ``floor`` and ``argmax`` spare kernels that. Differentiable by ordinary autograd.
+    Differentiable by ordinary autograd.
     """
-    policy = _differentiable(policy, policy_grad)
-    o = Options(policy, size, key_padding_mask, self_keep, exclude_self, eps, is_causal, scale)
-    dtype = acc_dtype(q)
-    parts = []
+    q, k, size = inputs.q, inputs.k, inputs.size
+    policy = _differentiable(inputs.policy, inputs.policy_grad)
+    inputs = inputs._replace(policy=policy)
     with no_autocast(q.device.type):
-        for block in _row_blocks(q, k):
-            g = grad[:, block].transpose(1, 2).to(dtype)  # [B, H, Nq, Dv]
-            g_lse = None if grad_lse is None else grad_lse[:, :, block]
-            at = _positions(position, q, block)
-            parts.append(_block_backward(g, g_lse, q[:, :, block], k, v, at, o))
+        parts = [_block_backward(inputs, grads, block) for block in _row_blocks(q, k)]
         dq = torch.cat([p[0] for p in parts], 2)
         dk, dv, dpolicy, dlog = (_sum([p[i] for p in parts]) for i in range(1, 5))
         dk, dv = _per_group(dk, k.shape[1]), _per_group(dv, k.shape[1])
     dq, dk, dv = (t.transpose(1, 2).to(q.dtype) for t in (dq, dk, dv))
     dsize = dlog[..., :0].sum(1)  # [B, 0]
-    if size is not None and need_size:
+    if size is not None and needs.need_size:
         dlog = dlog.sum(1)
         dsize = torch.where(size > 0, dlog / torch.where(size > 0, size, 1), 0)
-    if policy is None or not need_policy:
+    if policy is None or not needs.need_policy:
         dpolicy = dlog.flatten(1)[:, :0].clone()  # [B, 0]
     else:
         dpolicy = dpolicy.sum(1) if policy.dim() == 2 else dpolicy
-        if policy_grad == "kept":
+        if inputs.policy_grad == "kept":
             dpolicy = torch.where(policy > 0, dpolicy, 0)
-    return dq, dk, dv if need_v else dv[:, :0], dpolicy, dsize
+    return InputGrads(dq, dk, dv if needs.need_v else dv[:, :0], dpolicy, dsize)
 
 
 def _block_backward(
-    g: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor | None,
-    o: Options,
+    o: Inputs, grads: OutputGrads, block: slice
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What a block of rows adds to the gradients of q, k, v, policy and log size, by head."""
-    heads = q.shape[1]
+    q = o.q[:, :, block]
+    g = grads.grad_out[:, block].transpose(1, 2).to(acc_dtype(q))  # [B, H, Nq, Dv]
     part = _part(o)
-    keys, values = (_per_head(_without_padding(t, part).to(g.dtype), heads) for t in (k, v))
-    rows = _map_rows(q, k, position, o)
+    keys, values = (
+        _per_head(_without_padding(t, part).to(g.dtype), q.shape[1]) for t in (o.k, o.v)
+    )
+    rows = _map_rows(o, block)
     weighted = g @ values.transpose(-1, -2)  # g_i . v_j
     if o.exclude_self:
         weighted = weighted.masked_fill(rows.own, 0)
     delta = (rows.attention * weighted).sum(-1)  # g_i . o_i
-    if grad_lse is not None:
-        delta = delta - grad_lse
+    if grads.grad_lse is not None:
+        delta = delta - grads.grad_lse[:, :, block]
     t = rows.share * (weighted - delta[..., None])
     ds = rows.weight * (weighted - delta[..., None])
     if o.eps > 0:
         count = rows.seen.sum(-1).clamp(min=1)
         mean = (weighted * rows.seen).sum(-1) / count  # g_i . (mean of the values)
-        r = (rows.floor * (mean - delta))[..., None]
-        key = torch.arange(k.shape[2], device=k.device)
+        r = (rows.p_eps * (mean - delta))[..., None]
+        key = torch.arange(keys.shape[2], device=keys.device)
         ds = ds + r * (rows.argmax[..., None] == key)
     dpolicy = (t.masked_fill(rows.own, 0) if o.self_keep else t).sum(-2)
     dq, dk = o.scale * (ds @ keys), o.scale * (ds.transpose(-1, -2) @ q.to(g.dtype))
     return dq, dk, rows.attention.transpose(-1, -2) @ g, dpolicy, ds.sum(-2)
 
 
-def attention_scores(
-    q: Tensor,
-    k: Tensor,
-    query_weight: Tensor | None,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    lse: Tensor | None,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    scale: float,
-    head_reduce: str,
-) -> Tensor:
+def attention_scores(inputs: ScoreInputs) -> Tensor:
     """Attention that each key receives, [B, Nk], or [B, H, Nk] without a reduction over heads.
 
-    Differentiable by ordinary autograd. ``lse`` spares kernels a pass over the logits; here it is
-    computed again.
+    Differentiable by ordinary autograd.
     """
-    o = Options(policy, size, key_padding_mask, self_keep, exclude_self, eps, is_causal, scale)
+    weight, head_reduce = inputs.query_weight, inputs.head_reduce
     parts = []
-    with no_autocast(q.device.type):
-        for block in _row_blocks(q, k):
-            rows = _map_rows(q[:, :, block], k, _positions(position, q, block), o)
+    with no_autocast(inputs.q.device.type):
+        for block in _row_blocks(inputs.q, inputs.k):
+            rows = _map_rows(inputs, block)
             received = rows.attention
-            if query_weight is not None:
-                weight = query_weight[..., block].to(received.dtype)
-                weight = weight[:, None] if weight.dim() == 2 else weight
-                received = received * weight[..., None]
+            if weight is not None:
+                of_rows = weight[..., block].to(received.dtype)
+                of_rows = of_rows[:, None] if of_rows.dim() == 2 else of_rows
+                received = received * of_rows[..., None]
             parts.append(received.sum(2))  # [B, H, Nk]
     score = _sum(parts)
     if head_reduce == "none":

@@ -51,7 +51,7 @@ def samples() -> Iterator[Sample]:
             grad = grad[..., :1].expand(grad.shape)
         grad_lse = None if name == "plain" else torch.randn_like(saved[1])
         needs = name != "policy", name != "none", True
-        arguments = grad, grad_lse, q, k, v, *weights, position, *saved, *options, *needs
+        arguments = q, k, v, *weights, position, *options, *saved, grad, grad_lse, *needs
         yield Sample("policy_attention_backward", name, arguments)
 
         head_reduce = {"plain": "mean", "policy": "none", "eps": "none"}.get(name, "sum")
@@ -91,8 +91,8 @@ def calls(sizes: Sizes) -> Iterator[Call]:
     tokens = sizes.tokens
     for name, (kinds, options) in CALLS.items():
         inputs = random_attention(
-            sizes.batch, sizes.heads, tokens, sizes.width, value_width=sizes.value_width,
-            dtype=sizes.dtype, device=sizes.device, seed=16 * sizes.seed, **kinds,
+            sizes.batch, sizes.heads, tokens, sizes.width, dtype=sizes.dtype, device=sizes.device,
+            seed=16 * sizes.seed, **kinds,
         )  # fmt: skip
         mask = {n: inputs.pop(n) for n in ("key_padding_mask",) if n in inputs}
         fixed = {**options, **mask}

@@ -8,37 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _backend
+from ... import _backend, _library
 from ..._library import acc_dtype, differentiates, register
 from . import composed, reference
+from .arguments import InputGrads, Inputs, Needs, OutputGrads, Saved, ScoreInputs
 
 
 def _differentiable(ops: Any) -> Any:
     """The fused backward has no derivative of its own; the formula in PyTorch has."""
-    return reference if differentiates() else ops
+    return _library.references if differentiates() else ops
+
+
+def _product_flops(q: Any, k: Any, width: int) -> int:
+    """Of products with maps of queries by keys, of so many columns together; q and k are shapes."""
+    batch, heads, queries, _ = q
+    return int(2 * batch * heads * queries * k[2] * width)
 
 
 # ---- policy_attention ----
 
+_TENSORS = 7  # the first of Inputs; the others are options
 
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    policy_grad: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def _attention_fake(inputs: Inputs) -> Saved:
+    q, v = inputs.q, inputs.v
     batch, heads, queries = q.shape[:3]
-    rows = queries if eps > 0 else 0
-    return (
+    rows = queries if inputs.eps > 0 else 0
+    return Saved(
         q.new_empty(batch, queries, heads, v.shape[3]),
         q.new_empty(batch, heads, queries, dtype=acc_dtype(q)),
         q.new_empty(batch, heads, rows, dtype=acc_dtype(q)),
@@ -46,37 +42,31 @@ def _attention_fake(
     )
 
 
-def _attention_flops(q: Any, k: Any, v: Any, *_: Any) -> int:
+def _attention_flops(inputs: Any) -> int:
+    q, k, v = inputs[:3]  # shapes
     return _product_flops(q, k, q[3] + v[3])
 
 
-def _product_flops(q: Any, k: Any, width: int) -> int:
-    """Of products with maps of queries by keys, of so many columns together."""
-    batch, heads, queries, _ = q
-    return int(2 * batch * heads * queries * k[2] * width)
-
-
-def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, self_keep, exclude_self, eps, is_causal, policy_grad, scale = inputs
-    ctx.options = self_keep, exclude_self, eps, is_causal, policy_grad, scale
+def _attention_setup(ctx: Any, inputs: tuple[Inputs], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.options = inputs[0][:_TENSORS], inputs[0][_TENSORS:]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
 def _attention_backward(
-    ops: Any, ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Tensor | None
+    ops: Any, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: Tensor | None
 ) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # once: checkpoints of activations do not give them twice
-    tensors, (out, *rows) = saved[:7], saved[7:]
-    if grad is None and grad_lse is None:
-        return (None,) * 13
-    if grad is None:
-        grad = torch.zeros_like(out)
+    tensors = ctx.saved_tensors  # once: checkpoints of activations do not give them twice
+    inputs, saved = Inputs(*tensors[:_TENSORS], *ctx.options), Saved(*tensors[_TENSORS:])
+    if grad_out is None and grad_lse is None:
+        return (None,) * len(Inputs._fields)
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved.out)
     needs = ctx.needs
-    need_policy = needs[3] and ctx.options[4] != "none"
+    need_policy = needs[3] and inputs.policy_grad != "none"
     dq, dk, dv, dpolicy, dsize = _differentiable(ops).policy_attention_backward(
-        grad, grad_lse, *tensors, out, *rows, *ctx.options, needs[2], need_policy, needs[4]
+        *inputs, *saved, grad_out, grad_lse, needs[2], need_policy, needs[4]
     )
     return (
         dq.transpose(1, 2) if needs[0] else None,
@@ -95,50 +85,31 @@ register(
     backward=_attention_backward,
     setup_context=_attention_setup,
     flops=_attention_flops,
-    shared=("position",),
+    shared=("query_position",),
     public=True,
 )
 
 
 def _attention_backward_fake(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    floor: Tensor,
-    argmax: Tensor,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    policy_grad: str,
-    scale: float,
-    need_v: bool,
-    need_policy: bool,
-    need_size: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs: Inputs, saved: Saved, grads: OutputGrads, needs: Needs
+) -> InputGrads:
+    q, k, v, policy, size = inputs[:5]
+    lse, need_v, need_policy, need_size = saved.lse, *needs
     batch, keys = k.shape[0], k.shape[2]
-    sums = lse.new_empty(batch, 0)
-    return (
+    none = lse.new_empty(batch, 0)
+    return InputGrads(
         q.new_empty(batch, q.shape[2], q.shape[1], q.shape[3]),
         k.new_empty(batch, keys, k.shape[1], k.shape[3]),
         v.new_empty(batch, keys if need_v else 0, v.shape[1], v.shape[3]),
-        lse.new_empty(policy.shape) if policy is not None and need_policy else sums,
-        lse.new_empty(batch, keys) if size is not None and need_size else sums.clone(),
+        lse.new_empty(policy.shape) if policy is not None and need_policy else none,
+        lse.new_empty(batch, keys) if size is not None and need_size else none.clone(),
     )
 
 
-def _attention_backward_flops(grad: Any, grad_lse: Any, q: Any, k: Any, v: Any, *rest: Any) -> int:
-    *_, need_v, _, _ = rest
+def _attention_backward_flops(inputs: Any, saved: Any, grads: Any, needs: Needs) -> int:
+    q, k, v = inputs[:3]  # shapes
     # Logits again, dq and dk; gradients of attention, and dv.
-    return _product_flops(q, k, 3 * q[3] + (2 if need_v else 1) * v[3])
+    return _product_flops(q, k, 3 * q[3] + (2 if needs.need_v else 1) * v[3])
 
 
 register(
@@ -146,39 +117,28 @@ register(
     composed=composed.policy_attention_backward,
     fake=_attention_backward_fake,
     flops=_attention_backward_flops,
-    shared=("position",),
+    shared=("query_position",),
 )
 
 
 # ---- attention_scores ----
 
 
-def _scores_fake(
-    q: Tensor,
-    k: Tensor,
-    query_weight: Tensor | None,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    lse: Tensor | None,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    scale: float,
-    head_reduce: str,
-) -> Tensor:
-    batch, heads, keys = q.shape[0], q.shape[1], k.shape[2]
-    shape = (batch, heads, keys) if head_reduce == "none" else (batch, keys)
-    return q.new_empty(shape, dtype=acc_dtype(q))
+def _scores_fake(inputs: ScoreInputs) -> Tensor:
+    q, k = inputs.q, inputs.k
+    leading = q.shape[:2] if inputs.head_reduce == "none" else q.shape[:1]
+    return q.new_empty(*leading, k.shape[2], dtype=acc_dtype(q))
 
 
-def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _, self_keep, exclude_self, eps, is_causal, scale, head_reduce = inputs
+def _scores_flops(inputs: Any) -> int:
+    q, k = inputs[:2]  # shapes
+    return _product_flops(q, k, q[3])
+
+
+def _scores_setup(ctx: Any, inputs: tuple[ScoreInputs], output: Tensor) -> None:
+    self_keep, exclude_self, eps, is_causal, scale, ctx.head_reduce = inputs[0][8:]
     ctx.options = self_keep, exclude_self, eps, is_causal, "exact", scale
-    ctx.head_reduce = head_reduce
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[0][:7])
 
 
 def _scores_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -198,20 +158,20 @@ def _scores_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     values = values.expand(batch, keys.shape[1], -1)[..., None]  # [B, Hkv or H, Nk, 1]
     if ctx.head_reduce == "mean":
         values = values / heads
-    inputs = (q.to(dtype), keys, values, *tensors)
-    rows = ops.policy_attention(*inputs, *ctx.options)
+    inputs = Inputs(q.to(dtype), keys, values, *tensors, *ctx.options)
+    rows = ops.policy_attention(*inputs)
     dweight = None
     if needs[2]:
         dweight = rows[0][..., 0]  # [B, Nq, H]
         dweight = dweight.sum(2) if weight.dim() == 2 else dweight.transpose(1, 2)
     if weight is None:
         weight = values.new_ones(batch, queries)
-    out_grad = weight[..., None] if weight.dim() == 2 else weight.transpose(1, 2)  # [B, Nq, 1 or H]
-    out_grad = out_grad.to(dtype).expand(batch, queries, heads)[..., None]
+    grad_out = weight[..., None] if weight.dim() == 2 else weight.transpose(1, 2)  # [B, Nq, 1 or H]
+    grad_out = grad_out.to(dtype).expand(batch, queries, heads)[..., None]
     dq = dk = dpolicy = dsize = None
     if needs[0] or needs[1] or needs[3] or needs[4]:
         dq, dk, _, dpolicy, dsize = _differentiable(ops).policy_attention_backward(
-            out_grad, None, *inputs, *rows, *ctx.options, False, needs[3], needs[4]
+            *inputs, *rows, grad_out, None, False, needs[3], needs[4]
         )
         dk = dk.unflatten(2, (groups, -1)).sum(3) if dk.shape[2] > groups else dk
         dq, dk = dq.transpose(1, 2).to(q.dtype), dk.transpose(1, 2).to(k.dtype)
@@ -231,8 +191,8 @@ register(
     fake=_scores_fake,
     backward=_scores_backward,
     setup_context=_scores_setup,
-    flops=lambda q, k, *_: _product_flops(q, k, q[3]),
-    shared=("position",),
+    flops=_scores_flops,
+    shared=("query_position",),
     public=True,
 )
 

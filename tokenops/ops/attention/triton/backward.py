@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .... import _backend
 from ...._triton.launch import (
@@ -21,6 +20,7 @@ from ...._triton.launch import (
     planned,
     power_of_two,
 )
+from ..arguments import InputGrads, Inputs, Needs, OutputGrads, Saved
 from .backward_keys import attend_backward_keys, sum_heads
 from .backward_rows import attend_backward_rows
 from .forward import BLOCK
@@ -250,30 +250,14 @@ def _plan(
 
 
 def policy_attention_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    floor: Tensor,
-    argmax: Tensor,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    policy_grad: str,
-    scale: float,
-    need_v: bool,
-    need_policy: bool,
-    need_size: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v in the layout [B, N, heads, width], of policy and of size."""
+    inputs: Inputs, saved: Saved, grads: OutputGrads, needs: Needs
+) -> InputGrads:
+    """Gradients of q, k, v, policy and size."""
+    q, k, v, policy, size, key_padding_mask, position = inputs[:7]
+    self_keep, exclude_self, eps, is_causal, policy_grad, scale = inputs[7:]
+    out, lse, floor, argmax = saved
+    grad, grad_lse = grads
+    need_v, need_policy, need_size = needs
     has_policy = policy is not None
     sum_policy, sum_size = has_policy and need_policy, size is not None and need_size
     plan = _plan(
@@ -317,4 +301,4 @@ def policy_attention_backward(
     plan.keys(grad, q, k, v, position, argmax, work, dk, dv)
     if plan.sum is not None:
         plan.sum(policy, size, work, dpolicy, dsize)
-    return dq, dk, dv, dpolicy, dsize
+    return InputGrads(dq, dk, dv, dpolicy, dsize)

@@ -21,6 +21,7 @@ from ...._triton.launch import (
     planned,
     power_of_two,
 )
+from ..arguments import Inputs, Saved
 from .forward_long import attend_long, list_tiles
 from .forward_short import attend_short
 from .rows import MOST_ROWS, halves, precision, weigh_keys
@@ -291,22 +292,10 @@ def plan(
     return Plan(weights, attend, False)
 
 
-def policy_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    policy_grad: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, Nq, H, Dv], L [B, H, Nq] and, with eps, floor and argmax [B, H, Nq]."""
+def policy_attention(inputs: Inputs) -> Saved:
+    """Output, lse and, with eps, the share of eps and the key of the maximum of each row."""
+    q, k, v, policy, size, key_padding_mask, position = inputs[:7]
+    self_keep, exclude_self, eps, is_causal, _, scale = inputs[7:]
     weights, attend, short = plan(
         arch(q),
         q.device.index,
@@ -336,7 +325,7 @@ def policy_attention(
         attend(q, k, v, position, work, out, lse, floor, argmax)
     else:
         attend(q, k, v, position, work, tiles, out, lse, floor, argmax)
-    return out, lse, floor, argmax
+    return Saved(out, lse, floor, argmax)
 
 
 def weigh(

@@ -21,6 +21,7 @@ from ...._triton.launch import (
     planned,
     power_of_two,
 )
+from ..arguments import ScoreInputs
 from .forward import BLOCK, Layout, Plan, plan, weigh
 from .forward_tile import load_weights
 from .rows import LOG2E, crossing, halves, load_queries, load_tile, precision
@@ -283,23 +284,10 @@ def _plan(
     return _Plan(rows, launch, add)
 
 
-def attention_scores(
-    q: Tensor,
-    k: Tensor,
-    query_weight: Tensor | None,
-    policy: Tensor | None,
-    size: Tensor | None,
-    key_padding_mask: Tensor | None,
-    position: Tensor | None,
-    lse: Tensor | None,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    scale: float,
-    head_reduce: str,
-) -> Tensor:
+def attention_scores(inputs: ScoreInputs) -> Tensor:
     """Attention that each key receives, [B, Nk], or [B, H, Nk] without a reduction over heads."""
+    q, k, query_weight, policy, size, key_padding_mask, position, lse = inputs[:8]
+    self_keep, exclude_self, eps, is_causal, scale, head_reduce = inputs[8:]
     rows, receive_all, add = _plan(
         arch(q),
         q.device.index,

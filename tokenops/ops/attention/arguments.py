@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments and results of the operators of attention, in the order of their schemas.
+
+Letters: B batch, H heads of queries, Hkv heads of keys, Nq queries, Nk keys, D width of queries and
+keys, Dv width of values. Sums have the type ``acc_dtype(q)``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """Arguments of ``policy_attention``."""
+
+    q: Tensor  # [B, H, Nq, D]
+    k: Tensor  # [B, Hkv, Nk, D]
+    v: Tensor  # [B, Hkv, Nk, Dv]
+    policy: Tensor | None  # [B, Nk] or [B, H, Nk] in the type of sums, >= 0
+    size: Tensor | None  # [B, Nk] in the type of sums, >= 0; a key of size 0 is padding
+    key_padding_mask: Tensor | None  # bool [B, Nk], true for padding
+    query_position: Tensor | None  # int32 [Nq] or [B, Nq]; 0, 1, 2 ... by default
+    self_keep: bool
+    exclude_self: bool
+    eps: float
+    is_causal: bool
+    policy_grad: str
+    scale: float
+
+
+class Saved(NamedTuple):
+    """Results of ``policy_attention``, which its backward reads."""
+
+    out: Tensor  # [B, Nq, H, Dv]
+    lse: Tensor  # [B, H, Nq], log-sum-exp of each row
+    p_eps: Tensor  # [B, H, Nq], the share of a row's softmax that eps takes; [B, H, 0] without eps
+    argmax: Tensor  # int32 as p_eps, the key where a row has its maximum; -1 for an empty row
+
+
+class OutputGrads(NamedTuple):
+    """Gradients that come to the backward."""
+
+    grad_out: Tensor  # [B, Nq, H, Dv]
+    grad_lse: Tensor | None  # [B, H, Nq]
+
+
+class Needs(NamedTuple):
+    """Gradients that the backward has to compute, besides those of q and k."""
+
+    need_v: bool
+    need_policy: bool
+    need_size: bool
+
+
+class InputGrads(NamedTuple):
+    """Results of ``policy_attention_backward``; a gradient that is not needed is empty."""
+
+    dq: Tensor  # [B, Nq, H, D]
+    dk: Tensor  # [B, Nk, Hkv, D]
+    dv: Tensor  # [B, Nk, Hkv, Dv] or [B, 0, Hkv, Dv]
+    dpolicy: Tensor  # as the policy, or [B, 0]
+    dsize: Tensor  # [B, Nk] or [B, 0]
+
+
+class ScoreInputs(NamedTuple):
+    """Arguments of ``attention_scores``; those of the same name are as in :class:`Inputs`."""
+
+    q: Tensor
+    k: Tensor
+    query_weight: Tensor | None  # [B, Nq] or [B, H, Nq] in the type of sums
+    policy: Tensor | None
+    size: Tensor | None
+    key_padding_mask: Tensor | None
+    query_position: Tensor | None
+    lse: Tensor | None  # [B, H, Nq], from policy_attention; spares kernels a pass over the logits
+    self_keep: bool
+    exclude_self: bool
+    eps: float
+    is_causal: bool
+    scale: float
+    head_reduce: str
