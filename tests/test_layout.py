@@ -6,6 +6,7 @@ A new operator is a folder of its word in ``tokenops/ops``; what else it needs, 
 
 import ast
 import importlib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,17 @@ def test_plumbing_knows_no_operator():
         if name.startswith("tokenops.ops")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_circular_imports():
+    """Not even by imports within functions."""
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in modules("**/*.py")}
+    graph = {}
+    for module, path in files.items():
+        names = {name for name, _ in imports(path)}
+        names |= {name.rpartition(".")[0] for name in names}  # of "from module import name"
+        graph[module] = {name for name in names & set(files) if not name.startswith("tokenops._")}
+    list(TopologicalSorter(graph).static_order())  # raises a CycleError that names the modules
 
 
 def test_drop_ins_and_integrations_use_public_names():

@@ -12,25 +12,26 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import _backend, _checks
+from .ops.merging import functional
 
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """Which output token each input token goes to, and the inverse of that.
+    """Which output token each input token goes to, and the members of each output token.
 
-    Matching, pruning and clustering make token maps; merging applies one, unmerging inverts it and
-    composing two of them tracks sources. A token map is immutable, a pytree of its tensors, and
+    Matching, pruning and clustering make token maps; merging applies a map, unmerging inverts it,
+    and composing two maps tracks sources. A token map is immutable, a pytree of its tensors, and
     carries no gradient.
 
     Attributes:
         assign: int32 ``[B, N]``, output token of each input token; ``-1`` means dropped.
-        offsets: int32 ``[B, M + 1]``, start of each output token's members in ``members``.
-        members: int32 ``[B, N]``, input tokens sorted by output token and, within one, ascending
-            (this fixes the order of summation, so that reductions are deterministic). Entries at
-            and after ``offsets[b, M]`` are ``-1``: dropped tokens are nobody's members.
-        counts: int32 ``[B]`` when the number of live output tokens differs between images (a
-            ``threshold`` was given), else None. Output tokens at and after ``counts[b]`` are
-            padding without members.
+        offsets: int32 ``[B, M + 1]``, where the members of each output token start in ``members``.
+        members: int32 ``[B, N]``, input tokens sorted by output token and, within one, ascending:
+            the order of summation, which makes reductions deterministic. The entries at and after
+            ``offsets[b, M]``, as many as there are dropped tokens, are ``-1``.
+        counts: int32 ``[B]``, live output tokens of each image, where images differ (matching with
+            a threshold, pruning to a count for each image); else None. Output tokens at and after
+            ``counts[b]`` are padding without members.
 
     Example:
         >>> import torch
@@ -55,26 +56,37 @@ class TokenMap:
         """Number of input tokens N."""
         return self.assign.shape[-1]
 
+    @property
+    def _index(self) -> functional.MapTensors:
+        """The tensors that operators take."""
+        return self.assign, self.offsets, self.members
+
     @staticmethod
     def from_assign(assign: Tensor, num_tokens: int, counts: Tensor | None = None) -> TokenMap:
-        """Make a token map from anyone's labels: k-means, DPC-KNN, union-find, halting masks.
+        """Make a token map from labels: k-means, DPC-KNN, union-find, halting masks.
 
         Args:
             assign: int32 or int64 ``[B, N]``, output token of each input token, ``-1`` to drop it.
             num_tokens: Number of output tokens M.
-            counts: int32 or int64 ``[B]``, live output tokens per image, if they differ.
+            counts: int32 or int64 ``[B]``, live output tokens of each image, if images differ.
 
         Returns:
-            The map. Output tokens that nobody is assigned to are empty: zero after a sum or mean.
-
-        Determinism: the same bits from run to run on every backend.
+            The map. Output tokens without members become 0 by a sum or a mean.
 
         Raises:
             TypeError: If ``assign`` or ``counts`` is no integer tensor or ``num_tokens`` no int.
             ValueError: If a shape is wrong, a count lies outside ``[0, num_tokens]`` or an index
                 outside ``[-1, num_tokens)``, or, with counts, outside ``[-1, counts[b])``: padding
-                has no members. On devices where reading values would synchronize, such a count is
-                clamped and such an index drops the token, unless ``TOKENOPS_DEBUG=1``.
+                has no members.
+
+        Note:
+            On devices where reading values would synchronize, a wrong count is clamped and a wrong
+            index drops the token instead, unless ``TOKENOPS_DEBUG=1``. Deterministic.
+
+        Example:
+            >>> import torch, tokenops
+            >>> tokenops.TokenMap.from_assign(torch.tensor([[1, 0, 1, -1]]), 2).members.tolist()
+            [[1, 0, 2, -1]]
         """
         name = "TokenMap.from_assign"
         num_tokens = _checks.check_int(name, "num_tokens", num_tokens)
@@ -85,7 +97,7 @@ class TokenMap:
             _checks.check_shape(name, "counts", counts, [(assign.shape[0],)])
             _checks.check_same_device(name, "counts", counts, assign)
             _checks.check_range(name, "counts", counts, 0, num_tokens + 1)
-            # Clamp before the cast: a wild int64 must not wrap around into the valid range.
+            # Clamp before the cast: a large int64 must not wrap around into the valid range.
             counts = counts.clamp(0, num_tokens).int()
             limit = counts[:, None]
         _checks.check_range(name, "assign", assign, -1, num_tokens)
@@ -109,17 +121,25 @@ class TokenMap:
         return TokenMap(index, offsets, index.clone())
 
     def compose(self, earlier: TokenMap) -> TokenMap:
-        """The map from the inputs of ``earlier`` to the outputs of this one (source tracking).
+        """The map from the inputs of ``earlier`` to the outputs of this map (source tracking).
 
         Args:
-            earlier: Map that was applied before this one; its M is this map's N.
+            earlier: Map from N0 to N tokens that was applied before this map from N to M tokens.
 
         Returns:
-            A map of ``[B, N0]`` integers, where ToMe keeps a dense ``[B, M, N0]`` matrix.
+            The map from N0 to M tokens: ``[B, N0]`` integers, where ToMe keeps a dense source
+            matrix ``[B, M, N0]``.
 
         Raises:
             TypeError: If ``earlier`` is no TokenMap.
             ValueError: If the batch, the number of tokens or the device does not fit.
+
+        Example:
+            >>> import torch, tokenops
+            >>> first = tokenops.TokenMap.from_assign(torch.tensor([[0, 1, 1, 2]]), 3)
+            >>> second = tokenops.TokenMap.from_assign(torch.tensor([[0, 0, 1]]), 2)
+            >>> second.compose(first).assign.tolist()
+            [[0, 0, 0, 1]]
         """
         name = "TokenMap.compose"
         if not isinstance(earlier, TokenMap):
@@ -139,17 +159,17 @@ class TokenMap:
 
     def source_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense 0/1 matrix ``[B, M, N]`` of which input is in which output (ToMe's source)."""
-        return (self.assign[:, None, :] + 1 == self._places()[:, None]).to(dtype)
+        return (self.assign[:, None, :] + 1 == self._numbers()[:, None]).to(dtype)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> TokenMap:
         """The same map on another device.
 
         Args:
-            device: Where it goes.
-            non_blocking: Whether the copy may run beside the host, as in :meth:`torch.Tensor.to`.
+            device: The device.
+            non_blocking: Whether the copy may be asynchronous, as in :meth:`torch.Tensor.to`.
 
         Returns:
-            The map; its tensors are the same ones where they are there already.
+            The map, with the same tensors where they are on the device already.
 
         Raises:
             TypeError: If ``device`` is anything else, such as a dtype: a map stays int32.
@@ -164,10 +184,10 @@ class TokenMap:
         """Bool ``[B, M]``: true for live output tokens, false for padding."""
         if self.counts is None:
             return torch.ones_like(self.offsets[:, 1:], dtype=torch.bool)
-        return self._places() <= self.counts[:, None]
+        return self._numbers() <= self.counts[:, None]
 
-    def _places(self) -> Tensor:
-        """1 .. M, int32 [M]; a DTensor where the map is one, which an arange would not be."""
+    def _numbers(self) -> Tensor:
+        """1 .. M, int32 [M]; where the map is a DTensor so is this, unlike an arange."""
         return self.offsets.new_ones(self.num_tokens).cumsum(0, dtype=torch.int32)
 
     @overload
@@ -184,17 +204,15 @@ class TokenMap:
         weight: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Reduce ``x`` ``[B, N, C]`` to ``[B, M, C]``; see :func:`tokenops.merge`."""
-        from .ops.merging.api import merge
-
-        return merge(x, self, reduce=reduce, weight=weight)
+        if isinstance(x, Tensor):
+            return functional.merge(x, self._index, reduce, weight)
+        return functional.merge_many(x, self._index, reduce, weight)
 
     def merge_wavg(
         self, x: Tensor, size: Tensor | None = None, *, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Size-weighted mean of ``x`` ``[B, N, C]``; see :func:`tokenops.merge_wavg`."""
-        from .ops.merging.api import merge_wavg
-
-        return merge_wavg(x, self, size, weight=weight)
+        return functional.merge_wavg(x, self._index, size, weight)
 
     @overload
     def unmerge(self, y: Tensor, *, residual: Tensor | None = None) -> Tensor: ...
@@ -203,17 +221,17 @@ class TokenMap:
     def unmerge(
         self, y: Tensor | Sequence[Tensor], *, residual: Tensor | None = None
     ) -> Tensor | list[Tensor]:
-        """Give each input token its output token's row; see :func:`tokenops.unmerge`."""
-        from .ops.merging.api import unmerge
-
-        return unmerge(y, self, residual=residual)
+        """Give each input token the row of its output token; see :func:`tokenops.unmerge`."""
+        if isinstance(y, Tensor):
+            return functional.unmerge(y, self._index, residual)
+        return functional.unmerge_many(y, self._index, residual)
 
 
 _FIELDS = ("assign", "offsets", "members", "counts")
 
 
 def _flatten(token_map: TokenMap) -> tuple[list[Any], None]:
-    # Without counts there is no leaf for them: transforms want tensors alone.
+    # No leaf where there are no counts: transforms take tensors only.
     leaves = [token_map.assign, token_map.offsets, token_map.members, token_map.counts]
     return [leaf for leaf in leaves if leaf is not None], None
 
@@ -235,5 +253,5 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=_flatten_with_keys,
 )
 
-# A saved map is data: torch.load(weights_only=True) takes it.
+# torch.load(weights_only=True) accepts a saved map.
 torch.serialization.add_safe_globals([TokenMap])
