@@ -1,114 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time that the host spends on one eager call of the Triton kernels: ``python -m benchmarks.host``.
+"""Cost of a call beyond its kernels, for one image of ViT-B/16: ``python -m benchmarks.host``.
 
-What a user of small models waits for is the host: checks, the dispatcher, outputs, and the way to
-the driver. Here the Triton kernels serve CPU tensors and a launch does nothing, so that no GPU is
-needed; the driver's own share, one to two microseconds per launch, is not counted.
+Times how long the host takes for an eager call of the Triton kernels: checks, the dispatcher,
+outputs, and the way to the driver. Needs no GPU: the kernels' launches serve CPU tensors and do
+nothing, so that the driver's own one to two microseconds per launch are not counted.
+
+With ``--count``, counts the kernels that a call launches on a CUDA device instead, by the profiler,
+beside the recipe in PyTorch operators that it replaces. A *layer* is the token work of one layer of
+ToMe: match, merge_wavg, and compose to track sources.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils import benchmark
 
 import tokenops
 from tokenops import _backend, _checks, _library
 from tokenops._triton import launch
+from tokenops.testing import samples
 
-from . import machine
+from . import machine, rivals
 
-#: At most so many microseconds under ``torch.inference_mode``.
-BAR = 25.0
+Calls = dict[str, Callable[[], Any]]
+
+
+def calls(device: torch.device) -> Calls:
+    """The calls in the operators' samples and a layer's token work, each at ViT-B/16's sizes."""
+    sizes = samples.Sizes(
+        batch=1, heads=12, tokens=197, width=64, channels=768, dtype=torch.float16, device=device
+    )
+    found: Calls = {}
+    for call in samples.calls(sizes):
+        found[f"{call.operator} {call.name}"] = partial(call.function, **call.tensors)
+    x, size = sizes.rows(197, 768), sizes.weights(197)
+    track = tokenops.TokenMap.identity(1, 197, device)
+
+    def layer() -> Any:
+        token_map = tokenops.match(x[..., :64], 13, num_prefix=1)
+        return tokenops.merge_wavg(x, token_map, size), token_map.compose(track)
+
+    return {**found, "layer": layer}
+
+
+def recipes(device: torch.device) -> Calls:
+    """PyTorch operators that do the same as some of the calls, by their names."""
+    x = torch.randn(1, 197, 768, device=device).half()
+    q, k, v = torch.randn(1, 197, 3, 12, 64, device=device).half().permute(2, 0, 3, 1, 4)
+    metric, policy = x[..., :64], torch.ones(1, 197, device=device)
+    own = torch.eye(197, device=device)
+    plan = rivals.tome_match(metric, 16, True)
+    size = torch.ones(1, 197, 1, device=device)
+    merged = rivals.tome_merge(x, plan, "mean")
+    return {
+        "match tome order": lambda: rivals.tome_match(metric, 16, True),
+        "merge mean": lambda: rivals.tome_merge(x, plan, "mean"),
+        "merge_wavg size": lambda: rivals.tome_merge_wavg(x, size, plan),
+        "unmerge plain": lambda: rivals.tome_unmerge(merged, plan),
+        "policy_attention soft": lambda: rivals.attention_with_policy(q, k, v, policy, own, 1e-6),
+        "attention_scores plain, class token": lambda: rivals.attention_of_rows(q[:, :, :1], k),
+    }
+
+
+# ---- time of the host ----
 
 
 def serve_by_triton() -> None:
     """Let the Triton kernels serve CPU tensors in this process."""
     torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]
     _backend._new_enough = lambda index: True  # type: ignore[assignment]
-    _checks.values_visible = lambda value: False  # nobody reads values of CUDA tensors
+    _checks.values_visible = lambda value: False  # as for CUDA tensors, whose values are not read
     for name, kernel in _backend._in_triton.items():
         serve = _backend._on_cuda(name, kernel)
         _library.implement(name, serve, "CPU", instead="cpu" in _backend._compiled_for(name))
 
 
-def without_device() -> None:
-    """Let the Triton kernels serve CPU tensors in this process, with launches that do nothing."""
+def launch_nothing() -> None:
+    """Let launches of Triton kernels do all work of the host but the driver's."""
 
     def nothing(*arguments: Any) -> None:
         pass
 
-    class Ready(dict):  # type: ignore[type-arg]
-        def get(self, key: Any, default: Any = None) -> Any:
-            return nothing, None, None, nothing, 0
-
+    ready = SimpleNamespace(get=lambda dtypes: (nothing, None, None, nothing, 0))
     make = launch.Launch.__init__
 
     def make_ready(self: launch.Launch, *arguments: Any, **constants: Any) -> None:
         make(self, *arguments, **constants)
-        self._ready = Ready()
+        self._ready = ready
 
     launch.Launch.__init__ = make_ready  # type: ignore[method-assign]
     launch._direct = True
-    serve_by_triton()
 
 
-def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
-    """One call of each operator, at the sizes of one image of ViT-B/16 at 224 pixels."""
-    q, k, v = torch.randn(1, 197, 3, 12, 64, device=device).half().permute(2, 0, 3, 1, 4)
-    x = torch.randn(1, 197, 768, device=device).half()
-    metric = torch.randn(1, 197, 64, device=device).half()
-    policy, size = torch.ones(1, 197, device=device), torch.ones(1, 197, 1, device=device)
-    token_map = tokenops.TokenMap.identity(1, 197, device)
-    return {
-        "nearest": lambda: tokenops.nearest(metric, metric),
-        "match": lambda: tokenops.match(metric, 16, num_prefix=1),
-        "match of keys": lambda: tokenops.match(k, 16, num_prefix=1),
-        "merge": lambda: tokenops.merge(x, token_map),
-        "merge_wavg": lambda: tokenops.merge_wavg(x, token_map, size),
-        "unmerge": lambda: tokenops.unmerge(x, token_map, residual=x),
-        "invert": lambda: torch.ops.tokenops.invert(token_map.assign, 197),
-        "policy_attention": lambda: tokenops.policy_attention(q, k, v, policy, eps=1e-6),
-        "policy_attention, size": lambda: tokenops.policy_attention(q, k, v, size=size),
-        "attention_scores": lambda: tokenops.attention_scores(q, k, query_index=[0]),
-        "attention_scores, columns": lambda: tokenops.attention_scores(q, k, query_weight=policy),
-    }
+def microseconds(call: Callable[[], Any]) -> float:
+    """Median time of a call."""
+    timer = benchmark.Timer("call()", globals={"call": call})
+    return timer.blocked_autorange(min_run_time=0.5).median * 1e6
 
 
-def microseconds(call: Callable[[], Any], seconds: float = 0.5) -> float:
-    """Median time of a call, of samples of fifty."""
-    for _ in range(20):
+# ---- number of kernels ----
+
+
+def kernels(call: Callable[[], Any]) -> list[str]:
+    """Names of the kernels that a call launches."""
+    for _ in range(3):
         call()
-    samples = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        for _ in range(50):
-            call()
-        samples.append((time.perf_counter() - start) / 50)
-    return statistics.median(samples) * 1e6
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [e.name for e in events if not e.name.startswith(("Memcpy", "Memset"))]
+
+
+def count(out: Path | None) -> int:
+    """Print and write the number of kernels of each call; returns the number of failed calls."""
+    device = torch.device("cuda")
+    replaced, found, failures = recipes(device), {}, 0
+    for name, call in calls(device).items():
+        try:
+            names = kernels(call)
+        except Exception as error:
+            print(f"{name:<40}{type(error).__name__}: {error}")
+            failures += 1
+            continue
+        found[name] = len(names)
+        recipe = f"   recipe {len(kernels(replaced[name])):3d}" if name in replaced else ""
+        print(f"{name:<40}{len(names):3d}{recipe}", *(n[:90] for n in names), sep="\n    ")
+        if out:
+            out.write_text(json.dumps(found), encoding="utf-8")
+    return failures
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a table; the result says whether a call is above the bar."""
+    """Print a table; the result counts calls that failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
-    parser.add_argument("--check", action="store_true", help=f"fail above {BAR:g} microseconds")
+    parser.add_argument("--count", action="store_true", help="count kernels on a CUDA device")
+    parser.add_argument("--out", type=Path, help="JSON file of the numbers of kernels")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    without_device()
+    if options.count:
+        with torch.inference_mode():
+            return count(options.out)
+    serve_by_triton()
+    launch_nothing()
     print(f"{machine.cpu_model()}, torch {torch.__version__}; microseconds per call")
-    slow = False
     for name, call in calls(torch.device("cpu")).items():
         with torch.inference_mode():
             inference = microseconds(call)
-        slow = slow or inference > BAR
-        print(f"{name:<28}{inference:6.1f}   with autograd on {microseconds(call):6.1f}")
-    return int(options.check and slow)
+        print(f"{name:<40}{inference:6.1f}   with autograd on {microseconds(call):6.1f}")
+    return 0
 
 
 if __name__ == "__main__":

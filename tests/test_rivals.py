@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tokenops
-from benchmarks import count_launches, rivals
+from benchmarks import host, rivals
 from benchmarks.attention import AttentionShape, make_heads, make_weights
 from benchmarks.cases import DTYPES, Shape, make_metric
 from benchmarks.matching import mean_similarity
@@ -179,6 +179,6 @@ def test_packed_keys_are_a_view():
 
 
 def test_recipes_whose_launches_are_counted_run():
-    for name, call in count_launches.eager_calls(CPU).items():
+    for name, call in host.recipes(CPU).items():
         result = call()
         assert isinstance(result, (torch.Tensor, tuple)), name

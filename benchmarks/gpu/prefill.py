@@ -21,7 +21,7 @@ import torch
 
 from tokenops import _library
 
-from .. import count_launches, host, smoke, vit
+from .. import host, smoke, vit
 from ..cases import Case
 from ..registry import select
 
@@ -73,7 +73,7 @@ def calls() -> Iterator[tuple[str, Call]]:
             yield f"smoke {operator} {dtype}", partial(_smoke, operator, dtype)
     yield "ceilings", _exponentials
     yield "vit", _vit
-    for name, call in {**host.calls(CPU), "layer": count_launches.layer(CPU)}.items():
+    for name, call in host.calls(CPU).items():
         yield f"launches {name}", partial(_infer, call)
     for case in select(device="cuda"):
         for rival in OURS:

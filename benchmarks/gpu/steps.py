@@ -150,7 +150,7 @@ def _times(plan: Plan) -> list[Step]:
     vit = ("benchmarks.vit", *device, *out("vit.json"))
     vit += ("--seconds", "4") if plan.on_gpu else (*small, "--layers", "2", "--tokens", "20")
     ceilings = ("benchmarks.gpu.ceilings", *device, *out("ceilings.json"), *small)
-    launches = ("benchmarks.count_launches", *out("launches.json"))
+    launches = ("benchmarks.host", "--count", *out("launches.json"))
     return [
         plan.step("ceilings", 20, *ceilings),
         plan.step("vit", 25, *vit),
