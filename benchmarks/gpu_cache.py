@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's kernels for ``benchmarks.gpu_check``, without a GPU: ``python -m benchmarks.gpu_cache``.
+"""Compiles Triton kernels for ``benchmarks.gpu_check`` without a GPU.
 
-A GPU that is there for a quarter of an hour should not wait for compilers. This makes the calls
-that the check makes, with a stand-in for the driver, and packs Triton's cache into one archive,
-which the check unpacks. The cache stores absolute paths, so that it lies at one fixed place, here
-and there. It holds for an H100 and an H200, for the Triton version that fills it, and for these
-sources: fill it again after a change of a kernel. Needs a C compiler, for the stand-in.
+``python -m benchmarks.gpu_cache`` makes the calls that the check makes, with a stand-in for the
+driver, and packs Triton's cache into an archive, which the check unpacks. The cache stores absolute
+paths, so that it is in the same folder on every machine. It serves an H100 or H200, the Triton
+version that fills it, and these sources: fill it again after a change of a kernel. Needs a C
+compiler, for the stand-in.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
-from .gpu.runner import new_archive
+from .gpu.runner import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: Where the cache lies, on every machine.
+#: Folder of the cache, on every machine.
 FOLDER = Path("/tmp/tokenops-triton-cache")
 #: The archive, by default.
 ARCHIVE = ROOT / "build" / "triton-cache.tar.xz"
 
-#: Written when an archive is unpacked: what is newer was compiled afterwards.
+#: Written when an archive is unpacked: newer kernels were compiled afterwards.
 STAMP = "unpacked"
 VERSIONS = "versions"
 
 
 def versions() -> str:
-    """What a cache depends on besides the sources."""
+    """Versions that a cache depends on."""
     return f"Python {platform.python_version()}, Triton {importlib.metadata.version('triton')}"
 
 
@@ -58,38 +60,36 @@ def build_stand_in(folder: Path, *more: Path) -> Path:
     return library
 
 
-def fill(folder: Path, jobs: int, only: list[str]) -> int:
-    """Compile into a folder, in so many processes; the result counts those that went wrong."""
+def fill(folder: Path, jobs: int, only: tuple[str, ...]) -> int:
+    """Compile into a folder, in several processes; returns the number of calls that raised."""
+    from .gpu import prefill
+
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         library = build_stand_in(Path(temporary))
-        variables = {
-            **os.environ,
-            "TRITON_CACHE_DIR": str(folder),
-            "TRITON_LIBCUDA_PATH": temporary,
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "benchmarks.gpu.prefill", "--library", str(library)]
-        command += ["--only", *only] if only else []
-        running = [
-            subprocess.Popen([*command, "--part", f"{job}/{jobs}"], cwd=ROOT, env=variables)
-            for job in range(1, jobs + 1)
-        ]
-        bad = sum(process.wait() != 0 for process in running)
+        # Read by Triton and OpenMP when a process starts.
+        os.environ.update(TRITON_CACHE_DIR=str(folder), TRITON_LIBCUDA_PATH=temporary)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        names = [name for name in prefill.calls() if name.startswith(only)]
+        with ProcessPoolExecutor(
+            jobs, get_context("spawn"), initializer=prefill.start, initargs=(library,)
+        ) as pool:
+            compiled, found, stopped = map(sum, zip(*pool.map(prefill.make, names), strict=True))
     (folder / VERSIONS).write_text(versions(), encoding="utf-8")
-    return bad
+    print(f"compiled {compiled}, found {found}, {stopped} calls stopped")
+    return stopped
 
 
 def pack(folder: Path, archive: Path) -> None:
     """Put the cache into an archive."""
-    with new_archive(archive, "w:xz") as tar:
+    with replacing(archive) as temporary, tarfile.open(temporary, "w:xz") as tar:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.name != STAMP:
                 tar.add(path, str(path.relative_to(folder)))
 
 
 def unpack(archive: Path, folder: Path) -> str:
-    """Put an archive's files where Triton will look for them, and tell what they are."""
+    """Unpack an archive into a folder; returns what it contains."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "r:xz") as tar:
         tar.extractall(folder, filter="data")
@@ -102,12 +102,12 @@ def unpack(archive: Path, folder: Path) -> str:
 
 
 def kernels(folder: Path) -> list[Path]:
-    """Compiled kernels of a cache."""
+    """Files of the compiled kernels in a cache."""
     return list(folder.glob("*/*.cubin"))
 
 
 def count(folder: Path) -> str:
-    """How many kernels of the cache were compiled on this machine."""
+    """Number of kernels in the cache that were compiled on this machine."""
     stamp = folder / STAMP
     since = stamp.stat().st_mtime if stamp.is_file() else 0.0
     found = kernels(folder)
@@ -116,18 +116,16 @@ def count(folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fill the cache and pack it, or unpack it; the result says whether all went well."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_cache",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Fill the cache and pack it, or unpack it; returns 1 if a call raised."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_cache", description=__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--out", type=Path, default=ARCHIVE, help="the archive")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="the cache, to try things out")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="the cache")
     parser.add_argument("--only", nargs="+", default=[], help="beginnings of names of calls")
-    parser.add_argument("--unpack", type=Path, metavar="ARCHIVE", help="do no more than that")
-    parser.add_argument("--count", action="store_true", help="kernels that were compiled here")
+    parser.add_argument("--unpack", type=Path, metavar="ARCHIVE", help="only unpack this archive")
+    parser.add_argument(
+        "--count", action="store_true", help="only count kernels that were compiled here"
+    )
     options = parser.parse_args(arguments)
     if options.unpack:
         print(unpack(options.unpack, options.folder))
@@ -135,11 +133,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.count:
         print(count(options.folder))
         return 0
-    bad = fill(options.folder, options.jobs, options.only)
+    stopped = fill(options.folder, options.jobs, tuple(options.only) or ("",))
     pack(options.folder, options.out)
     size = options.out.stat().st_size / 2**20
     print(f"{len(kernels(options.folder))} kernels in {options.out}, {size:.1f} MiB")
-    return int(bad > 0)
+    return int(stopped > 0)
 
 
 if __name__ == "__main__":

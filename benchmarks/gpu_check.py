@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that only a GPU can show, in one go: ``python -m benchmarks.gpu_check``.
+"""Everything that needs a GPU, in one run of eight minutes: ``python -m benchmarks.gpu_check``.
 
-Made for a GPU that is there for a quarter of an hour: small shapes of everything, the tests of
-CUDA tensors, times against bars, and compute-sanitizer, until a deadline, eight minutes by default.
-Nothing is downloaded or installed. A compiled library that lies in the package, and an archive of
-compiled Triton kernels (``benchmarks.gpu_cache``), save most of the waiting; without them it builds
-and compiles what it can. Whatever fails is recorded and passed over.
+Small shapes of every operator, the tests of CUDA tensors, times against bars, and
+compute-sanitizer, until a deadline. Nothing is downloaded or installed. A compiled library in the
+package, and an archive of compiled Triton kernels (``benchmarks.gpu_cache``), save most of the
+time; without them the run compiles as much as it can. After a failure it goes on.
 
-All logs, CSV files and the summary are in the folder that ``--out`` names, and in one archive
-beside it, at any moment. ``--device cpu`` rehearses the whole run where there is no GPU.
+All logs, results and the summary are in the folder that ``--out`` names and, at any moment, in an
+archive beside it. ``--device cpu`` rehearses the run without a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from . import store
 from .gpu import bars, record
 from .gpu.runner import Outcome, Run
 from .gpu.steps import Plan, phases
@@ -28,7 +26,7 @@ from .gpu_cache import ARCHIVE, FOLDER
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: Failures of a step that the summary shows.
+#: Number of failures of a step that the summary shows.
 SHOWN = 8
 
 
@@ -41,15 +39,15 @@ def environment(device: str) -> dict[str, str]:
         found["PATH"] = f"{found.get('PATH', os.defpath)}:{home}/bin"
     found.update(
         PYTHONUNBUFFERED="1",
-        PYTHONFAULTHANDLER="1",  # a crash tells where
+        PYTHONFAULTHANDLER="1",  # a crash writes a traceback
         TRITON_CACHE_DIR=str(FOLDER),
-        OMP_NUM_THREADS="2" if device == "cuda" else "1",  # many processes side by side
+        OMP_NUM_THREADS="2" if device == "cuda" else "1",  # many processes run side by side
     )
     return found
 
 
 def no_gpu() -> bool:
-    """Whether there is nothing at all that a GPU of NVIDIA's would need here."""
+    """Whether this machine has neither a driver of NVIDIA's nor its tools."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -59,26 +57,22 @@ def no_gpu() -> bool:
 
 def failures(folder: Path) -> dict[str, list[str]]:
     """By step, a line for each case that failed, or that a killed process did not end."""
-    found = {}
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in record.read(path).values():
+            if row.result not in record.GOOD:
+                last = (row.message.strip().splitlines() or ["it did not end"])[-1]
+                found.setdefault(path.stem, []).append(f"{row.case}: {last}")
     for path in sorted(folder.glob("*.csv")):
-        lines = []
-        if path.name.startswith(("smoke", "tests")):
-            for row in record.read(path).values():
-                if row.result not in record.GOOD:
-                    last = (row.message.strip().splitlines() or ["it did not end"])[-1]
-                    lines.append(f"{row.case}: {last}")
-        else:
-            for result in store.read(path):
-                if result["status"] in ("failed", "differs"):
-                    case = " ".join(result[key] for key in ("operator", "case", "rival", "status"))
-                    lines.append(f"{case}: {result['note']}")
-        if lines:
-            found[path.stem] = lines
+        for time in bars.read(path):
+            if time["status"] in ("failed", "differs"):
+                case = " ".join(time[key] for key in ("operator", "case", "rival", "status"))
+                found.setdefault(path.stem, []).append(f"{case}: {time['note']}")
     return found
 
 
 def summary(outcomes: dict[str, Outcome], folder: Path, device: str) -> str:
-    """What ran, what failed, and what was reached."""
+    """Outcomes of the steps, failed cases, and bars, in Markdown."""
     lines = [] if device == "cuda" else ["A rehearsal on the CPU: its figures mean nothing.", ""]
     lines += ["| step | result | s | last line |", "| --- | --- | --- | --- |"]
     for name, o in outcomes.items():
@@ -90,41 +84,33 @@ def summary(outcomes: dict[str, Outcome], folder: Path, device: str) -> str:
     for name, cases in failed.items():
         lines += [f"- {name}: {case[:220]}" for case in cases[:SHOWN]]
         if len(cases) > SHOWN:
-            lines.append(f"- {name}: and {len(cases) - SHOWN} more, in {name}.csv")
+            lines.append(f"- {name}: and {len(cases) - SHOWN} more")
     return "\n".join([*lines, "", bars.table(folder)])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all phases; the result counts the steps that did not end well."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Run all phases; returns the number of steps that failed or did not end."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--deadline", type=float, default=480, help="seconds for all (480)")
-    parser.add_argument("--resume", action="store_true", help="do what an earlier run has not done")
+    parser.add_argument("--resume", action="store_true", help="skip what an earlier run did")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
     parser.add_argument("--archive", type=Path, help="OUT.tar.gz by default")
-    text = f"archive of compiled Triton kernels; {ARCHIVE.relative_to(ROOT)} if it is there"
-    parser.add_argument("--cache", type=Path, help=text)
     parser.add_argument("--share", default="1/6", help="share of the tests of Triton's kernels")
-    parser.add_argument("--only", nargs="+", default=[], help="names of steps, or their beginnings")
+    parser.add_argument("--only", nargs="+", default=[], help="beginnings of names of steps")
     parser.add_argument("--patience", type=float, default=1.0, help="factor for limits of steps")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and no_gpu():
-        parser.error("there is no GPU here; --device cpu rehearses the run without one")
+        parser.error("there is no GPU; --device cpu rehearses the run without one")
     out = options.out.resolve()
     archive = (options.archive or out.with_name(out.name + ".tar.gz")).resolve()
     if out in archive.parents:
         parser.error(f"--archive must be outside of {out}")
-    cache = options.cache or (ARCHIVE if ARCHIVE.is_file() else None)
+    cache = ARCHIVE if ARCHIVE.is_file() else None
     plan = Plan(options.device, out, cache, options.share, options.patience)
+    only = tuple(options.only) or ("",)
     run = Run(
-        [
-            [s for s in steps if not options.only or s.name.startswith(tuple(options.only))]
-            for steps in phases(plan)
-        ],
+        [[step for step in steps if step.name.startswith(only)] for steps in phases(plan)],
         out,
         archive,
         deadline=options.deadline,

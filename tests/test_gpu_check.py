@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run that is made for a quarter of an hour on a GPU, rehearsed without one."""
+"""``benchmarks.gpu_check`` and its parts, rehearsed without a GPU."""
 
 import argparse
 import importlib
@@ -65,7 +65,7 @@ def test_what_becomes_of_steps(tmp_path):
         "good": "ok",
         "bad": "failed (3)",
         "slow": "stopped after its time",
-        "missing": "left out: no no-such-program here",
+        "missing": "left out: cannot start no-such-program: No such file or directory",
         "gpu": "left out: it needs a GPU",
         "nothing": "left out: no kernels",
         "last": "ok",
@@ -93,7 +93,7 @@ def test_steps_of_a_phase_run_side_by_side_and_phases_do_not(tmp_path):
 
 
 def test_ends_before_its_deadline_whatever_steps_do(tmp_path):
-    """Also one that does not listen, and with children of its own."""
+    """Also a step that ignores SIGINT and has children."""
     deaf = python(
         "import signal, subprocess, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\ntime.sleep(60)"
@@ -111,7 +111,7 @@ def test_ends_before_its_deadline_whatever_steps_do(tmp_path):
 
 
 def test_a_cuda_error_costs_a_case_and_no_step(tmp_path):
-    """A step that goes on is started again until it ends by itself, or for so long as it may."""
+    """A step that goes on is started again until it ends by itself or its time is over."""
     count = tmp_path / "count"
     code = (
         f"from pathlib import Path; p = Path('{count}'); n = len(p.read_text()) if p.exists() else "
@@ -168,13 +168,13 @@ from benchmarks.gpu.record import Row, append
 for i in range(400):
     append(Path({0!r}), Row(f"case {{i}}", "passed", time.time()))
     time.sleep(0.02)
-'''.format(str(out / "rows.csv"))
+'''.format(str(out / "rows.jsonl"))
 python = lambda code: [sys.executable, "-c", code]
 phases = [[Step("first", python("print('begun')"), 20)], [Step("rows", python(write), 60)],
           [Step("last", python("print('ended')"), 20)]]
 if "--short" in sys.argv:
     phases[1] = [Step("rows", python("print('no more rows')"), 60)]
-run = Run(phases, out, out.with_suffix(".tar.gz"), deadline=60, renew=0.2, grace=1,
+run = Run(phases, out, out.with_suffix(".tar.gz"), deadline=60, grace=1,
           summarise=lambda o: "".join(f"{n}: {x.result}\\n" for n, x in o.items()),
           resume="--resume" in sys.argv)
 run.go()
@@ -196,8 +196,8 @@ def test_a_kill_leaves_all_results_in_the_archive(tmp_path, number, after):
     results = dict(line.split(": ") for line in summary.splitlines())
     assert results.keys() == {"first", "rows", "last"}
     assert (results["first"], results["last"]) == ("ok", "not reached")
-    have = set(re.findall(r"case \d+", archived(archive, "rows.csv") or ""))
-    rows = record.read(out / "rows.csv").values()
+    have = set(re.findall(r"case \d+", archived(archive, "rows.jsonl") or ""))
+    rows = record.read(out / "rows.jsonl").values()
     if number == signal.SIGTERM:  # it stops its steps, and packs once more
         assert results["rows"] in ("interrupted", "not reached")
         assert have == {row.case for row in rows}
@@ -205,52 +205,54 @@ def test_a_kill_leaves_all_results_in_the_archive(tmp_path, number, after):
         assert have >= {row.case for row in rows if row.seconds < killed - 2}
     time.sleep(0.2)
     written = len(rows)
-    assert len(record.read(out / "rows.csv")) <= written + 15  # no orphan goes on
+    assert len(record.read(out / "rows.jsonl")) <= written + 15  # no orphan goes on
 
     subprocess.run([*command, "--resume", "--short"], cwd=ROOT, check=True, timeout=30)
     assert archived(archive, "summary.md") == "first: ok\nrows: ok\nlast: ok\n"
     assert archived(archive, "first.log").count("---") == 1  # what is done is not done again
-    assert record.read(out / "rows.csv").keys() >= {row.case for row in rows}
+    assert record.read(out / "rows.jsonl").keys() >= {row.case for row in rows}
 
 
 def test_the_summary_shows_some_failures_of_each_step(tmp_path):
     for case in range(20):
-        record.append(tmp_path / "smoke-match.csv", record.Row(f"case {case}", "failed", 0, "odd"))
-    record.append(tmp_path / "tests-native-1.csv", record.Row("test_x", "started"))
-    record.append(tmp_path / "tests-native-1.csv", record.Row("test_y", "passed"))
+        record.append(
+            tmp_path / "smoke-match.jsonl", record.Row(f"case {case}", "failed", 0, "odd")
+        )
+    record.append(tmp_path / "tests-native-1.jsonl", record.Row("test_x", "started"))
+    record.append(tmp_path / "tests-native-1.jsonl", record.Row("test_y", "passed"))
     (tmp_path / "graph.csv").write_text(
         "operator,case,rival,dtype,status,note\nmatch,sd-2,eager,bfloat16,failed,no memory\n"
     )
     lines = gpu_check.summary({"smoke-match": Outcome("failed (20)", 3.0)}, tmp_path, "cuda")
     assert "22 cases failed." in lines
-    assert "- smoke-match: case 7: odd\n- smoke-match: and 12 more, in smoke-match.csv\n" in lines
+    assert "- smoke-match: case 7: odd\n- smoke-match: and 12 more\n" in lines
     assert "- tests-native-1: test_x: it did not end\n" in lines
     assert "- graph: match sd-2 eager failed: no memory\n" in lines
     assert "test_y" not in lines
 
 
 def test_a_library_for_the_cpu_is_none_for_a_gpu():
-    assert library.obstacle("cpu") == ("" if _native.loaded else _native.reason)
+    assert library.reason("cpu") == ("" if _native.loaded else _native.reason)
     if _native.build_info().get("built") != "cuda":
-        assert library.obstacle("cuda")
+        assert library.reason("cuda")
 
 
 # ---- records ----
 
 
 def test_a_record_that_was_cut_off_goes_on(tmp_path):
-    path = tmp_path / "record.csv"
+    path = tmp_path / "record.jsonl"
     rows = [record.Row("a", "started"), record.Row("a", "failed", 1.5, 'two\nlines, "quoted"')]
     for row in rows:
         record.append(path, row)
     assert record.read(path) == {"a": rows[1]}
-    path.write_text(path.read_text() + "b,pas")
+    path.write_text(path.read_text() + '\n["b", "pas')
     record.append(path, record.Row("c", "passed"))
     assert record.read(path) == {"a": rows[1], "c": record.Row("c", "passed")}
 
 
 def test_what_did_not_end_twice_is_passed_over(tmp_path):
-    path = tmp_path / "record.csv"
+    path = tmp_path / "record.jsonl"
     for case, result in (("a", "started"), ("a", "passed"), ("b", "started"), ("c", "started")):
         record.append(path, record.Row(case, result))
     assert record.settled(path) == {"a"}
@@ -259,7 +261,7 @@ def test_what_did_not_end_twice_is_passed_over(tmp_path):
     record.append(path, record.Row("c", "started"))
     record.append(path, record.Row("c", "failed"))
     assert record.settled(path) == {"a", "b", "c"}
-    assert record.settled(tmp_path / "none.csv") == set()
+    assert record.settled(tmp_path / "none.jsonl") == set()
 
 
 TESTS = """
@@ -281,7 +283,7 @@ def test_is_of_the_host(): pass
 
 def test_a_cuda_error_costs_a_test_and_no_name_is_lost(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
-    path = tmp_path / "record.csv"
+    path = tmp_path / "record.jsonl"
     command = [sys.executable, "-m", "benchmarks.gpu.suite", "--device", "cpu"]
     command += ["--record", str(path), str(tmp_path / "test_some.py")]
     for code in (record.POISONED, 1, 1):  # the third start has nothing left to do
@@ -308,10 +310,10 @@ def test_a_step_with_an_early_failure_is_not_ok(tmp_path):
         "    assert number > 0\n"
     )
     command = [sys.executable, "-m", "benchmarks.gpu.suite", "--device", "cpu"]
-    command += ["--record", str(tmp_path / "record.csv"), str(tmp_path / "test_some.py")]
+    command += ["--record", str(tmp_path / "record.jsonl"), str(tmp_path / "test_some.py")]
     found = go(tmp_path, [Step("tests", command, 200, goes_on=True)], cwd=ROOT, deadline=300)
     assert found["tests"].result == "failed (1), 2 starts"
-    results = [row.result for row in record.read(tmp_path / "record.csv").values()]
+    results = [row.result for row in record.read(tmp_path / "record.jsonl").values()]
     assert results == ["failed", "failed", "passed"]
 
 
@@ -432,7 +434,7 @@ def test_bars_name_cases_that_exist(tmp_path):
             super().__init__()
             self.asked = set()
 
-        def number(self, operator, case, rival, column):
+        def us(self, operator, case, rival="tokenops"):
             self.asked.add((operator, case, rival))
             return float(len(self.asked))
 
@@ -441,7 +443,7 @@ def test_bars_name_cases_that_exist(tmp_path):
             return bars.Work(*({"sd-16": (63e6,), "sd-2": (7e6,)}.get(case, (1e9,))))
 
     graph, events = Everything(), Everything()
-    assert len(bars.all_bars(graph, events, tmp_path, bars.H100)) > 40
+    assert len([*bars.all_bars(graph, events, tmp_path, bars.H100)]) > 40
     for operator, case, _ in graph.asked | events.asked:
         assert find(operator, case).device == "cuda"
     assert not [operator for operator, *_ in graph.asked if operator.endswith("_backward")]
@@ -463,7 +465,7 @@ def test_what_matters_comes_before_the_deadline(tmp_path):
     phases = steps.phases(steps.Plan("cuda", tmp_path))
     longest = [max(step.seconds for step in group) for group in phases]
     run = Run(phases, tmp_path / "out", tmp_path / "out.tar.gz", deadline=480, summarise=str)
-    assert sum(longest[:-2]) <= 480 - run.reserve
+    assert sum(longest[:-2]) <= run.end
 
 
 def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
@@ -480,9 +482,9 @@ def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     plan = steps.Plan("cuda", tmp_path, cache=tmp_path / "cache.tar.xz")
-    for step in (step for group in steps.phases(plan) for step in group):
+    for step in (step for group in steps.phases(plan) for step in group if "-m" in step.command):
         module, *arguments = step.command[step.command.index("-m") + 1 :]
-        if module not in ("benchmarks.gpu.describe", "tokenops.info"):  # take none
+        if module not in ("torch.utils.collect_env", "tokenops.info"):  # have no arguments
             with pytest.raises(ParsedError):
                 importlib.import_module(module).main(arguments)
 
@@ -490,7 +492,7 @@ def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
 def test_the_cache_is_of_the_calls_that_the_check_makes(tmp_path):
     assert {*steps.OPERATORS} == {*_library.operators}
     assert {*steps.DTYPES} == {*smoke.DTYPES}
-    names = [name for name, _ in prefill.calls()]
+    names = [name for name, _ in prefill._calls()]
     assert len(set(names)) == len(names)
     for operator in steps.OPERATORS:
         assert {f"smoke {operator} {dtype}" for dtype in steps.DTYPES} <= {*names}
@@ -595,6 +597,10 @@ def test_rehearsal_from_a_bare_copy(tmp_path):
     assert "no C++ compiler" in state["library"]["result"]
     assert "no compiled library" in state["tests-native"]["result"]
     assert "No case failed so far." in summary
-    assert summary.count("not measured") == 1  # launches, which a profiler counts on a GPU
+    missing = [line for line in summary.splitlines() if "not measured" in line]
+    # Kernels are counted on a GPU. Times of tiny sizes may have a negative difference.
+    assert [line for line in missing if " backward, sdpa" not in line] == [
+        "| kernels of a ToMe layer's token work | not measured | | one each | | |"
+    ]
     assert archived(archive, "machine.log").count("---") == 1
     assert gpu_check.failures(tmp_path / "out") == {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device at hand can do at most: ``python -m benchmarks.gpu.ceilings --out FILE``.
+"""The fastest that the device at hand can be: ``python -m benchmarks.gpu.ceilings --out FILE``.
 
-Bytes copied, bfloat16 products, exponentials, and the time of a launch, each at its best of many
-samples. All bars are shares of these, so that an H100 and an H200 are judged by the same rule.
+Bytes copied, bfloat16 products, exponentials, and the time of a launch, each from the best of many
+samples. All bars are shares of these, so that one rule judges every device.
 """
 
 from __future__ import annotations
@@ -10,56 +10,79 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils import benchmark
 
 from .. import machine
-from ..timing import Call, CpuTimer, CudaTimer, Timer
+
+#: Exponentials of an element, and elements of a program of :func:`repeat_exp`.
+ROUNDS, BLOCK = 256, 1024
+
+Call = Callable[[], Any]
 
 
-def best(call: Call, timer: Timer, calls: int, seconds: float) -> float:
-    """Seconds of a call in the best sample."""
-    ready = timer.prepare(call)
-    found, end = float("inf"), time.perf_counter() + seconds
-    while True:
-        found = min(found, timer.sample(ready, calls).seconds)
-        if time.perf_counter() > end:
-            return found
+@triton.jit
+def repeat_exp(x_ptr, rounds: tl.constexpr, block: tl.constexpr):
+    offset = tl.program_id(0) * block + tl.arange(0, block)
+    x = tl.load(x_ptr + offset)
+    for _ in range(rounds):
+        x = tl.exp2(-x)  # stays between 0 and 1
+    tl.store(x_ptr + offset, x)
 
 
-def exponentials(device: torch.device, threads: int) -> tuple[Call, int]:
-    """A call that does little else than exponentials, and how many."""
-    x = torch.rand(threads, device=device)
-    if device.type == "cpu":
-        return x.exp, threads
-    from .exponentials import ROUNDS, launch
+def exponentials(x: Tensor) -> None:
+    """Replace each element of x by ROUNDS exponentials of it; BLOCK divides their number."""
+    repeat_exp[(x.numel() // BLOCK,)](x, ROUNDS, BLOCK, num_warps=4)
 
-    return lambda: launch(x), ROUNDS * threads
+
+def best(call: Call, seconds: float) -> float:
+    """Seconds of a call in the fastest sample."""
+    timer = benchmark.Timer("call()", globals={"call": call})
+    return min(timer.blocked_autorange(min_run_time=seconds).times)
+
+
+def replay(call: Call, times: int) -> Call:
+    """Replay of a CUDA graph that makes a call several times."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    return graph.replay
 
 
 def measure(device: torch.device, seconds: float) -> dict[str, float]:
     """The ceilings: bytes, operations and exponentials per second, and seconds of a launch."""
     on_gpu = device.type == "cuda"
-    timer: Timer = CudaTimer() if on_gpu else CpuTimer()
     source = torch.ones((1 << 28) if on_gpu else (1 << 20), device=device)
     target = torch.empty_like(source)
-    copy = best(lambda: target.copy_(source), timer, 3, seconds)
-    found = {"bytes": 2 * source.numel() * source.element_size() / copy}
     size = 8192 if on_gpu else 256
     a = torch.randn(size, size, device=device).bfloat16()
-    found["flops"] = 2 * size**3 / best(lambda: a @ a, timer, 3, seconds)
-    call, count = exponentials(device, (1 << 24) if on_gpu else (1 << 16))
-    found["exps"] = count / best(call, timer, 3, seconds)
-    one = torch.zeros(1, device=device)
-    graph: Timer = CudaTimer(graph=True) if on_gpu else timer
-    found["launch"] = best(lambda: one.add_(1), graph, 100, seconds)
-    return found
+    x = torch.rand((1 << 24) if on_gpu else (1 << 16), device=device)
+    rounds, exp = (ROUNDS, lambda: exponentials(x)) if on_gpu else (1, x.exp)
+    one, launches = torch.zeros(1, device=device), 100
+
+    def add() -> None:
+        one.add_(1)
+
+    launch = best(replay(add, launches), seconds) / launches if on_gpu else best(add, seconds)
+    return {
+        "bytes": 2 * source.nbytes / best(lambda: target.copy_(source), seconds),
+        "flops": 2 * size**3 / best(lambda: a @ a, seconds),
+        "exps": rounds * x.numel() / best(exp, seconds),
+        "launch": launch,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line for each, and write a JSON file."""
+    """Print a line, and write a JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.ceilings", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each")

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the calls that ``benchmarks.gpu_check`` makes, for an H100 or H200 that is not there.
+"""The calls that ``benchmarks.gpu_check`` makes, for an H100 or H200 that is not there.
 
-Triton compiles each kernel on its own way, and so under the keys that it will look for on the
-device; tensors are on the CPU, a stand-in for libcuda takes the launches, and all results are zeros
-that nobody looks at. ``benchmarks.gpu_cache`` runs this in several processes.
+Triton itself compiles each kernel, and so under the keys that it looks for on the device. Tensors
+are on the CPU, a stand-in for libcuda takes the launches, and all results are zeros.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +22,19 @@ from tokenops import _library
 from .. import host, smoke, vit
 from ..cases import Case
 from ..registry import select
+from . import ceilings
 
 CPU = torch.device("cpu")
-Call = Callable[[], object]
 
-#: Rivals that are Triton's kernels.
+#: Rivals that launch kernels of this project.
 OURS = ("tokenops", "unweighted")
 
+#: Number of kernels that were compiled (False) and that were found in the cache (True).
+kernels: Counter[bool] = Counter()
 
-def use_stand_in(library: Path) -> dict[bool, int]:
-    """Let Triton take a stand-in for libcuda for a device of compute capability 9.0.
 
-    Returns:
-        How many kernels were compiled (under False) and found in the cache (True), kept up to date.
-    """
+def use_stand_in(library: Path) -> None:
+    """Give Triton a stand-in for libcuda and a device of compute capability 9.0."""
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     import triton
     from triton.backends.nvidia.driver import CudaDriver
@@ -47,34 +44,54 @@ def use_stand_in(library: Path) -> dict[bool, int]:
     driver.get_current_stream = lambda device: 0
     driver.get_device_capability = lambda device=0: (9, 0)
     triton.runtime.driver.set_active(driver)
-    found = {False: 0, True: 0}
 
     def listen(**event: Any) -> None:
-        found[event["cache_hit"]] += 1
+        kernels[event["cache_hit"]] += 1
 
     triton.knobs.compilation.listener = listen
-    return found
 
 
-def forget_results() -> None:
-    """Let the checks of ``smoke`` make their calls and not look at results.
+def start(library: Path) -> None:
+    """Prepare a process for :func:`make`.
 
-    Kernels leave their outputs as they were: zeros, which are valid indices for what comes next.
+    Kernels leave outputs as they are: zeros, which are valid indices for the next kernel. Nobody
+    verifies results.
     """
+    torch.set_num_threads(1)
+    use_stand_in(library)
+    host.serve_by_triton()
     torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
     torch.Tensor.new_empty = torch.Tensor.new_zeros
     smoke.verify = lambda call, got: None
 
 
-def calls() -> Iterator[tuple[str, Call]]:
-    """All calls of the check that launch Triton's kernels, by name."""
+def make(name: str) -> tuple[int, int, bool]:
+    """Make a call; returns how many kernels were compiled and found, and whether it raised."""
+    begin, before, error = time.monotonic(), kernels.copy(), ""
+    try:
+        calls()[name]()
+    except Exception as raised:  # zeros may be wrong arguments for what follows
+        error = f" stopped: {type(raised).__name__}: {str(raised)[:150]}"
+    new, found = (kernels[hit] - before[hit] for hit in (False, True))
+    if new or error:
+        print(f"{name}: {new} compiled in {time.monotonic() - begin:.0f} s{error}", flush=True)
+    return new, found, bool(error)
+
+
+@cache
+def calls() -> dict[str, Callable[[], object]]:
+    """All calls of the check that launch Triton kernels."""
+    return dict(_calls())
+
+
+def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
     for operator in _library.operators:
         for dtype in smoke.DTYPES:
             yield f"smoke {operator} {dtype}", partial(_smoke, operator, dtype)
-    yield "ceilings", _exponentials
+    yield "ceilings", partial(ceilings.exponentials, torch.zeros(ceilings.BLOCK))
     yield "vit", _vit
     for name, call in host.calls(CPU).items():
-        yield f"launches {name}", partial(_infer, call)
+        yield f"launches {name}", torch.inference_mode()(call)
     for case in select(device="cuda"):
         for rival in OURS:
             yield f"times {case.operator} {case.name} {rival}", partial(_time, case, rival)
@@ -86,22 +103,12 @@ def _smoke(operator: str, dtype: str) -> None:
             print(f"  {name}: {type(problem).__name__}: {str(problem)[:150]}", flush=True)
 
 
-def _exponentials() -> None:
-    from .exponentials import BLOCK, launch
-
-    launch(torch.zeros(BLOCK))
-
-
-def _infer(call: Call) -> None:
-    with torch.inference_mode():
-        call()
-
-
+@torch.inference_mode()
 def _vit() -> None:
     layers = torch.nn.ModuleList(vit.Layer(768, 12) for _ in range(12)).bfloat16().eval()
     models = vit.models(layers, torch.randn(1, 197, 768).bfloat16(), 13)
-    _infer(models["tokenops"])
-    _infer(models["slicing"])
+    models["tokenops"]()
+    models["slicing"]()
 
 
 def _time(case: Case, which: str) -> None:
@@ -111,35 +118,3 @@ def _time(case: Case, which: str) -> None:
             rival = work.rivals[which]()
             with rival.context():
                 rival.call()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Make the calls of one part; the result counts those that did not come to their end."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.prefill", description=__doc__)
-    parser.add_argument("--library", type=Path, required=True, help="stand-in for libcuda.so.1")
-    parser.add_argument("--part", default="1/1", help="2/4: the second of four parts")
-    parser.add_argument("--only", nargs="+", default=[], help="beginnings of names of calls")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    found = use_stand_in(options.library)
-    host.serve_by_triton()
-    forget_results()
-    part, of = map(int, options.part.split("/"))
-    wanted = [(n, c) for n, c in calls() if not options.only or n.startswith(tuple(options.only))]
-    stopped = 0
-    for name, call in wanted[part - 1 :: of]:
-        start, before = time.monotonic(), found[False]
-        try:
-            call()
-        except Exception as error:  # what comes after such results may not make sense
-            print(f"{name} stopped: {type(error).__name__}: {str(error)[:150]}", flush=True)
-            stopped += 1
-        if found[False] > before:
-            seconds = time.monotonic() - start
-            print(f"{name}: {found[False] - before} compiled in {seconds:.0f} s", flush=True)
-    print(f"compiled {found[False]}, found {found[True]}, {stopped} calls stopped")
-    return min(stopped, 64)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

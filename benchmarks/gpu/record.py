@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each case came to, a line at once: whoever is killed loses no name, and goes on after it."""
+"""Results of cases in a file of JSON lines: a kill loses none, and another process goes on."""
 
 from __future__ import annotations
 
-import csv
-import os
+import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-#: Exit status of a program that a CUDA error made useless; started again, it goes on.
+#: Exit status of a program that a CUDA error made useless; another start continues its work.
 POISONED = 75
-#: Exit status of a program that has nothing to do here; its last line says why.
+#: Exit status of a program that has nothing to do here; its last line is the reason.
 LEFT_OUT = 77
-#: Results of a case that did not go wrong.
+#: Results of cases that did not fail.
 GOOD = ("passed", "skipped")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A case and its result.
 
     Attributes:
-        case: Its name, unique within a file.
-        result: ``"passed"``, ``"skipped"``, ``"failed"``, or ``"started"`` while it runs. That is
-            also what stays of a case during which the process was killed.
+        case: Name, unique within a file.
+        result: ``"passed"``, ``"skipped"``, ``"failed"``, or ``"started"`` while it runs. A case
+            during which the process was killed stays ``"started"``.
         seconds: Time that it took.
-        message: What went wrong.
+        message: The error.
     """
 
     case: str
@@ -35,66 +35,40 @@ class Row:
     message: str = ""
 
 
-HEADER = tuple(field.name for field in fields(Row))
-
-
 def append(path: Path, row: Row) -> None:
-    """Write a row at the end of a file, which begins with a header."""
+    """Write a row at the end of a file, on a new line even where a kill cut off the last one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = _ends_whole(path)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        if not whole:  # a kill has cut the last line off
-            file.write("\n")
-        writer = csv.writer(file, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writerow(HEADER)
-        writer.writerow(astuple(row))
-
-
-def _ends_whole(path: Path) -> bool:
-    """Whether a file's last line is whole; so is that of an empty file and of none."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return True
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(row))
 
 
 def read(path: Path) -> dict[str, Row]:
-    """The last row of each case, in the order of their first ones; none if there is no file."""
+    """The last row of each case, in the order of the first ones; empty if there is no file."""
     return {row.case: row for row in _rows(path)}
 
 
 def settled(path: Path) -> set[str]:
-    """Cases that a further start passes over: those with a result, or that did not end twice.
+    """Cases to skip in another start: those with a result, and those that twice did not end.
 
-    Once may be the fault of whoever stopped the process.
+    A case that did not end once may have been stopped by a time limit.
     """
-    starts: dict[str, int] = {}
+    starts: Counter[str] = Counter()
     for row in _rows(path):
-        starts[row.case] = starts.get(row.case, 0) + 1 if row.result == "started" else 2
+        starts[row.case] += 1 if row.result == "started" else 2
     return {case for case, count in starts.items() if count >= 2}
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            for line in csv.DictReader(file):
-                if all(line.get(name) is not None for name in HEADER):  # not cut off by a kill
-                    yield Row(line["case"], line["result"], _number(line), line["message"])
-
-
-def _number(line: dict[str, str]) -> float:
-    try:
-        return float(line["seconds"])
-    except ValueError:
-        return 0.0
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        with suppress(TypeError, ValueError):  # of an empty line, or of one that a kill cut off
+            yield Row(*json.loads(line))
 
 
 def is_cuda_error(error: BaseException) -> bool:
     """Whether every later call of this process may fail because of this error.
 
-    Want of memory is no such error: PyTorch says "CUDA out of memory" then.
+    Running out of memory is not such an error: PyTorch says "CUDA out of memory" then.
     """
     text = str(error)
     return "CUDA error" in text or "Triton Error [CUDA]" in text

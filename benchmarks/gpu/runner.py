@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs steps within a deadline, so that whatever happens, the results so far are in one archive.
+"""Runs steps until a deadline; at any moment one archive holds all results so far.
 
-Each step is a process of its own with a limit and a log. After each change the state and the
-summary are written anew, and the archive after them; a step counts as done only when the archive
-has it. Everything is written under a temporary name and renamed, so that a kill at any moment
-leaves whole files.
+Each step is a process with a time limit and a log. After each change, state and summary are written
+again, then the archive; a step counts as done only when the archive has it. Files are written under
+a temporary name and renamed, so that a kill leaves whole files.
 """
 
 from __future__ import annotations
@@ -17,33 +16,39 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .record import LEFT_OUT, POISONED
 
-#: Bytes of a file that the archive takes, its beginning and its end: a log may grow without end.
+#: Largest part of a file, in bytes, that the archive takes: half of it from each end.
 LARGEST = 1 << 20
-#: How often a step is started at most, where it goes on after a CUDA error.
+#: Largest number of starts of a step that goes on after CUDA errors.
 STARTS = 32
+#: Seconds after which the archive is written again while steps write results.
+RENEW = 0.5
+
+#: Suffixes of files that steps write.
+WRITTEN = (".log", ".csv", ".jsonl")
+
+_process = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command with what it needs.
+    """A command.
 
     Attributes:
         name: Names its log.
         command: Program and arguments.
-        seconds: Time after which it is stopped.
-        environment: Variables on top of those of all steps.
+        seconds: Time limit.
+        environment: Variables besides those of all steps.
         left_out: Why it does not run; empty if it does.
-        goes_on: Whether a second start goes on after the case that ended the first one.
+        goes_on: Whether another start continues after the case that ended the process.
     """
 
     name: str
@@ -54,9 +59,8 @@ class Step:
     goes_on: bool = False
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a step.
+class Outcome(NamedTuple):
+    """How a step ended.
 
     Attributes:
         result: ``"ok"``, ``"failed (status)"``, ``"left out: reason"``, ``"interrupted"``,
@@ -71,154 +75,134 @@ class Outcome:
 
     @property
     def done(self) -> bool:
-        """Whether a resumed run has no need to do it again."""
+        """Whether a resumed run skips it."""
         return self.result.startswith(("ok", "failed", "left out"))
 
 
-NOT_REACHED = Outcome("not reached")
-
-
 @dataclass
-class _Running:
-    step: Step
-    process: subprocess.Popen[bytes]
-    started: float
-    limit: float  # on the clock of the run
-    starts: int = 1
-    why: str = ""  # it was stopped
-    kill_at: float = float("inf")
-    given_up: bool = False  # it does not even die
-
-
 class Run:
     """Phases of steps: the steps of a phase run side by side, the phases one after the other.
 
-    Args:
-        phases: What to run. Names of steps are unique.
-        folder: Where logs, results, state and summary are.
-        archive: The folder as a ``.tar.gz`` file, outside of it.
+    Attributes:
+        phases: Steps with unique names.
+        folder: Folder of logs, results, state and summary.
+        archive: The folder as a ``.tar.gz`` file, outside of the folder.
         deadline: Seconds after which everything has ended, the archive included.
-        environment: Variables of all steps.
-        cwd: Where all steps run.
         summarise: Makes the summary's text from the outcomes.
-        label: What this is a run of, for example the device: a resumed run must have the same.
-        resume: Whether to leave out what an earlier run in this folder has done.
-        renew: Seconds after which the archive is made anew while steps run.
-        grace: Seconds that a step has between being asked to stop and being killed.
+        environment: Variables of all steps.
+        cwd: Working directory of all steps.
+        label: For example the device; a run resumes one with the same label only.
+        resume: Whether to skip what an earlier run in this folder has done.
+        grace: Seconds between asking a step to stop and killing it.
     """
 
-    def __init__(
-        self,
-        phases: list[list[Step]],
-        folder: Path,
-        archive: Path,
-        *,
-        deadline: float,
-        summarise: Callable[[dict[str, Outcome]], str],
-        environment: Mapping[str, str] = os.environ,
-        cwd: Path | None = None,
-        label: str = "",
-        resume: bool = False,
-        renew: float = 0.5,
-        grace: float = 5.0,
-    ) -> None:
+    phases: list[list[Step]]
+    folder: Path
+    archive: Path
+    deadline: float
+    summarise: Callable[[dict[str, Outcome]], str]
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    cwd: Path | None = None
+    label: str = ""
+    resume: bool = False
+    grace: float = 5.0
+
+    def __post_init__(self) -> None:
         self.start = time.monotonic()
-        self.phases, self.folder, self.archive = phases, folder, archive
-        self.deadline, self.summarise, self.environment = deadline, summarise, environment
-        self.cwd, self.label, self.renew = cwd, label, renew
-        self.grace = min(grace, deadline / 20)
-        # Stopping the last steps, the summary and the archive take some time.
-        self.reserve = min(10.0, deadline / 10) + self.grace
+        self.grace = min(self.grace, self.deadline / 20)
+        #: Time at which steps have to stop: ending them, summary and archive take a while.
+        self.end = self.deadline - min(10.0, self.deadline / 10) - self.grace
         self.interrupted = False
-        self.packed, self.content = 0.0, ""  # when the archive was made, and of what
-        names = [step.name for steps in phases for step in steps]
+        self.saved, self.written = 0.0, 0
+        names = [step.name for steps in self.phases for step in steps]
         if len(set(names)) < len(names):
             raise ValueError(f"names of steps must differ, got {names}")
-        before = self._earlier() if resume else {}
-        self.outcomes = {name: before.get(name, NOT_REACHED) for name in names}
-        if not resume:
-            self._clear()
-        folder.mkdir(parents=True, exist_ok=True)
-
-    # ---- what was there before ----
-
-    def _state(self) -> Path:
-        return self.folder / "state.json"
+        before = self._earlier()
+        self.outcomes = {name: before.get(name, Outcome("not reached")) for name in names}
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def _earlier(self) -> dict[str, Outcome]:
-        """What an earlier run has done; what it left out may be possible by now."""
-        if not self._state().is_file():
+        """Outcomes that a resumed run keeps; a new run removes the folder of an earlier one."""
+        path = self.folder / "state.json"
+        if not path.is_file():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise SystemExit(f"{self.folder} is not empty and not of an earlier run")
             return {}
-        state = json.loads(self._state().read_text(encoding="utf-8"))
+        if not self.resume:
+            shutil.rmtree(self.folder)
+            return {}
+        state = json.loads(path.read_text(encoding="utf-8"))
         if state["label"] != self.label:
             raise SystemExit(
-                f"{self.folder} holds a run of {state['label']!r}, which one of {self.label!r} "
-                "can't resume"
+                f"{self.folder} holds a run of {state['label']!r}; {self.label!r} cannot resume it"
             )
         found = {name: Outcome(**entry) for name, entry in state["outcomes"].items()}
+        # The reason for leaving out a step may be gone.
         return {n: o for n, o in found.items() if o.done and not o.result.startswith("left out")}
 
-    def _clear(self) -> None:
-        if not self.folder.exists():
-            return
-        if any(self.folder.iterdir()) and not self._state().is_file():
-            raise SystemExit(f"{self.folder} is not empty, and no run of this program has made it")
-        shutil.rmtree(self.folder)
-
-    # ---- the run ----
-
     def go(self) -> dict[str, Outcome]:
-        """Run everything that is not done yet, and return what became of each step."""
+        """Run all steps that are not done; returns the outcome of each step."""
+
+        def interrupt(number: int, frame: Any) -> None:
+            self.interrupted = True
+
         handled = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-        before = {number: signal.signal(number, self._interrupt) for number in handled}
+        before = {number: signal.signal(number, interrupt) for number in handled}
         try:
             self._save()
             for steps in self.phases:
-                self._phase(steps)
+                running = [self._run(s) for s in steps if not self.outcomes[s.name].done]
+                while running:
+                    running = [step for step in running if next(step, True) is None]
+                    if running and time.monotonic() - self.saved > RENEW:
+                        self._save(if_new=True)
+                    time.sleep(0.05 if running else 0)
         finally:
             self._save()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return self.outcomes
 
-    def _interrupt(self, number: int, frame: Any) -> None:
-        self.interrupted = True
-
     def _clock(self) -> float:
         return time.monotonic() - self.start
 
-    def _phase(self, steps: list[Step]) -> None:
-        running: list[_Running] = []
-        for step in steps:
-            if self.outcomes[step.name].done or self.interrupted:
-                continue
-            program = step.command[0]
-            path = self.environment.get("PATH", os.defpath)
-            if step.left_out:
-                self._end(step.name, Outcome(f"left out: {step.left_out}"))
-            elif shutil.which(program, path=path) is None:
-                self._end(step.name, Outcome(f"left out: no {program} here"))
-            elif self._clock() < self.deadline - self.reserve:
-                running.append(self._start(step))
-        if running:
-            self._save()
-        while running:
-            time.sleep(0.05)
-            for job in list(running):
-                if job.process.poll() is None and not job.given_up:
-                    self._limit(job)
-                    continue
-                running.remove(job)
-                again = self._ended(job)
-                if again is not None:
-                    running.append(again)
-            if running and time.monotonic() - self.packed > self.renew:
-                self._save(if_new=True)
+    # ---- one step: yields None until it has ended ----
 
-    def _start(self, step: Step, earlier: _Running | None = None) -> _Running:
-        now = self._clock()
-        with self._log(step).open("ab") as log:
-            log.write(f"--- {now:.0f} s: {' '.join(step.command)}\n".encode())
+    def _run(self, step: Step) -> Iterator[None]:
+        begun, starts, why = self._clock(), 0, ""
+        if self.interrupted:
+            return
+        if step.left_out:
+            self._ended(step, Outcome(f"left out: {step.left_out}"))
+            return
+        if begun > self.end:
+            return
+        limit = min(begun + step.seconds, self.end)
+        again = True
+        while again:
+            starts += 1
+            try:
+                process = self._start(step)
+            except OSError as error:
+                why = f"left out: cannot start {step.command[0]}: {error.strerror}"
+                self._ended(step, Outcome(why))
+                return
+            yield
+            why = yield from self._wait(process, limit)
+            code = process.returncode or 0
+            crashed = code == POISONED or code < 0
+            again = step.goes_on and crashed and not why and starts < STARTS
+        last = _last_line(self.folder / f"{step.name}.log")
+        result = "ok" if code == 0 else f"failed ({code})"
+        if code == LEFT_OUT:
+            result = f"left out: {last}"
+        if starts > 1:
+            result += f", {starts} starts"
+        self._ended(step, Outcome(why or result, self._clock() - begun, last))
+
+    def _start(self, step: Step) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{step.name}.log").open("ab") as log:
+            log.write(f"--- {self._clock():.0f} s: {' '.join(step.command)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 step.command,
@@ -227,88 +211,67 @@ class Run:
                 stderr=subprocess.STDOUT,
                 cwd=self.cwd,
                 env={**self.environment, **step.environment},
-                start_new_session=True,  # so that all that it starts can be stopped with it
+                start_new_session=True,  # a group, to stop the step's own children with it
                 preexec_fn=_prepare_child,
             )
         self.outcomes[step.name] = Outcome("running")
-        if earlier is not None:
-            limit, starts = earlier.limit, earlier.starts + 1
-            return _Running(step, process, earlier.started, limit, starts)
-        return _Running(step, process, now, min(now + step.seconds, self.deadline - self.reserve))
+        return process
 
-    def _limit(self, job: _Running) -> None:
-        """Ask a step to stop whose time is up, and kill it if it does not."""
-        now = self._clock()
-        if not job.why and (self.interrupted or now > job.limit):
-            job.why = "interrupted" if self.interrupted else "stopped after its time"
-            job.kill_at = now + self.grace
-            _signal_all(job.process, signal.SIGINT)  # pytest then tells what it has
-        elif now > job.kill_at:
-            _signal_all(job.process, signal.SIGKILL)
-            job.given_up = now > job.kill_at + self.grace / 2  # the driver holds it, say
+    def _wait(self, process: subprocess.Popen[bytes], limit: float) -> Iterator[None]:
+        """Wait for a process, and stop it at its limit; returns why it was stopped."""
+        why = ""
+        while process.poll() is None and not (self.interrupted or self._clock() > limit):
+            yield
+        if process.returncode is None:
+            why = "interrupted" if self.interrupted else "stopped after its time"
+            # SIGINT lets pytest print a summary. A process that the driver holds may not even die.
+            for number, seconds in ((signal.SIGINT, self.grace), (signal.SIGKILL, self.grace / 2)):
+                _signal_group(process, number)
+                patience = self._clock() + seconds
+                while process.poll() is None and self._clock() < patience:
+                    yield
+        _signal_group(process, signal.SIGKILL)  # its children
+        return why
 
-    def _ended(self, job: _Running) -> _Running | None:
-        """Note the result of a step, or start it once more after a CUDA error."""
-        code = job.process.returncode or 0
-        crashed = code == POISONED or code < 0
-        if job.step.goes_on and crashed and not job.why and job.starts < STARTS:
-            return self._start(job.step, job)
-        _signal_all(job.process, signal.SIGKILL)  # what it has started and left behind
-        last = _last_line(self._log(job.step))
-        result = "ok" if code == 0 else f"failed ({code})"
-        if code == LEFT_OUT:
-            result = f"left out: {last}"
-        if job.starts > 1:
-            result += f", {job.starts} starts"
-        self._end(job.step.name, Outcome(job.why or result, self._clock() - job.started, last))
-        return None
-
-    def _log(self, step: Step) -> Path:
-        return self.folder / f"{step.name}.log"
-
-    def _end(self, name: str, outcome: Outcome) -> None:
-        self.outcomes[name] = outcome
+    def _ended(self, step: Step, outcome: Outcome) -> None:
+        self.outcomes[step.name] = outcome
         self._save()
-        text = f"{outcome.seconds:.0f} s) {outcome.last[:110]}"
-        print(f"[{self._clock():.0f} s] {name}: {outcome.result} ({text}", flush=True)
+        text = f"{outcome.result} ({outcome.seconds:.0f} s) {outcome.last[:110]}"
+        print(f"[{self._clock():.0f} s] {step.name}: {text}", flush=True)
 
-    # ---- what stays ----
+    # ---- files ----
 
     def _save(self, if_new: bool = False) -> None:
-        """Write state and summary, and the archive with everything in it."""
-        self.packed = time.monotonic()
-        content = _content(self.folder)
-        if if_new and content == self.content:
+        """Write state, summary and archive; with ``if_new`` only after steps have written."""
+        self.saved = time.monotonic()
+        files = (path for path in self.folder.rglob("*") if path.suffix in WRITTEN)
+        written = sum(path.stat().st_size for path in files)
+        if if_new and written == self.written:
             return
-        self.content = content
-        outcomes = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
-        state = {"label": self.label, "outcomes": outcomes}
+        self.written = written
         try:
-            write(self._state(), json.dumps(state, indent=1))
-            try:
-                text = self.summarise(self.outcomes)
-            except Exception as error:  # a table that fails must not take the results with it
-                text = f"no summary: {type(error).__name__}: {error}\n"
-            write(self.folder / "summary.md", text)
+            text = self.summarise(self.outcomes)
+        except Exception as error:  # a failing table must not cost the results
+            text = f"no summary: {type(error).__name__}: {error}\n"
+        outcomes = {name: outcome._asdict() for name, outcome in self.outcomes.items()}
+        state = json.dumps({"label": self.label, "outcomes": outcomes}, indent=1)
+        try:
+            for name, content in (("state.json", state), ("summary.md", text)):
+                with replacing(self.folder / name) as temporary:
+                    temporary.write_text(content, encoding="utf-8")
             pack(self.folder, self.archive)
         except OSError as error:
             print(f"could not save: {error}", flush=True)
 
 
-def _content(folder: Path) -> str:
-    """Changes with what steps write."""
-    files = (path for path in sorted(folder.rglob("*")) if path.suffix in (".log", ".csv"))
-    return " ".join(f"{path.name} {path.stat().st_size}" for path in files)
-
-
 def _prepare_child() -> None:
-    """In a new process: no orphan goes on when the run is killed, and SIGINT can be caught."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    """In a new process: let it die with the run, and let it handle SIGINT."""
+    if hasattr(_process, "prctl"):
+        _process.prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _signal_all(process: subprocess.Popen[bytes], number: int) -> None:
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
@@ -320,26 +283,18 @@ def _last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file as a whole."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 @contextlib.contextmanager
-def new_archive(path: Path, mode: Any, **options: Any) -> Iterator[tarfile.TarFile]:
-    """An archive to be filled, which replaces the file when it is whole."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path, whose file replaces the one at ``path`` in the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
-    with tarfile.open(temporary, mode, **options) as tar:
-        yield tar
+    yield temporary
     temporary.replace(path)
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Replace the archive of a folder; files are still being written meanwhile."""
-    with new_archive(archive, "w:gz", compresslevel=3) as tar:
+    """Replace the archive of a folder, whose files may grow meanwhile."""
+    with replacing(archive) as temporary, tarfile.open(temporary, "w:gz", compresslevel=3) as tar:
         for path in sorted(folder.rglob("*")):
             if not path.is_file() or path.suffix == ".new":
                 continue

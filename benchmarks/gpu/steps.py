@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``benchmarks.gpu_check`` runs, by knowledge gained per second.
+"""The steps of ``benchmarks.gpu_check``, in the order of knowledge per second.
 
-Everything once, right or wrong, in many processes side by side; the tests, those of the compiled
-kernels entirely and of Triton's a share, whose kernels must be compiled first; times, each alone on
-the device; memory and races; rivals that take long to compile. On the CPU the same steps run at
-sizes that take no time, and those that only a GPU can do say so.
+Every operator once, in many processes side by side; tests, all of the compiled kernels and a share
+of Triton's, which have to be compiled first; times, each alone on the device; memory and races;
+rivals that take long to compile. On the CPU the same steps run at tiny sizes, without those that
+need a GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ OPERATORS = (
     "attention_scores", "policy_attention", "match", "merge", "merge_wavg", "nearest", "unmerge",
 )  # fmt: skip
 MERGING = ("merge", "merge_wavg", "unmerge")
+TRITON = ("nearest", "attention_scores", "policy_attention")  # have no compiled CUDA kernel
 DTYPES = ("float32", "float16", "bfloat16")
-#: Cases with rivals that torch.compile makes: one of each operator, for compiling is slow.
+#: Cases for rivals by torch.compile: one of each operator, for compiling is slow.
 COMPILED = ("vit-b-256", "vit-b-256-class")
 
 NO_GPU = "it needs a GPU"
+
+VARIABLES = "CUDA|NVIDIA|OMP_|PYTORCH|TOKENOPS|TORCH|TRITON"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Plan:
         folder: Folder for results.
         cache: Archive of compiled Triton kernels, if there is one.
         share: Triton's tests that run, for example ``"1/6"``.
-        patience: Factor for all limits of time.
+        patience: Factor for all time limits.
     """
 
     device: str
@@ -47,161 +50,130 @@ class Plan:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this is no rehearsal."""
+        """Whether this is not a rehearsal."""
         return self.device == "cuda"
 
-    def step(self, name: str, seconds: float, *arguments: str, **options: object) -> Step:
-        """A step that runs a module of the benchmarks."""
-        command = [sys.executable, "-m", *arguments]
-        return Step(name, command, seconds * self.patience, **options)  # type: ignore[arg-type]
+    def step(self, name: str, seconds: float, module: str, *arguments: str, **options: str) -> Step:
+        """A step that runs a module."""
+        command = [sys.executable, "-m", module, *arguments]
+        return Step(name, command, seconds * self.patience, **options)
+
+    def cases(
+        self, name: str, seconds: float, module: str, *arguments: str, **options: str
+    ) -> Step:
+        """A step whose cases are recorded, and which goes on after a CUDA error."""
+        record = str(self.folder / f"{name}.jsonl")
+        arguments = ("--device", self.device, "--record", record, *arguments)
+        return self.step(name, seconds, module, *arguments, goes_on=True, **options)
+
+    def times(
+        self, name: str, seconds: float, operators: str, *rivals: str, cases: tuple[str, ...] = ()
+    ) -> Step:
+        """A step that times the cases of some operators."""
+        quick = ("--samples", "20", "--budget", "0.5")
+        arguments = ("--device", self.device, "--no-memory", "--dtype", "bfloat16", "--resume")
+        arguments += quick if self.on_gpu else ("--rehearse", "--threads", "1")
+        arguments += ("--cuda-graph",) if name.startswith("graph") else ()
+        arguments += ("--op", operators, "--rivals", *rivals)
+        arguments += ("--case", *cases) if cases else ()
+        out = ("--out", str(self.folder / f"{name}.csv"))
+        return self.step(name, seconds, "benchmarks.run", *arguments, *out, goes_on=True)
 
 
 def phases(plan: Plan) -> list[list[Step]]:
     """What to run, one phase after the other; the steps of a phase run side by side."""
+    tiny = () if plan.on_gpu else ("--seconds", "0.01")
+    vit = ("--seconds", "4") if plan.on_gpu else (*tiny, "--layers", "2", "--tokens", "20")
+    device, left_out = ("--device", plan.device), "" if plan.on_gpu else NO_GPU
+
+    cases = COMPILED if plan.on_gpu else COMPILED[1:]
+
+    def out(name: str) -> tuple[str, str]:
+        return "--out", str(plan.folder / name)
+
+    launches = ("benchmarks.host", "--count", *out("launches.json"))
+    alone = [
+        plan.step("compiled-here", 5, "benchmarks.gpu_cache", "--count"),
+        plan.step("ceilings", 20, "benchmarks.gpu.ceilings", *device, *out("ceilings.json"), *tiny),
+        plan.step("vit", 25, "benchmarks.vit", *device, *out("vit.json"), *vit),
+        plan.step("launches", 20, *launches, left_out=left_out),
+        plan.times("graph-matching", 30, "matching", "eager", "triton"),
+        plan.times("graph-merging", 30, "merging", "eager", "index", "triton"),
+        plan.times("events-merging", 30, "merging", "eager", "index"),
+        plan.times("events-attention", 40, "attention", "eager", "sdpa+bias"),
+        plan.times("graph-attention", 25, "attention", "eager"),
+    ]
     return [
         _preparations(plan),
         _smoke(plan),
         _tests(plan),
-        [plan.step("compiled-here", 5, "benchmarks.gpu_cache", "--count")],
-        *([step] for step in _times(plan)),
-        _sanitizers(plan),
-        [_compiled(plan)],
+        *([step] for step in alone),
+        _sanitizers(plan, left_out),
+        [plan.times("compiled", 60, "attention", "compile", "flex", cases=cases)],
     ]
 
 
 def _preparations(plan: Plan) -> list[Step]:
-    device = ("--device", plan.device)
     cache = "no archive was named" if plan.cache is None else ""
     unpack = ("benchmarks.gpu_cache", "--unpack", str(plan.cache))
+    shell = f"nvidia-smi; nvcc --version; env | grep -E '^({VARIABLES})'"
     return [
-        plan.step("machine", 30, "benchmarks.gpu.describe"),
-        plan.step("library", 80, "benchmarks.gpu.library", *device),
+        plan.step("machine", 30, "torch.utils.collect_env"),
+        Step("variables", ["sh", "-c", shell], 30 * plan.patience),
+        plan.step("library", 80, "benchmarks.gpu.library", "--device", plan.device),
         plan.step("cache", 40, *unpack, left_out=cache),
     ]
 
 
 def _smoke(plan: Plan) -> list[Step]:
-    if not plan.on_gpu:  # one process for all
-        smoke = _smoke_step(plan, "smoke-float32", 70, "--dtype", "float32")
-        return [plan.step("info", 30, "tokenops.info"), smoke]
+    info, smoke = plan.step("info", 30, "tokenops.info"), "benchmarks.smoke"
+    if not plan.on_gpu:
+        return [info, plan.cases("smoke-float32", 70, smoke, "--dtype", "float32")]
     return [
-        plan.step("info", 30, "tokenops.info"),
+        info,
         *(
-            _smoke_step(plan, f"smoke-{check}-{dtype}", 70, "--only", check, "--dtype", dtype)
-            for check in OPERATORS
+            plan.cases(f"smoke-{name}-{dtype}", 70, smoke, "--only", name, "--dtype", dtype)
+            for name in OPERATORS
             for dtype in DTYPES
         ),
     ]
 
 
-def _smoke_step(plan: Plan, name: str, seconds: float, *arguments: str, left_out: str = "") -> Step:
-    record = ("--record", str(plan.folder / f"{name}.csv"))
-    command = ("benchmarks.smoke", "--device", plan.device, *arguments, *record)
-    return plan.step(name, seconds, *command, left_out=left_out, goes_on=True)
-
-
 def _tests(plan: Plan) -> list[Step]:
-    number, of = map(int, plan.share.split("/"))
-    triton = (_part((number - 1) * 9 + part, of * 9) for part in range(1, 10))
-    everywhere = "tests/ops" if plan.on_gpu else "tests/ops/test_token_map.py"
-    steps = [_test(plan, "tests-default", "default", "1/1", everywhere, "tests/test_cuda.py")]
-    if plan.on_gpu:
-        steps += [_test(plan, f"tests-native-{i}", "native", _part(i, 4)) for i in range(1, 5)]
-        steps += [
-            _test(plan, f"tests-triton-{i}", "triton", share)
-            for i, share in enumerate(triton, start=1)
-        ]
+    def test(name: str, backend: str, share: str, *paths: str) -> Step:
+        arguments = ("--backend", backend, "--share", share, *paths)
+        return plan.cases(f"tests-{name}", 90, "benchmarks.gpu.suite", *arguments)
+
+    everywhere = "tests/ops"
+    if not plan.on_gpu:
+        everywhere = "tests/ops/test_token_map.py"
+        steps = [test(name, name, "1/8", everywhere) for name in ("native", "reference")]
     else:
-        few = "tests/ops/test_token_map.py"
-        steps.append(_test(plan, "tests-native", "native", _part(1, 8), few))
-        steps.append(_test(plan, "tests-reference", "reference", _part(1, 8), few))
-    # Where the compiled library serves these, Triton's kernels are tried besides.
-    left_out = "" if plan.on_gpu else NO_GPU
+        number, of = map(int, plan.share.split("/"))
+        steps = [test(f"native-{i}", "native", f"{i}/4", everywhere) for i in range(1, 5)]
+        for i in range(1, 10):
+            share = f"{(number - 1) * 9 + i}/{of * 9}"
+            steps.append(test(f"triton-{i}", "triton", share, everywhere))
+    steps.insert(0, test("default", "default", "1/1", everywhere, "tests/test_cuda.py"))
+    # Triton kernels of operators that the compiled library serves by default.
     for name, only in (("match", ("match",)), ("merging", MERGING)):
-        arguments = ("--backend", "triton", "--only", *only)
-        name = f"smoke-triton-{name}"
-        steps.append(_smoke_step(plan, name, 90, *arguments, left_out=left_out))
+        arguments = ("benchmarks.smoke", "--backend", "triton", "--only", *only)
+        left_out = "" if plan.on_gpu else NO_GPU
+        steps.append(plan.cases(f"smoke-triton-{name}", 90, *arguments, left_out=left_out))
     return steps
 
 
-def _part(number: int, of: int) -> str:
-    return f"{number}/{of}"
-
-
-def _test(plan: Plan, name: str, backend: str, share: str, *paths: str) -> Step:
-    return plan.step(
-        name,
-        90,
-        "benchmarks.gpu.suite",
-        *("--device", plan.device, "--backend", backend, "--share", share),
-        *("--record", str(plan.folder / f"{name}.csv")),
-        *(paths or ("tests/ops",)),
-        goes_on=True,
-    )
-
-
-def _times(plan: Plan) -> list[Step]:
-    device, left_out = ("--device", plan.device), "" if plan.on_gpu else NO_GPU
-    small = () if plan.on_gpu else ("--seconds", "0.01")
-
-    def out(name: str) -> tuple[str, str]:
-        return "--out", str(plan.folder / name)
-
-    vit = ("benchmarks.vit", *device, *out("vit.json"))
-    vit += ("--seconds", "4") if plan.on_gpu else (*small, "--layers", "2", "--tokens", "20")
-    ceilings = ("benchmarks.gpu.ceilings", *device, *out("ceilings.json"), *small)
-    launches = ("benchmarks.host", "--count", *out("launches.json"))
-    return [
-        plan.step("ceilings", 20, *ceilings),
-        plan.step("vit", 25, *vit),
-        plan.step("launches", 20, *launches, left_out=left_out),
-        _bench(plan, "graph-matching", 30, "matching", "eager", "triton", graph=True),
-        _bench(plan, "graph-merging", 30, "merging", "eager", "index", "triton", graph=True),
-        _bench(plan, "events-merging", 30, "merging", "eager", "index"),
-        _bench(plan, "events-attention", 40, "attention", "eager", "sdpa+bias"),
-        _bench(plan, "graph-attention", 25, "attention", "eager", graph=True),
-    ]
-
-
-def _bench(
-    plan: Plan, name: str, seconds: float, operators: str, *rivals: str, graph: bool = False
-) -> Step:
-    """Times of all cases of some operators, to a CSV file that grows case by case."""
-    return plan.step(
-        name,
-        seconds,
-        *("benchmarks.run", "--device", plan.device, "--no-memory", "--dtype", "bfloat16"),
-        *(("--samples", "20", "--budget", "0.5") if plan.on_gpu else ("--rehearse",)),
-        *(() if plan.on_gpu else ("--threads", "1")),
-        *(("--cuda-graph",) if graph else ()),
-        *("--op", operators, "--rivals", *rivals, "--resume"),
-        *("--out", str(plan.folder / f"{name}.csv")),
-        goes_on=True,
-    )
-
-
-def _sanitizers(plan: Plan) -> list[Step]:
+def _sanitizers(plan: Plan, left_out: str) -> list[Step]:
     """Small shapes under compute-sanitizer: compiled kernels, then Triton's."""
-    fresh = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor a block that has bounds
-    left_out = "" if plan.on_gpu else NO_GPU
+    own_blocks = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor with bounds of its own
     steps = []
     for tool in ("memcheck", "racecheck", "initcheck"):
-        # PyTorch's own kernels leave padding unwritten; what counts are reads by ours.
-        exclude = ["--kernel-name-exclude", "kernel_substring=2at6native"]
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        command += exclude if tool == "initcheck" else []
+        if tool == "initcheck":  # PyTorch's own kernels read padding that nothing has written
+            command += ["--kernel-name-exclude", "kernel_substring=2at6native"]
         command += [sys.executable, "-m", "benchmarks.smoke", "--device", "cuda"]
         command += ["--dtype", "float16", "--only"]
-        for name, only in (
-            (tool, ["match", *MERGING]),
-            (f"{tool}-triton", ["nearest", "attention_scores", "policy_attention"]),
-        ):
+        for name, only in ((tool, ("match", *MERGING)), (f"{tool}-triton", TRITON)):
             seconds = 110 * plan.patience
-            steps.append(Step(name, [*command, *only], seconds, fresh, left_out))
+            steps.append(Step(name, [*command, *only], seconds, own_blocks, left_out))
     return steps
-
-
-def _compiled(plan: Plan) -> Step:
-    step = _bench(plan, "compiled", 60, "attention", "compile", "flex")
-    cases = COMPILED if plan.on_gpu else COMPILED[1:]
-    return Step(step.name, [*step.command, "--case", *cases], step.seconds, goes_on=True)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests of one backend on one device in one process: ``python -m benchmarks.gpu.suite``.
+"""Tests of one backend on one device in one process: ``python -m benchmarks.gpu.suite``.
 
-Only tests of that device's tensors run: none of the host's. Each test is recorded at once. After a
-CUDA error the process is of no use; it then ends with a status that asks for another start, which
-goes on after the test that failed. So a GPU's tests need no pytest-xdist: a few such processes run
-side by side, each with a share of the tests.
+Only tests with tensors of that device run. Each test is recorded at once. After a CUDA error the
+process can compute nothing; its exit status then asks for another start, which continues after the
+failed test. A few such processes run side by side, each with a share of the tests, so that
+pytest-xdist is not needed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .record import GOOD, LEFT_OUT, POISONED, Row, append, is_cuda_error, read, 
 
 
 class Recorder:
-    """pytest plugin: chooses tests of a device, records them, and leaves after a CUDA error.
+    """pytest plugin: selects tests of a device, records them, and exits after a CUDA error.
 
     Args:
-        path: CSV file of records. Tests that it has already do not run again.
-        backend: Tests of this backend run; ``"default"``: those that choose none.
+        path: File of records. Tests that it has do not run again.
+        backend: Tests of this backend run; ``"default"`` for tests without a backend.
         device: Kind of device.
     """
 
@@ -64,12 +64,12 @@ class Recorder:
         if call.excinfo is not None and is_cuda_error(call.excinfo.value):
             self.pytest_runtest_logreport(report)
             print(f"\n{item.nodeid}\n{report.longreprtext[-3000:]}", flush=True)
-            os._exit(POISONED)  # whatever is torn down in an orderly way may hang
+            os._exit(POISONED)  # an orderly exit may hang
         return report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tests; the result is 1 if the record has a failure, of an earlier start too."""
+    """Run the tests; returns 1 if a test failed, in an earlier start too."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.suite", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="default")
@@ -83,19 +83,20 @@ def main(arguments: list[str] | None = None) -> int:
         if not _native.loaded:
             print(_native.reason)
             return LEFT_OUT
-    os.environ["TOKENOPS_TEST_DEVICES"] = options.device
-    os.environ["TOKENOPS_TEST_SHARE"] = options.share
-    os.environ["HYPOTHESIS_PROFILE"] = "quick"
-    # Tests without a choice of a backend are collected beside those of some backend.
-    chosen = "reference" if options.backend == "default" else options.backend
-    os.environ["TOKENOPS_TEST_BACKENDS"] = chosen
+    os.environ.update(
+        TOKENOPS_TEST_DEVICES=options.device,
+        TOKENOPS_TEST_SHARE=options.share,
+        # Tests without a backend are collected beside those of some backend.
+        TOKENOPS_TEST_BACKENDS=options.backend.replace("default", "reference"),
+        HYPOTHESIS_PROFILE="quick",
+    )
     settings = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider"]
-    # torch 2.11 says under deterministic algorithms that it may add in another order.
+    # torch 2.11 warns under deterministic algorithms.
     settings += ["-W", "ignore:scatter_reduce_cuda_prod_"]
     plugin = Recorder(options.record, options.backend, options.device)
-    code = pytest.main([*settings, *options.paths], plugins=[plugin])
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        return int(code)
+    status = pytest.main([*settings, *options.paths], plugins=[plugin])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return int(status)
     return int(any(row.result not in GOOD for row in read(options.record).values()))
 
 
