@@ -28,16 +28,6 @@ from benchmarks.ahead_of_time import record
 from tokenops._triton import VERIFIED, launch, release
 from tokenops._triton.launch import Launch, Settings
 
-#: Operators that have a Triton kernel, by the word of their folder.
-FAMILIES = {
-    "matching": ("nearest", "match", "search", "select"),
-    "merging": (
-        "invert", "compose", "merge", "merge_many", "merge_reduce_backward", "merge_wavg",
-        "unmerge", "unmerge_many", "pair_dot",
-    ),
-    "attention": ("policy_attention", "policy_attention_backward", "attention_scores"),
-}  # fmt: skip
-
 compiled_here = pytest.mark.skipif(launch.interpreting, reason="kernels are Python functions")
 
 
@@ -275,12 +265,11 @@ def test_every_operator_has_a_triton_kernel():
     assert set(_backend._in_triton) == set(_library.defined)
 
 
-def test_the_kernels_are_there():
-    """The modules that first calls import have functions of these names."""
-    for word, names in FAMILIES.items():
-        module = importlib.import_module(f"tokenops.ops.{word}.triton")
-        assert all(callable(getattr(module, name)) for name in names)
-    assert {name for names in FAMILIES.values() for name in names} == set(_library.defined)
+@pytest.mark.parametrize("name", _library.defined)
+def test_the_kernels_are_there(name):
+    """The module that the first call of an operator imports has a function of its name."""
+    family = _library.defined[name].module.rpartition(".")[0]
+    assert callable(getattr(importlib.import_module(f"{family}.triton"), name))
 
 
 def test_unserved_arguments(monkeypatch):
@@ -312,47 +301,33 @@ def test_old_devices_take_plain_pytorch(monkeypatch):
 # ---- how many launches ----
 
 
-def _launched(operator, *arguments, arch="sm_90"):
-    from importlib import import_module
+@pytest.mark.parametrize(
+    ("operator", "arguments", "count"),
+    [
+        ("match", {"num_prefix": 1}, 2),
+        ("match", {"num_prefix": 1, "metric": "BHND"}, 2),
+        # One of the kernels evaluates the grid.
+        ("match", {"num_prefix": 1, "grid_width": 14, "cell_height": 2, "cell": True, "G": 49}, 3),
+        ("nearest", {}, 1),
+        ("merge_wavg", {"size": True}, 1),
+        ("merge", {"reduce": "mean"}, 1),
+        ("unmerge", {"residual": True}, 1),
+        ("invert", {}, 1),
+        ("policy_attention", {}, 1),
+        ("policy_attention", {"policy": True, "self_keep": True, "eps": 1e-6}, 2),
+    ],
+)
+def test_launches_of_a_vit(operator, arguments, count):
+    """Launches that a layer of ViT-B/16 at 224 pixels waits for; the recipes make dozens."""
+    sizes = {"B": 256, "H": 12, "N": 197, "D": 64, "C": 768}
+    with record("sm_90") as recorded:
+        launches.launch(operator, torch.bfloat16, {**sizes, **arguments})
+    assert len(recorded) == count
 
-    words = {
-        "matching": ("match", "nearest"),
-        "attention": ("policy_attention", "attention_scores"),
-    }
-    word = next((w for w, names in words.items() if operator in names), "merging")
-    launch_it = getattr(import_module(f"tokenops.ops.{word}.triton"), operator)
-    with record(arch) as recorded:
-        _library.defined[operator].signature.flat(launch_it)(*arguments)
-    return [item.launch.kernel.__name__ for item in recorded]
 
-
-def test_launches_of_a_vit():
-    """What a layer of ViT-B/16 at 224 pixels waits for, beside the recipes' dozens."""
-
-    def meta(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    metric, x, keys = meta(256, 197, 64), meta(256, 197, 768), meta(32, 12, 197, 64)
-    size = meta(256, 197, dtype=torch.float32)
-    assign, offsets = meta(256, 197, dtype=torch.int32), meta(256, 182, dtype=torch.int32)
-    index = assign, offsets, assign
-    rest = None, None, "position", "cosine"
-    options = 16, 1, None, None, None, 2, 0, 1, None, *rest
-    assert len(_launched("match", metric, *options)) == 2
-    assert len(_launched("match", keys, *options)) == 2
-    options = 16, 1, None, None, None, 2, 14, 2, meta(49, dtype=torch.int32), *rest
-    assert len(_launched("match", metric, *options)) == 3, "a kernel evaluates the grid"
-    assert len(_launched("nearest", metric, metric, None, None, "cosine")) == 1
-    assert len(_launched("merge_wavg", x, *index, size)) == 1
-    assert len(_launched("merge", x, *index, None, None, "mean")) == 1
-    assert len(_launched("unmerge", meta(256, 181, 768), *index, None, None, x, False)) == 1
-    assert len(_launched("invert", assign, 181)) == 1
-    heads = (meta(32, 12, 197, 64),) * 3
-    flags = False, False, 0.0, False, "exact", 0.125
-    policy = meta(32, 197, dtype=torch.float32)
-    assert len(_launched("policy_attention", *heads, None, None, None, None, *flags)) == 1
-    flags = True, False, 1e-6, False, "exact", 0.125
-    assert len(_launched("policy_attention", *heads, policy, None, None, None, *flags)) == 2
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match=r"merge has no arguments \['weights'\]"):
+        launches.launch("merge", torch.bfloat16, {"B": 2, "C": 8, "weights": True})
 
 
 # ---- what the kernels compile to ----
@@ -390,10 +365,8 @@ def loop_instructions_per_score(code, settings):
 @compiled_here
 def test_a_score_costs_few_instructions():
     """Where the width is 64, finding the largest score costs more than the scores."""
-    nearest = importlib.import_module("tokenops.ops.matching.triton").nearest
-    x = torch.empty(2, 65536, 64, dtype=torch.bfloat16, device="meta")
     with record("sm_90") as recorded:
-        nearest(x, x, None, None, "cosine")
+        launches.launch("nearest", torch.bfloat16, {"B": 2, "N": 65536, "D": 64})
     search = recorded[-1]
     code = ahead_of_time.sass(ahead_of_time.compile_launch(search, "sm_90"))
     assert loop_instructions_per_score(code, search.launch.settings) <= 6.5
