@@ -44,8 +44,8 @@
 //   gt(a, b), ge(a, b), eq(a, b), is_nan(a), mask_and(m, n), mask_or(m, n)       V::Mask
 //   blend(m, a, b)                         a where m, else b
 //   reduce_add(a), reduce_max(a)           over the lanes, in a fixed order
-//   nearest(a)                             the integer next to a, |a| < 2^22
-//   times_power(a, n)                      a * 2^n for integers n at which 2^n is a normal number
+//   round(a)                             the integer next to a, |a| < 2^22
+//   ldexp(a, n)                      a * 2^n for integers n at which 2^n is a normal number
 namespace tokenops {
 
 namespace portable {
@@ -137,17 +137,17 @@ TOKENOPS_FOR(Vec<double>)
 #undef TOKENOPS_FOR
 
 // Adding and subtracting such a number leaves no bits behind the point.
-TOKENOPS_INLINE Vec<float> nearest(Vec<float> a) {
+TOKENOPS_INLINE Vec<float> round(Vec<float> a) {
   return Vec<float>::wrap(a.v + 0x1.8p23f - 0x1.8p23f);
 }
-TOKENOPS_INLINE Vec<double> nearest(Vec<double> a) {
+TOKENOPS_INLINE Vec<double> round(Vec<double> a) {
   return Vec<double>::wrap(a.v + 0x1.8p52 - 0x1.8p52);
 }
-TOKENOPS_INLINE Vec<float> times_power(Vec<float> a, Vec<float> n) {
+TOKENOPS_INLINE Vec<float> ldexp(Vec<float> a, Vec<float> n) {
   const auto exponent = (__builtin_convertvector(n.v, Vec<float>::Mask) + 127) << 23;
   return Vec<float>::wrap(a.v * Vec<float>::Data(exponent));
 }
-TOKENOPS_INLINE Vec<double> times_power(Vec<double> a, Vec<double> n) {
+TOKENOPS_INLINE Vec<double> ldexp(Vec<double> a, Vec<double> n) {
   const auto exponent = (__builtin_convertvector(n.v, Vec<double>::Mask) + 1023) << 52;
   return Vec<double>::wrap(a.v * Vec<double>::Data(exponent));
 }
@@ -295,17 +295,17 @@ TOKENOPS_REDUCE(reduce_add, add)
 TOKENOPS_REDUCE(reduce_max, max)
 #undef TOKENOPS_REDUCE
 
-TOKENOPS_INLINE Vec<float> nearest(Vec<float> a) {
+TOKENOPS_INLINE Vec<float> round(Vec<float> a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-TOKENOPS_INLINE Vec<double> nearest(Vec<double> a) {
+TOKENOPS_INLINE Vec<double> round(Vec<double> a) {
   return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-TOKENOPS_INLINE Vec<float> times_power(Vec<float> a, Vec<float> n) {
+TOKENOPS_INLINE Vec<float> ldexp(Vec<float> a, Vec<float> n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
 }
-TOKENOPS_INLINE Vec<double> times_power(Vec<double> a, Vec<double> n) {
+TOKENOPS_INLINE Vec<double> ldexp(Vec<double> a, Vec<double> n) {
   const __m256i wide = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n.v));
   const __m256i exponent = _mm256_add_epi64(wide, _mm256_set1_epi64x(1023));
   return {_mm256_mul_pd(a.v, _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52)))};
@@ -428,16 +428,16 @@ TOKENOPS_INLINE float reduce_max(Vec<float> a) { return _mm512_reduce_max_ps(a.v
 TOKENOPS_INLINE double reduce_add(Vec<double> a) { return _mm512_reduce_add_pd(a.v); }
 TOKENOPS_INLINE double reduce_max(Vec<double> a) { return _mm512_reduce_max_pd(a.v); }
 
-TOKENOPS_INLINE Vec<float> nearest(Vec<float> a) {
+TOKENOPS_INLINE Vec<float> round(Vec<float> a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-TOKENOPS_INLINE Vec<double> nearest(Vec<double> a) {
+TOKENOPS_INLINE Vec<double> round(Vec<double> a) {
   return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-TOKENOPS_INLINE Vec<float> times_power(Vec<float> a, Vec<float> n) {
+TOKENOPS_INLINE Vec<float> ldexp(Vec<float> a, Vec<float> n) {
   return {_mm512_scalef_ps(a.v, n.v)};
 }
-TOKENOPS_INLINE Vec<double> times_power(Vec<double> a, Vec<double> n) {
+TOKENOPS_INLINE Vec<double> ldexp(Vec<double> a, Vec<double> n) {
   return {_mm512_scalef_pd(a.v, n.v)};
 }
 

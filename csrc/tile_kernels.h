@@ -71,6 +71,16 @@ TOKENOPS_INLINE void multiply_tile(const A* a, int64_t row, int64_t step, const 
   }
 }
 
+// Store a tile to rows that are `stride` apart.
+template <int N, class V, class A>
+TOKENOPS_INLINE void store_tile(const V (&sum)[kTile][N], A* out, int64_t stride) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) sum[i][j].store(out + i * stride + j * V::W);
+  }
+}
+
 // ---- transposition ----
 
 // One step of a transposition: lanes with the bit `Step` of a change places with the others of b.

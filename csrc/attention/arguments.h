@@ -134,7 +134,7 @@ struct Params : Inputs {
     parallel_for(batch * seqlen_k, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const bool valid =
-            (padding == nullptr || !padding[i]) && !(sizes != nullptr && sizes[i] < kSmallest<A>);
+            (padding == nullptr || !padding[i]) && !(sizes != nullptr && sizes[i] < kMinWeight<A>);
         out[i] = !valid ? -infinity<A>() : sizes == nullptr ? 0 : std::log2(sizes[i]);
       }
     });
@@ -152,9 +152,9 @@ struct Params : Inputs {
     if (policy.has_value()) {
       head.policy = data_of<A>(policy) + (policy_per_head ? b * num_heads + h : b) * seqlen_k;
     }
-    head.log_size = log2_size + b * seqlen_k;
+    head.log2_size = log2_size + b * seqlen_k;
     if (query_position.has_value()) {
-      head.position =
+      head.query_position =
           data_of<int32_t>(query_position) + (query_position->dim() == 2 ? b * seqlen_q : 0);
     }
     head.self_keep = self_keep && policy.has_value();

@@ -1,283 +1,305 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of one head: the data that the driver and the kernels share.
 //
-// Logits count in powers of two: x_ij = scale * log2(e) * q_i . k_j + log2 z_j. Letters: Nq
-// queries, Nk keys, D width, Dv width of the values.
+// Logits are to base 2, so that p = exp2(qk - m_i):
+//   qk[m][n] = scale * log2(e) * q[m] . k[n] + log2(size[n])
+// The own key of a query is the key at its query_position. Letters: Nq queries, Nk keys, D width of
+// q and k, Dv width of v.
 #pragma once
 
 #include "../tile.h"
 
 namespace tokenops::attention {
 
-constexpr int64_t kMaxTokens = int64_t{1} << 24;  // places of tokens count in float32
+// Kernels compare indices of tokens as float32, which is exact up to this number.
+constexpr int64_t kMaxTokens = int64_t{1} << 24;
 
 template <class A>
 constexpr A infinity() {
   return static_cast<A>(__builtin_inf());
 }
-// Logarithms to base 2: of the largest number but for rounding, and of the largest share of a row
-// that a dropped key can have, whose square is a number still.
+// The largest exponent of 2, at which the probability of a kept key is clamped in the backward.
 template <class A>
-constexpr A kLargest = sizeof(A) == 4 ? 127 : 1023;
+constexpr A kMaxExponent = sizeof(A) == 4 ? 127 : 1023;
+// The same for a dropped key, which lse does not include: p * p must not overflow.
 template <class A>
-constexpr A kMaxExponent = sizeof(A) == 4 ? 64 : 512;
-// Smaller policies and sizes count as zero: their inverse is no number.
+constexpr A kMaxExponentDropped = sizeof(A) == 4 ? 64 : 512;
+// Smaller policies and sizes count as zero, because their inverse can overflow.
 template <class A>
-constexpr A kSmallest = static_cast<A>(sizeof(A) == 4 ? 0x1p-126 : 0x1p-1022);
+constexpr A kMinWeight = static_cast<A>(sizeof(A) == 4 ? 0x1p-126 : 0x1p-1022);
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// Rows of one head; those of a list, if there is one.
+constexpr int64_t kMaxBlockM = 48;    // queries of a block in the forward
+constexpr int64_t kMaxBlockN = 48;    // keys of a block in the backward
+constexpr int64_t kMaxQueries = 512;  // queries that are packed at a time in the backward
+constexpr int64_t kFewRows = 16;      // queries per key head up to which scores read keys unpacked
+
+// Rows [count][dim] of q, k, v, out or its gradient; only the listed rows, where there is a list.
 template <class T>
 struct Tokens {
   const T* data;
-  int64_t stride;
-  int64_t width;
-  const int32_t* list;
+  int64_t stride;  // elements from row to row
+  int64_t dim;
+  const int32_t* index;  // null, or the row of the data that row i is
   int64_t count;
 
-  const T* row(int64_t i) const { return data + (list == nullptr ? i : list[i]) * stride; }
+  const T* row(int64_t i) const { return data + (index == nullptr ? i : index[i]) * stride; }
 };
 
 template <class T>
 struct Head {
   using A = acc_t<T>;
 
-  Tokens<T> q, k, v;        // all queries and keys
-  const A* policy;          // [Nk] or null
-  const A* log_size;        // [Nk], to base 2; -inf for keys that take no part
-  const int32_t* position;  // [Nq], or null: 0, 1, 2...
+  Tokens<T> q, k, v;
+  const A* policy;                // [Nk] or null
+  const A* log2_size;             // [Nk], -inf for padding and keys of size 0
+  const int32_t* query_position;  // [Nq], null for 0, 1, 2...
   bool self_keep, exclude_self, is_causal;
   A eps;
   A scale;
 
-  A slope() const { return static_cast<A>(scale * kLog2E); }
-  int64_t place_of(int64_t query) const { return position == nullptr ? query : position[query]; }
-  bool takes_part(int64_t key) const { return log_size[key] > -infinity<A>(); }
-  bool is_kept(int64_t key) const { return policy == nullptr || policy[key] >= kSmallest<A>; }
-  // The key of a query that no list of kept keys holds, or -1.
-  int64_t own_dropped(int64_t query) const {
-    const int64_t key = place_of(query);
-    const bool is =
-        self_keep && eps == 0 && key >= 0 && key < k.count && !is_kept(key) && takes_part(key);
-    return is ? key : -1;
+  A scale_log2() const { return static_cast<A>(scale * kLog2E); }
+  int64_t position(int64_t m) const { return query_position == nullptr ? m : query_position[m]; }
+  bool is_valid(int64_t n) const { return log2_size[n] > -infinity<A>(); }
+  bool is_kept(int64_t n) const { return policy == nullptr || policy[n] >= kMinWeight<A>; }
+  // The own key of a query that attends to it although no KeyList of kept keys has it, or -1.
+  int64_t dropped_own_key(int64_t m) const {
+    const int64_t n = position(m);
+    const bool dropped =
+        self_keep && eps == 0 && n >= 0 && n < k.count && !is_kept(n) && is_valid(n);
+    return dropped ? n : -1;
   }
 };
 
-// Keys that rows attend to, ascending. Without eps only those that are kept: the others change
-// nothing but the maximum, on which nothing depends then.
+// A list of keys in ascending order. Kernels work on listed keys only: a slot is an index into the
+// list.
 template <class A>
 struct KeyList {
-  int32_t* list;  // [Nk]
-  int32_t* slot;  // [Nk], place of a key in the list or -1
-  int32_t* rank;  // [Nk], listed keys up to this one
-  A* weight;      // policy of each listed key, 0 behind the last one
-  A* bias;        // log2 size of each listed key, -inf behind the last one
+  int32_t* index;  // [Nk], the key of each slot
+  int32_t* slot;   // [Nk], the slot of each key, -1 if it is not listed
+  int32_t* rank;   // [Nk], the number of listed keys up to and including this one
+  A* policy;       // of each slot; 0 behind the last one
+  A* log2_size;    // of each slot; -inf behind the last one
   int64_t count;
 
-  KeyList() = default;
-  KeyList(Arena& arena, int64_t keys)
-      : list(arena.take<int32_t>(keys)),
-        slot(arena.take<int32_t>(keys)),
-        rank(arena.take<int32_t>(keys)),
-        weight(arena.take<A>(row_words(keys) + kTile)),
-        bias(arena.take<A>(row_words(keys) + kTile)),
+  KeyList(Arena& arena, int64_t seqlen_k)
+      : index(arena.take<int32_t>(seqlen_k)),
+        slot(arena.take<int32_t>(seqlen_k)),
+        rank(arena.take<int32_t>(seqlen_k)),
+        policy(arena.take<A>(row_words(seqlen_k) + kTile)),
+        log2_size(arena.take<A>(row_words(seqlen_k) + kTile)),
         count(0) {}
 
-  // List the keys that are (not) kept; behind the last one, fill up to whole vectors and tiles.
+  // List the keys that rows attend to: those kept. With eps also the dropped ones; without it they
+  // change nothing but m_i, on which no result depends.
   template <class T>
-  void fill(const Head<T>& head, bool kept, bool all) {
+  void list_keys(const Head<T>& head) {
+    list(head, [&](int64_t n) { return head.eps > 0 || head.is_kept(n); });
+  }
+  template <class T>
+  void list_dropped(const Head<T>& head) {
+    list(head, [&](int64_t n) { return !head.is_kept(n); });
+  }
+  // The number of listed keys that a query at this position attends to: the first ones.
+  template <class T>
+  int64_t visible(const Head<T>& head, int64_t position) const {
+    if (!head.is_causal) return count;
+    if (position < 0) return 0;
+    return head.k.count == 0 ? 0 : rank[position < head.k.count ? position : head.k.count - 1];
+  }
+
+ private:
+  template <class T, class F>
+  void list(const Head<T>& head, const F& is_listed) {
     count = 0;
-    for (int64_t key = 0; key < head.k.count; ++key) {
-      const bool listed = head.takes_part(key) && (all || head.is_kept(key) == kept);
-      slot[key] = listed ? static_cast<int32_t>(count) : -1;
+    for (int64_t n = 0; n < head.k.count; ++n) {
+      const bool listed = head.is_valid(n) && is_listed(n);
+      slot[n] = listed ? static_cast<int32_t>(count) : -1;
       if (listed) {
-        list[count] = static_cast<int32_t>(key);
-        weight[count] = head.policy == nullptr ? 1 : head.is_kept(key) ? head.policy[key] : 0;
-        bias[count++] = head.log_size[key];
+        index[count] = static_cast<int32_t>(n);
+        policy[count] = head.policy == nullptr ? 1 : head.is_kept(n) ? head.policy[n] : 0;
+        log2_size[count++] = head.log2_size[n];
       }
-      rank[key] = static_cast<int32_t>(count);
+      rank[n] = static_cast<int32_t>(count);
     }
     for (int64_t i = count; i < row_words(head.k.count) + kTile; ++i) {
-      weight[i] = 0;
-      bias[i] = -infinity<A>();
+      policy[i] = 0;
+      log2_size[i] = -infinity<A>();
     }
-  }
-  // Listed keys that a row sees whose own key is at this place.
-  template <class T>
-  int64_t seen(const Head<T>& head, int64_t place) const {
-    if (!head.is_causal) return count;
-    if (place < 0) return 0;
-    return head.k.count == 0 ? 0 : rank[place < head.k.count ? place : head.k.count - 1];
   }
 };
 
-// Words from row to row of a buffer: an odd number of cache lines, so that a column of it does not
-// compete for one place in the cache.
+// Elements from row to row of a buffer: an odd number of cache lines, so that the elements of a
+// column do not all fall into the same cache set.
 template <class A>
 int64_t buffer_stride(int64_t columns) {
   const int64_t line = 64 / static_cast<int64_t>(sizeof(A));
   return (round_up(columns, line) / line | 1) * line;
 }
 
-// Rows that are worked on together: as many as keep a buffer of them in the second-level cache.
+// The number of rows of a block: as many as keep a buffer [rows][columns] in the L2 cache.
 template <class A>
-int64_t rows_together(int64_t columns, int64_t most) {
+int64_t block_rows(int64_t columns, int64_t most) {
   constexpr int64_t kBytes = 128 << 10;
   const int64_t fit = kBytes / (buffer_stride<A>(columns) * static_cast<int64_t>(sizeof(A)));
   const int64_t rows = (fit < most ? fit : most) / kTile * kTile;
   return rows < kTile ? kTile : rows;
 }
 
-constexpr int64_t kMostRows = 48;
-constexpr int64_t kFewRows = 16;       // rows by one key head for which keys are not packed
-constexpr int64_t kMostQueries = 512;  // queries that a backward pass works on together
+// ---- forward and scores ----
 
-// What the forward kernels need in memory.
+// The memory of one thread. Sizes in words (tile_kernels.h); v_dim is 0 for scores.
 template <class T>
 struct ForwardWork {
   using A = acc_t<T>;
 
-  ForwardWork(Arena& arena, int64_t keys, int64_t width, int64_t value_width,
-              int64_t most_rows = kMostRows)
-      : keys(arena, keys),
-        group(rows_together<A>(keys, most_rows)),
-        stride(buffer_stride<A>(keys)),
-        key_panels(arena.take<A>(row_words(keys) * width)),
-        value_panels(arena.take<A>((keys + 1) * row_words(value_width))),
-        rows(arena.take<A>(group * width)),
-        scores(arena.take<A>(group * stride)),
-        best(arena.take<A>(group * 16)),
-        tile(arena.take<A>(kTile * row_words(value_width))),
-        columns(arena.take<A>(row_words(keys))),
-        work(arena.take<A>(16 * row_words(width))) {}
+  ForwardWork(Arena& arena, int64_t seqlen_k, int64_t dim, int64_t v_dim, int64_t max_block_m)
+      : keys(arena, seqlen_k),
+        block_m(block_rows<A>(seqlen_k, max_block_m)),
+        stride(buffer_stride<A>(seqlen_k)),
+        k_t_panels(arena.take<A>(row_words(seqlen_k) * dim)),
+        v_panels(arena.take<A>((seqlen_k + 1) * row_words(v_dim))),
+        q_rows(arena.take<A>(block_m * dim)),
+        qk(arena.take<A>(block_m * stride)),
+        row_max(arena.take<A>(block_m * 16)),
+        acc(arena.take<A>(kTile * row_words(v_dim))),
+        column_sums(arena.take<A>(row_words(seqlen_k))),
+        scratch(arena.take<A>(16 * row_words(dim))) {}
 
   KeyList<A> keys;
-  int64_t group, stride;
-  A* key_panels;    // keys, transposed: panels [words of D][columns]
-  A* value_panels;  // values: panels [words of keys][columns of Dv]
-  A* rows;          // queries of a group [group][words of D]
-  A* scores;        // logits, then weights, of a group [group][stride]
-  A* best;          // largest logit by row and lane
-  A* tile;          // [kTile][Dv]
-  A* columns;       // sums over rows, by key
-  A* work;
+  int64_t block_m, stride;
+  A* k_t_panels;   // k transposed: panels [D][keys]
+  A* v_panels;     // panels [keys][Dv]
+  A* q_rows;       // [block_m][D]
+  A* qk;           // [block_m][stride], replaced by p
+  A* row_max;      // [block_m][lanes of a vector]
+  A* acc;          // p @ v of a tile [kTile][Dv]
+  A* column_sums;  // [keys]
+  A* scratch;
 };
 
-// Where a head's rows go.
+// Outputs of one head.
 template <class T>
 struct ForwardResult {
   using A = acc_t<T>;
 
-  T* out;  // row i at out + i * stride
-  int64_t stride;
-  A* lse;    // [Nq]
-  A* floor;  // [Nq], null without eps
-  int32_t* argmax;
+  T* out;  // [Nq][Dv], rows out_stride apart
+  int64_t out_stride;
+  A* lse;           // [Nq]
+  A* p_eps;         // [Nq], null without eps
+  int32_t* argmax;  // [Nq], null without eps
 };
 
-// What scores are made of: rows of a list with their weights.
+// The rows of one head that its scores add up.
 template <class A>
 struct ScoreRows {
-  const int32_t* list;
+  const int32_t* index;
   int64_t count;
-  const A* products;  // [Nq][Nk], of queries and all keys, or null: yet to be multiplied
-  const A* weight;    // [Nq] or null
-  const A* lse;       // [Nq] or null
-  A* score;           // [Nk], zeros
+  const A* dots;          // q . k [Nq][Nk], null if they are yet to be multiplied
+  const A* query_weight;  // [Nq] or null
+  const A* lse;           // [Nq] or null
+  A* score;               // [Nk], zeros to add to
 };
 
-// What comes into a backward pass for one head, beside the inputs.
+// ---- backward ----
+
+// What the backward of one head takes beside its Head.
 template <class T>
-struct Gradient {
+struct BackwardInputs {
   using A = acc_t<T>;
 
-  Tokens<T> g, out;  // [Nq][Dv]
-  const A* lse;      // [Nq]
-  const A* floor;
-  const int32_t* argmax;
-  const A* grad_lse;  // [Nq] or null
+  Tokens<T> dout, out;    // [Nq][Dv]
+  const A* lse;           // [Nq]
+  const A* p_eps;         // [Nq], with eps only
+  const int32_t* argmax;  // [Nq], with eps only
+  const A* grad_lse;      // [Nq] or null
   bool need_v;
-  bool need_dropped;  // the policy's gradient of dropped keys
+  bool need_dropped;  // dpolicy of dropped keys
 };
 
-// Where it goes; sums add up over heads and parts.
+// Gradients of one head. All but dq are added to.
 template <class T>
 struct BackwardResult {
   using A = acc_t<T>;
 
-  T* dq;  // row i at dq + i * stride
-  int64_t stride;
-  A *dk, *dv;         // [Nk][D], [Nk][Dv], sums
-  A *dpolicy, *dlog;  // [Nk], written where needed
+  T* dq;  // [Nq][D], rows dq_stride apart
+  int64_t dq_stride;
+  A *dk, *dv;    // [Nk][D] before the factor scale, [Nk][Dv]
+  A* dpolicy;    // [Nk], null if not needed
+  A* dlog_size;  // [Nk], the gradient of ln(size); null if not needed
 };
 
+// The memory of one thread. M stands for the queries of a block, at most kMaxQueries.
 template <class T>
 struct BackwardWork {
   using A = acc_t<T>;
 
-  BackwardWork(Arena& arena, int64_t queries, int64_t keys, int64_t width, int64_t value_width,
-               bool running_means)
-      : kept(arena, keys),
-        dropped(arena, keys),
-        block(rows_together<A>(most(queries), kMostRows)),
-        stride(buffer_stride<A>(round_up(most(queries), 16) + kTile)),
-        rows(arena.take<int32_t>(queries)) {
-    const int64_t padded = keys + 2 * kTile, lanes = round_up(most(queries), 16);
-    key_rows = arena.take<A>(padded * width);
-    value_rows = arena.take<A>(padded * value_width);
-    key_panels = arena.take<A>((keys + 1) * row_words(width));
-    query_columns = arena.take<A>(lanes * width);
-    grad_columns = arena.take<A>(lanes * value_width);
-    query_panels = arena.take<A>((most(queries) + 1) * row_words(width));
-    grad_panels = arena.take<A>((most(queries) + 1) * row_words(value_width));
-    lse = arena.take<A>(lanes);
+  BackwardWork(Arena& arena, int64_t seqlen_q, int64_t seqlen_k, int64_t dim, int64_t v_dim,
+               bool causal_sums)
+      : keys(arena, seqlen_k),
+        dropped(arena, seqlen_k),
+        query_index(arena.take<int32_t>(seqlen_q)) {
+    const int64_t queries = seqlen_q < kMaxQueries ? seqlen_q : kMaxQueries;
+    const int64_t lanes = round_up(queries, 16), widest = row_words(dim > v_dim ? dim : v_dim);
+    block_n = block_rows<A>(queries, kMaxBlockN);
+    stride = buffer_stride<A>(lanes + kTile);
+    k_rows = arena.take<A>((seqlen_k + 2 * kTile) * dim);
+    v_rows = arena.take<A>((seqlen_k + 2 * kTile) * v_dim);
+    k_panels = arena.take<A>((seqlen_k + 1) * row_words(dim));
+    q_t_panels = arena.take<A>(lanes * dim);
+    dout_t_panels = arena.take<A>(lanes * v_dim);
+    q_panels = arena.take<A>((queries + 1) * row_words(dim));
+    dout_panels = arena.take<A>((queries + 1) * row_words(v_dim));
+    lse2 = arena.take<A>(lanes);
     delta = arena.take<A>(lanes);
-    spread = arena.take<A>(lanes);
-    top = arena.take<A>(lanes);
-    place = arena.take<A>(lanes);
+    p_eps_key = arena.take<A>(lanes);
+    ds_argmax = arena.take<A>(lanes);
+    position = arena.take<A>(lanes);
     argmax = arena.take<A>(lanes);
-    attention = arena.take<A>(block * stride);
-    slope = arena.take<A>(block * stride);
-    paired = arena.take<A>(block / 2 * stride);
-    sums = arena.take<A>(2 * block * 16);
-    dq = arena.take<A>((lanes + kTile) * row_words(width));
-    const int64_t widest = row_words(width > value_width ? width : value_width);
-    tile = arena.take<A>(kTile * widest);
-    mean = arena.take<A>((running_means ? keys + 1 : 1) * row_words(value_width));
-    work = arena.take<A>(16 * widest);
+    p = arena.take<A>(block_n * stride);
+    ds = arena.take<A>(block_n * stride);
+    ds_pairs = arena.take<A>(block_n / 2 * stride);
+    lane_sums = arena.take<A>(2 * block_n * 16);
+    dq = arena.take<A>((lanes + kTile) * row_words(dim));
+    v_sums = arena.take<A>((causal_sums ? seqlen_k + 1 : 1) * row_words(v_dim));
+    acc = arena.take<A>(kTile * widest);
+    scratch = arena.take<A>(16 * widest);
   }
-  static int64_t most(int64_t queries) { return queries < kMostQueries ? queries : kMostQueries; }
 
-  KeyList<A> kept, dropped;
-  int64_t block, stride;
-  int32_t* rows;                    // queries that have a gradient
-  A *key_rows, *value_rows;         // kept keys, then dropped ones, in tiles
-  A* key_panels;                    // kept keys
-  A *query_columns, *grad_columns;  // transposed
-  A *query_panels, *grad_panels;
-  A *lse, *delta, *spread, *top, *place, *argmax;  // of each query
-  A *attention, *slope, *paired;                   // y and dS of a block of keys; dS in pairs
-  A* sums;                                         // for dpolicy and dlog, by key and lane
-  A* dq;
-  A* mean;  // sums of the values of kept keys: of all, or of the first 0, 1, 2...
-  A *tile, *work;
+  KeyList<A> keys, dropped;
+  int64_t block_n, stride;
+  int32_t* query_index;           // [Nq], the queries that have a gradient
+  A *k_rows, *v_rows;             // listed keys in tiles, then dropped ones: [keys][D], [keys][Dv]
+  A* k_panels;                    // panels [keys][D]
+  A *q_t_panels, *dout_t_panels;  // q and dout transposed: panels [D][M], [Dv][M]
+  A *q_panels, *dout_panels;      // panels [M][D], [M][Dv]
+  A *lse2, *delta;                // [M], lse to base 2; rowsum(dout * out) - grad_lse
+  A *p_eps_key, *ds_argmax;       // [M], the share of p_eps of a key; what eps adds to ds at argmax
+  A *position, *argmax;           // [M], indices of keys
+  A *p, *ds;                      // transposed, of a block of keys [block_n][stride]
+  A* ds_pairs;                    // ds in pairs of keys
+  A* lane_sums;                   // of dpolicy, then of dlog_size: [block_n][lanes of a vector]
+  A* dq;                          // [M][D]
+  A* v_sums;                      // sum of the rows of v; causal: of the first 0, 1, 2... rows
+  A *acc, *scratch;
 };
 
-// The kernels of one instruction set.
+// ---- the kernels of one instruction set ----
+
 template <class T>
 struct Kernels {
   using A = acc_t<T>;
 
-  void (*pack)(const Head<T>&, ForwardWork<T>&, bool values);
-  void (*attend)(const Head<T>&, const ForwardWork<T>&, int64_t begin, int64_t end,
-                 const ForwardResult<T>&);
+  void (*pack_keys)(const Head<T>&, ForwardWork<T>&, bool values);
+  void (*forward)(const Head<T>&, const ForwardWork<T>&, int64_t begin, int64_t end,
+                  const ForwardResult<T>&);
   void (*multiply_few)(const T* const* rows, int64_t count, const Tokens<T>& keys, A* packed,
                        A* out, int64_t stride);
-  void (*score)(const Head<T>&, const ForwardWork<T>&, const ScoreRows<A>&);
-  void (*backward)(const Head<T>&, const Gradient<T>&, BackwardWork<T>&, int64_t begin, int64_t end,
-                   const BackwardResult<T>&);
-  void (*write)(const A* sums, A factor, int64_t count, int64_t width, T* out, int64_t stride);
+  void (*scores)(const Head<T>&, const ForwardWork<T>&, const ScoreRows<A>&);
+  void (*backward)(const Head<T>&, const BackwardInputs<T>&, BackwardWork<T>&, int64_t begin,
+                   int64_t end, const BackwardResult<T>&);
+  void (*write_rows)(const A* sums, A factor, int64_t count, int64_t dim, T* out, int64_t stride);
 };
 
 }  // namespace tokenops::attention

@@ -65,30 +65,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_attention(const Inputs& inputs
     const Kernels<T> kernels = kernels_for<T>();
     const Scratch<A> log2_size(p.batch * p.seqlen_k);
     p.log2_sizes(log2_size.data());
-    const int64_t block_m = rows_together<A>(p.seqlen_k, kMostRows);
+    const int64_t block_m = block_rows<A>(p.seqlen_k, kMaxBlockM);
     const int64_t parts = query_parts(p.batch * p.num_heads, p.seqlen_q, block_m);
     const int64_t part_rows = round_up((p.seqlen_q + parts - 1) / parts, block_m);
     const double cost =
         double(p.seqlen_q) / double(parts) * double(p.seqlen_k) * double(p.head_dim + p.head_dim_v);
     for_each_task(p.batch * p.num_heads * parts, cost, [&](int64_t begin, int64_t end) {
       Scratch<char> memory;
-      auto work = allocate<ForwardWork<T>>(memory, p.seqlen_k, p.head_dim, p.head_dim_v, kMostRows);
+      auto work =
+          allocate<ForwardWork<T>>(memory, p.seqlen_k, p.head_dim, p.head_dim_v, kMaxBlockM);
       Head<T> packed = {};  // whose keys and values are packed
       for (int64_t task = begin; task < end; ++task) {
         const int64_t part = task % parts, bh = task / parts;
         const int64_t b = bh / p.num_heads, h = bh % p.num_heads;
         const Head<T> head = p.head<T>(log2_size.data(), b, h);
         const bool same = head.k.data == packed.k.data && head.v.data == packed.v.data &&
-                          head.policy == packed.policy && head.log_size == packed.log_size;
-        if (!same || task == begin) kernels.pack(head, work, true);
+                          head.policy == packed.policy && head.log2_size == packed.log2_size;
+        if (!same || task == begin) kernels.pack_keys(head, work, true);
         packed = head;
         const ForwardResult<T> result = {
             output<T>(out) + (b * p.seqlen_q * p.num_heads + h) * p.head_dim_v,
             p.num_heads * p.head_dim_v, output<A>(lse) + bh * p.seqlen_q,
             p.eps > 0 ? output<A>(p_eps) + bh * p.seqlen_q : nullptr,
             p.eps > 0 ? output<int32_t>(argmax) + bh * p.seqlen_q : nullptr};
-        kernels.attend(head, work, std::min(p.seqlen_q, part * part_rows),
-                       std::min(p.seqlen_q, (part + 1) * part_rows), result);
+        kernels.forward(head, work, std::min(p.seqlen_q, part * part_rows),
+                        std::min(p.seqlen_q, (part + 1) * part_rows), result);
       }
     });
   });
@@ -136,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
     constexpr int64_t kTasks = 8;
     const int64_t heads_k = p.batch * p.num_heads_k, group = p.num_heads / p.num_heads_k;
     const int64_t most_parts =
-        heads_k == 0 ? 1 : std::min(kTasks / heads_k, p.seqlen_q / kMostQueries);
+        heads_k == 0 ? 1 : std::min(kTasks / heads_k, p.seqlen_q / kMaxQueries);
     const int64_t parts = std::max<int64_t>(1, most_parts);
     const int64_t dk_sums = p.seqlen_k * p.head_dim;
     const int64_t dv_sums = need_v ? p.seqlen_k * p.head_dim_v : 0;
@@ -147,11 +148,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
 
     const auto write = [&](const A* from, int64_t b, int64_t h) {
       const int64_t row = b * p.seqlen_k * p.num_heads_k + h;
-      kernels.write(from, static_cast<A>(p.scale), p.seqlen_k, p.head_dim,
-                    output<T>(dk) + row * p.head_dim, p.num_heads_k * p.head_dim);
+      kernels.write_rows(from, static_cast<A>(p.scale), p.seqlen_k, p.head_dim,
+                         output<T>(dk) + row * p.head_dim, p.num_heads_k * p.head_dim);
       if (need_v) {
-        kernels.write(from + dk_sums, 1, p.seqlen_k, p.head_dim_v,
-                      output<T>(dv) + row * p.head_dim_v, p.num_heads_k * p.head_dim_v);
+        kernels.write_rows(from + dk_sums, 1, p.seqlen_k, p.head_dim_v,
+                           output<T>(dv) + row * p.head_dim_v, p.num_heads_k * p.head_dim_v);
       }
     };
     const double cost = 2.5 * double(group) * double(p.seqlen_q) / double(parts) *
@@ -175,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
             std::memset(of_head, 0, p.seqlen_k * sizeof(A));
             return of_head;
           };
-          const Gradient<T> gradient = {tokens_of<T>(grad_out, b, h, 2),
+          const BackwardInputs<T> in = {tokens_of<T>(grad_out, b, h, 2),
                                         tokens_of<T>(out, b, h, 2),
                                         data_of<A>(lse) + row,
                                         data_of<A>(p_eps) + (p.eps > 0 ? row : 0),
@@ -190,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
               to + dk_sums,
               zeroed(dpolicy_sums, need_policy),
               zeroed(dsize_sums, need_size)};
-          kernels.backward(head, gradient, work, p.seqlen_q * part / parts,
+          kernels.backward(head, in, work, p.seqlen_q * part / parts,
                            p.seqlen_q * (part + 1) / parts, result);
         }
         if (parts == 1) write(to, b, h_k);
@@ -219,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
       sum_rows(dsize_sums.data(), p.batch, p.num_heads * parts, p.seqlen_k, to);
       const A* const size = data_of<A>(p.size);
       for (int64_t i = 0; i < p.batch * p.seqlen_k; ++i) {
-        to[i] = size[i] < kSmallest<A> ? 0 : to[i] / size[i];
+        to[i] = size[i] < kMinWeight<A> ? 0 : to[i] / size[i];
       }
     }
   });
@@ -298,7 +299,7 @@ Tensor attention_scores(const Tensor& q, const Tensor& k, const OptionalTensor& 
     const Scratch<A> products(few ? p.batch * p.num_heads * p.seqlen_q * p.seqlen_k : 0);
     if (few) multiply_few(p, kernels, products.data());
     const int64_t packed_dim = few ? 0 : p.head_dim;
-    const int64_t most_rows = std::min(kMostRows, round_up(p.seqlen_q, kTile));
+    const int64_t most_rows = std::min(kMaxBlockM, round_up(p.seqlen_q, kTile));
     const double cost = double(p.seqlen_q + 8) * double(p.seqlen_k) * double(packed_dim + 8);
     for_each_task(p.batch * p.num_heads, cost, [&](int64_t begin, int64_t end) {
       Scratch<char> memory;
@@ -317,15 +318,15 @@ Tensor attention_scores(const Tensor& q, const Tensor& k, const OptionalTensor& 
         }
         A* const to = sums + bh * p.seqlen_k;
         std::memset(to, 0, p.seqlen_k * sizeof(A));
-        const bool same = head.policy == packed.policy && head.log_size == packed.log_size &&
+        const bool same = head.policy == packed.policy && head.log2_size == packed.log2_size &&
                           (few || head.k.data == packed.k.data);
         if (bh == begin || !same) {
-          few ? work.keys.fill(head, true, p.eps > 0) : kernels.pack(head, work, false);
+          few ? work.keys.list_keys(head) : kernels.pack_keys(head, work, false);
         }
         packed = head;
-        kernels.score(head, work,
-                      {list.data(), count, few ? products.data() + row * p.seqlen_k : nullptr, w,
-                       lse.has_value() ? data_of<A>(lse) + row : nullptr, to});
+        kernels.scores(head, work,
+                       {list.data(), count, few ? products.data() + row * p.seqlen_k : nullptr, w,
+                        lse.has_value() ? data_of<A>(lse) + row : nullptr, to});
       }
     });
     if (!all_heads) {

@@ -1,411 +1,385 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention's backward pass: included once per instruction set, in its namespace.
+// Attention's backward. Included once per instruction set, in its namespace.
 //
-// Keys are the rows here and queries the columns. For a tile of keys and a panel of queries
-// S = K Q^T and W = V dO^T come out of registers into the first-level cache, where one pass makes
-// attention y and dS of them and adds up the gradients of policy and size. Then dV = y dO and
-// dK = dS Q for a block of keys, and dQ += dS^T K. With P = exp(s + log z - L), p' the policy (1
-// for a row's own key), delta = dO . O - dL, floor the share of eps and n the number of seen keys:
+// Tiles are transposed: rows are keys, columns are queries. For a tile of keys and a panel of
+// queries, qk = k q^T and dp = v dout^T come out of registers into the L1 cache, where one pass
+// makes p and ds of them and adds up dpolicy and dlog_size. Then, for a block of keys, dv = p dout,
+// dk = ds q, and dq += ds^T k. With w = policy (1 for the own key with self_keep), P = exp2(qk -
+// lse2) and p_eps_key = p_eps / (number of keys that the row attends to):
 //
-//   y = p' P + floor / n,   T = P (W - delta),   dp = sum T (without own keys),
-//   dS = p' T, and + floor (mean of W - delta) at a row's maximum,   dlog z = sum dS
+//   p  = w P + p_eps_key                       what multiplies v
+//   ds = w P (dp - delta)                      with eps, at argmax + p_eps (mean of dp - delta)
+//   dpolicy = sum of P (dp - delta)            without the own key with self_keep
+//   dlog_size = sum of ds
 
-// What a tile of keys by queries is turned into, and sums.
+// A tile of kTile keys by the queries of a panel.
 template <class A>
 struct TileTask {
-  const A *bias, *weight;                                // of kTile keys
-  const A* key;                                          // their numbers, -2 where there is none
-  const A *lse, *delta, *spread, *top, *place, *argmax;  // of the panel's queries
-  A *attention, *slope;  // [kTile] rows of `stride` words, at the panel's first query
-  A* paired;             // [kTile / 2] rows of as many
+  const A *log2_size, *policy, *key;  // [kTile]; key: their indices, -2 where there is none
+  const A *lse2, *delta, *p_eps_key, *ds_argmax, *position, *argmax;  // of the panel's queries
+  A *p, *ds;    // outputs, kTile rows `stride` apart
+  A* ds_pairs;  // output, kTile / 2 rows
   int64_t stride;
-  A *dpolicy, *dlog;  // [kTile][W], sums by lane
+  A *dpolicy, *dlog_size;  // [kTile][lanes of a vector], sums to add to
 };
 
-// The number of vectors N is that of the panel; `kKept` is false for keys whose policy is zero,
-// of which only dpolicy is wanted.
+// p, ds and the sums from a tile of qk and dp [kTile][N vectors]. Of dropped keys (not kKept) only
+// dpolicy is wanted.
 template <class T, bool kKept, int N, class A>
-TOKENOPS_INLINE void differentiate_tile(const Head<T>& head, const TileTask<A>& task, const A* s,
-                                        const A* w) {
+TOKENOPS_INLINE void softmax_backward_tile(const Head<T>& head, const TileTask<A>& task,
+                                           const A* qk_tile, const A* dp_tile) {
   using V = Vec<A>;
   using P = typename Packed<T>::type;
-  const V slope = V::set1(head.slope()), zero = V::zero(), one = V::set1(1);
-  const bool owns = head.self_keep || head.exclude_self, causal = head.is_causal;
-  const bool has_floor = head.eps > 0;
+  const V scale = V::set1(head.scale_log2()), zero = V::zero(), one = V::set1(1);
+  const bool has_own = head.self_keep || head.exclude_self, causal = head.is_causal;
+  const bool has_eps = head.eps > 0;
   V even[N];
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
-    // Sums of a kept key are of its attention, for its policy to be divided out at the end: that
-    // is no larger than 1, where the share of a key with a small policy is beyond all bounds.
-    const bool kept = kKept && task.weight[i] > 0;
-    const V limit = V::set1(kept ? kLargest<A> : kMaxExponent<A>);
-    const V bias = V::set1(task.bias[i]), weight = V::set1(task.weight[i]);
+    // The sum for a kept key is that of w P (dp - delta), to be divided by its policy at the end:
+    // w P is at most 1, but P has no bound where the policy is small.
+    const bool kept = kKept && task.policy[i] > 0;
+    const V limit = V::set1(kept ? kMaxExponent<A> : kMaxExponentDropped<A>);
+    const V log2_size = V::set1(task.log2_size[i]), policy = V::set1(task.policy[i]);
     const V key = V::set1(task.key[i]);
-    V dpolicy = V::load(task.dpolicy + i * V::W), dlog = V::load(task.dlog + i * V::W);
-    P* const attention = reinterpret_cast<P*>(task.attention + i * task.stride);
-    P* const to = reinterpret_cast<P*>(task.slope + i * task.stride);
+    V dpolicy = V::load(task.dpolicy + i * V::W), dlog_size = V::load(task.dlog_size + i * V::W);
+    P* const p_out = reinterpret_cast<P*>(task.p + i * task.stride);
+    P* const ds_out = reinterpret_cast<P*>(task.ds + i * task.stride);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      const int64_t at = j * V::W;
-      const V x = fma(V::load(s + i * N * V::W + at), slope, bias);
-      V share = exp2(min(limit, x - V::load(task.lse + at)));
-      V spread = V::load(task.spread + at);
-      const V place = V::load(task.place + at), delta = V::load(task.delta + at);
+      const int64_t m = j * V::W;
+      const V qk = fma(V::load(qk_tile + i * N * V::W + m), scale, log2_size);
+      V p = exp2(min(limit, qk - V::load(task.lse2 + m)));
+      V p_eps = V::load(task.p_eps_key + m);
+      const V position = V::load(task.position + m), delta = V::load(task.delta + m);
       if (causal) {
-        const auto hidden = gt(key, place);
-        share = blend(hidden, zero, share);
-        spread = blend(hidden, zero, spread);
+        const auto masked = gt(key, position);
+        p = blend(masked, zero, p);
+        p_eps = blend(masked, zero, p_eps);
       }
-      V dot = V::load(w + i * N * V::W + at);
-      const auto own = eq(key, place);
-      if (owns && head.exclude_self) dot = blend(own, zero, dot);
-      const V factor = head.self_keep ? blend(own, one, weight) : weight;
-      V y = share * factor;
-      const V t = (kept ? y : share) * (dot - delta);
-      dpolicy = dpolicy + (head.self_keep ? blend(own, zero, t) : t);
+      V dp = V::load(dp_tile + i * N * V::W + m);
+      const auto is_own = eq(key, position);
+      if (has_own && head.exclude_self) dp = blend(is_own, zero, dp);
+      V wp = p * (head.self_keep ? blend(is_own, one, policy) : policy);
+      const V product = (kept ? wp : p) * (dp - delta);
+      dpolicy = dpolicy + (head.self_keep ? blend(is_own, zero, product) : product);
       if (!kKept) continue;
-      V ds = kept ? t : head.self_keep ? blend(own, t, zero) : zero;
-      y = y + spread;
-      if (owns && head.exclude_self) y = blend(own, zero, y);
-      if (has_floor) {
-        const auto is_top = eq(key, V::load(task.argmax + at));
-        ds = ds + blend(is_top, V::load(task.top + at), zero);
+      V ds = kept ? product : head.self_keep ? blend(is_own, product, zero) : zero;
+      wp = wp + p_eps;
+      if (has_own && head.exclude_self) wp = blend(is_own, zero, wp);
+      if (has_eps) {
+        const auto is_argmax = eq(key, V::load(task.argmax + m));
+        ds = ds + blend(is_argmax, V::load(task.ds_argmax + m), zero);
       }
-      dlog = dlog + ds;
-      store_words<T>(y, attention + at);
-      store_words<T>(ds, to + at);
+      dlog_size = dlog_size + ds;
+      store_words<T>(wp, p_out + m);
+      store_words<T>(ds, ds_out + m);
 #if TOKENOPS_PAIRS
       if constexpr (kPairs<T>) {
         if (i % 2 == 0) {
           even[j] = ds;
         } else {
-          pair_up(even[j], ds).store(task.paired + i / 2 * task.stride + at);
+          pair_up(even[j], ds).store(task.ds_pairs + i / 2 * task.stride + m);
         }
       }
 #endif
     }
     dpolicy.store(task.dpolicy + i * V::W);
-    dlog.store(task.dlog + i * V::W);
+    dlog_size.store(task.dlog_size + i * V::W);
   }
   (void)even;
 }
 
-// One head's queries [begin, end).
+// The backward of one head for the queries [begin, end).
 template <class T>
 class BackwardPass {
   using A = acc_t<T>;
   using V = Vec<A>;
 
  public:
-  BackwardPass(const Head<T>& head, const Gradient<T>& gradient, BackwardWork<T>& work,
+  BackwardPass(const Head<T>& head, const BackwardInputs<T>& inputs, BackwardWork<T>& work,
                const BackwardResult<T>& result)
-      : head(head), gradient(gradient), work(work), result(result) {}
+      : head(head), in(inputs), work(work), result(result) {}
 
   void run(int64_t begin, int64_t end) {
     list_queries(begin, end);
-    if (count_ > 0) pack_keys();
-    const int64_t blocks = (count_ + kMostQueries - 1) / kMostQueries;
+    if (num_queries_ > 0) pack_keys();
+    const int64_t blocks = (num_queries_ + kMaxQueries - 1) / kMaxQueries;
     for (int64_t b = 0; b < blocks; ++b) {
-      take_queries(count_ * b / blocks, count_ * (b + 1) / blocks);
-      blocks_of<true>(work.kept, 0);
-      if (gradient.need_dropped) blocks_of<false>(work.dropped, round_up(work.kept.count, kTile));
-      for (int64_t i = 0; i < queries_; ++i) own_key(i);
-      write_queries();
+      pack_queries(num_queries_ * b / blocks, num_queries_ * (b + 1) / blocks);
+      blocks_of_keys<true>(work.keys, 0);
+      if (in.need_dropped) blocks_of_keys<false>(work.dropped, round_up(work.keys.count, kTile));
+      for (int64_t i = 0; i < block_m_; ++i) dropped_own_key(i);
+      write_dq();
     }
   }
 
  private:
-  // Rows with a gradient; the others get zeros and count no further.
+  // List the queries that have a gradient in query_index; dq of the others is zero.
   void list_queries(int64_t begin, int64_t end) {
-    count_ = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const A grad_lse = gradient.grad_lse == nullptr ? 0 : gradient.grad_lse[i];
-      const bool live = gradient.lse[i] != -infinity<A>() &&
-                        (grad_lse != 0 || any(gradient.g.row(i), gradient.g.width));
-      if (live) {
-        work.rows[count_++] = static_cast<int32_t>(i);
-      } else if (head.q.width > 0) {  // else there may be no memory
-        std::memset(static_cast<void*>(result.dq + i * result.stride), 0, head.q.width * sizeof(T));
+    num_queries_ = 0;
+    for (int64_t m = begin; m < end; ++m) {
+      const A grad_lse = in.grad_lse == nullptr ? 0 : in.grad_lse[m];
+      if (in.lse[m] != -infinity<A>() &&
+          (grad_lse != 0 || any_nonzero(in.dout.row(m), in.dout.dim))) {
+        work.query_index[num_queries_++] = static_cast<int32_t>(m);
+      } else if (head.q.dim > 0) {  // else there may be no memory
+        std::memset(static_cast<void*>(result.dq + m * result.dq_stride), 0,
+                    head.q.dim * sizeof(T));
       }
     }
   }
-  static bool any(const T* x, int64_t width) {
-    V most = V::zero();  // the number of elements that are not zero; NaN is not
-    for (int64_t d = 0; d < width; d += V::W) {
-      const V v = load_some<V>(x + d, width - d);
-      most = most + blend(eq(v, V::zero()), V::zero(), V::set1(1));
+  static bool any_nonzero(const T* x, int64_t dim) {
+    V count = V::zero();  // of nonzero elements; NaN is one
+    for (int64_t d = 0; d < dim; d += V::W) {
+      const V v = load_some<V>(x + d, dim - d);
+      count = count + blend(eq(v, V::zero()), V::zero(), V::set1(1));
     }
-    return reduce_add(most) > 0;
+    return reduce_add(count) > 0;
   }
 
-  Tokens<T> listed(Tokens<T> x, const KeyList<A>& keys) const {
-    x.list = keys.list;
-    x.count = keys.count;
-    return x;
-  }
-
+  // Pack k and v of the listed keys and, if needed, of the dropped ones.
   void pack_keys() {
-    work.kept.fill(head, true, head.eps > 0);
-    const int64_t start = round_up(work.kept.count, kTile);
-    pack_rows(listed(head.k, work.kept), work.key_rows);
-    pack_rows(listed(head.v, work.kept), work.value_rows);
-    pack_panels(listed(head.k, work.kept), work.key_panels);
-    if (gradient.need_dropped) {
-      work.dropped.fill(head, false, false);
-      pack_rows(listed(head.k, work.dropped), work.key_rows + start * depth_words<T>(head.k.width));
-      pack_rows(listed(head.v, work.dropped),
-                work.value_rows + start * depth_words<T>(head.v.width));
+    const KeyList<A>&keys = work.keys, &dropped = work.dropped;
+    work.keys.list_keys(head);
+    pack_rows(listed(head.k, keys.index, keys.count), work.k_rows);
+    pack_rows(listed(head.v, keys.index, keys.count), work.v_rows);
+    pack_panels(listed(head.k, keys.index, keys.count), work.k_panels);
+    if (in.need_dropped) {
+      const int64_t start = round_up(keys.count, kTile);
+      work.dropped.list_dropped(head);
+      pack_rows(listed(head.k, dropped.index, dropped.count),
+                work.k_rows + start * depth_words<T>(head.k.dim));
+      pack_rows(listed(head.v, dropped.index, dropped.count),
+                work.v_rows + start * depth_words<T>(head.v.dim));
     }
     if (head.eps > 0) sum_values();
   }
 
-  // Sums of the values of kept keys: of all, or for causal rows of the first 0, 1, 2...
+  // Sum the values of the listed keys; for causal rows, of the first 0, 1, 2... of them.
   void sum_values() {
-    const int64_t width = head.v.width, row = row_words(width);
-    std::memset(work.mean, 0, row * sizeof(A));
-    for (int64_t i = 0; i < work.kept.count; ++i) {
-      A* sum = work.mean;
+    const int64_t dim = head.v.dim, row = row_words(dim);
+    std::memset(work.v_sums, 0, row * sizeof(A));
+    for (int64_t i = 0; i < work.keys.count; ++i) {
+      A* sum = work.v_sums;
       if (head.is_causal) {
         sum += (i + 1) * row;
         std::memcpy(sum, sum - row, row * sizeof(A));
       }
-      add_scaled(head.v.row(work.kept.list[i]), A(1), width, sum);
+      add_scaled(head.v.row(work.keys.index[i]), A(1), dim, sum);
     }
   }
 
-  // Pack the listed queries [begin, end) and gather what belongs to each one.
-  void take_queries(int64_t begin, int64_t end) {
-    queries_ = end - begin;
-    first_ = begin;
-    lanes_ = round_up(queries_, V::W);
-    const auto some = [&](Tokens<T> x) {
-      x.list = work.rows + begin;
-      x.count = queries_;
-      return x;
-    };
-    pack_columns(some(head.q), work.query_columns, work.work);
-    pack_columns(some(gradient.g), work.grad_columns, work.work);
-    pack_panels(some(head.q), work.query_panels);
-    if (gradient.need_v) pack_panels(some(gradient.g), work.grad_panels);
-    std::memset(work.dq, 0, round_up(queries_, kTile) * round_up(head.q.width, V::W) * sizeof(A));
-    for (int64_t i = 0; i < lanes_; ++i) {
-      if (i >= queries_) {  // a share of 2^-inf
-        work.lse[i] = infinity<A>();
-        work.delta[i] = work.spread[i] = work.top[i] = 0;
-        work.place[i] = work.argmax[i] = -1;
+  // Pack the listed queries [begin, end), and compute delta and the other numbers of each one.
+  void pack_queries(int64_t begin, int64_t end) {
+    block_m_ = end - begin;
+    query_ = work.query_index + begin;
+    const Tokens<T> q = listed(head.q, query_, block_m_), dout = listed(in.dout, query_, block_m_);
+    pack_transposed(q, work.q_t_panels, work.scratch);
+    pack_transposed(dout, work.dout_t_panels, work.scratch);
+    pack_panels(q, work.q_panels);
+    if (in.need_v) pack_panels(dout, work.dout_panels);
+    std::memset(work.dq, 0, round_up(block_m_, kTile) * round_up(q.dim, V::W) * sizeof(A));
+    for (int64_t i = 0; i < round_up(block_m_, V::W); ++i) {
+      work.p_eps_key[i] = work.ds_argmax[i] = 0;
+      work.argmax[i] = -1;
+      if (i >= block_m_) {  // p = 2^-inf
+        work.lse2[i] = infinity<A>();
+        work.delta[i] = 0;
+        work.position[i] = -1;
         continue;
       }
-      const int64_t query = work.rows[begin + i], place = head.place_of(query);
-      const T* const g = gradient.g.row(query);
-      A delta = dot(g, gradient.out.row(query), gradient.g.width);
-      if (gradient.grad_lse != nullptr) delta -= gradient.grad_lse[query];
-      work.lse[i] = gradient.lse[query] * static_cast<A>(kLog2E);
+      const int64_t m = query_[i], position = head.position(m);
+      A delta = dot(dout.row(i), in.out.row(m), dout.dim);
+      if (in.grad_lse != nullptr) delta -= in.grad_lse[m];
+      work.lse2[i] = in.lse[m] * static_cast<A>(kLog2E);
       work.delta[i] = delta;
-      work.place[i] = static_cast<A>(place < -1 ? -1 : place < kMaxTokens ? place : kMaxTokens);
-      work.spread[i] = work.top[i] = 0;
-      work.argmax[i] = -1;
+      work.position[i] = static_cast<A>(position < -1           ? -1
+                                        : position < kMaxTokens ? position
+                                                                : kMaxTokens);
       if (head.eps > 0) {
-        const int64_t seen = work.kept.seen(head, place);  // a row that is not empty sees some key
-        const A count = static_cast<A>(seen > 0 ? seen : 1), floor = gradient.floor[query];
-        A mean = dot_sum(g, work.mean + (head.is_causal ? seen * row_words(head.v.width) : 0));
-        if (head.exclude_self && place >= 0 && place < head.k.count && head.takes_part(place)) {
-          mean -= dot(g, head.v.row(place), gradient.g.width);
+        const int64_t visible = work.keys.visible(head, position);  // lse is finite: at least 1
+        const A count = static_cast<A>(visible > 0 ? visible : 1), p_eps = in.p_eps[m];
+        A sum =
+            dot(dout.row(i), work.v_sums + (head.is_causal ? visible * row_words(head.v.dim) : 0),
+                dout.dim);  // of dp
+        if (head.exclude_self && position >= 0 && position < head.k.count &&
+            head.is_valid(position)) {
+          sum -= dot(dout.row(i), head.v.row(position), dout.dim);
         }
-        work.spread[i] = floor / count;
-        work.top[i] = floor * (mean / count - delta);
-        work.argmax[i] = static_cast<A>(gradient.argmax[query]);
+        work.p_eps_key[i] = p_eps / count;
+        work.ds_argmax[i] = p_eps * (sum / count - delta);
+        work.argmax[i] = static_cast<A>(in.argmax[m]);
       }
     }
   }
-  A dot_sum(const T* g, const A* sum) const {
-    V total = V::zero();
-    for (int64_t d = 0; d < gradient.g.width; d += V::W) {
-      const int64_t left = gradient.g.width - d;
-      total = fma(load_some<V>(g + d, left), load_some<V>(sum + d, left), total);
-    }
-    return reduce_add(total);
-  }
 
-  // All keys of a list in blocks of about one size.
+  // All keys of a list, in blocks of about the same size. `start`: the first row of the list in
+  // k_rows and v_rows.
   template <bool kKept>
-  void blocks_of(const KeyList<A>& keys, int64_t start) {
-    const int64_t blocks = (keys.count + work.block - 1) / work.block;
+  void blocks_of_keys(const KeyList<A>& keys, int64_t start) {
+    const int64_t blocks = (keys.count + work.block_n - 1) / work.block_n;
     const int64_t step = blocks == 0 ? 1 : round_up((keys.count + blocks - 1) / blocks, kTile);
-    for (int64_t k = 0; k < keys.count; k += step) {
-      block<kKept>(keys, k, k + step < keys.count ? k + step : keys.count, start);
+    for (int64_t n = 0; n < keys.count; n += step) {
+      block_of_keys<kKept>(keys, n, n + step < keys.count ? n + step : keys.count, start);
     }
   }
 
-  // Keys [begin, end) of a list, which starts at a row of the packed ones, by all queries.
+  // The slots [begin, end) of a list by all packed queries.
   template <bool kKept>
-  void block(const KeyList<A>& keys, int64_t begin, int64_t end, int64_t start) {
-    const int64_t depth = depth_words<T>(head.k.width), value_depth = depth_words<T>(head.v.width);
+  void block_of_keys(const KeyList<A>& keys, int64_t begin, int64_t end, int64_t start) {
+    const int64_t depth = depth_words<T>(head.k.dim), v_depth = depth_words<T>(head.v.dim);
     const int64_t tiles = (end - begin + kTile - 1) / kTile;
-    A* const dpolicy = work.sums;
-    A* const dlog = work.sums + work.block * V::W;
-    std::memset(work.sums, 0, 2 * work.block * V::W * sizeof(A));
-    A number[kMostRows];
+    A* const dpolicy = work.lane_sums;
+    A* const dlog_size = work.lane_sums + work.block_n * V::W;
+    std::memset(work.lane_sums, 0, 2 * work.block_n * V::W * sizeof(A));
+    A key[kMaxBlockN];
     for (int64_t i = 0; i < tiles * kTile; ++i) {
-      number[i] = begin + i < end ? static_cast<A>(keys.list[begin + i]) : A(-2);
+      key[i] = begin + i < end ? static_cast<A>(keys.index[begin + i]) : A(-2);
     }
     for_each_panel(
-        work.query_columns, depth, queries_, queries_, [&](int64_t column, auto n, const A* panel) {
+        work.q_t_panels, depth, block_m_, block_m_, [&](int64_t column, auto n, const A* panel) {
           constexpr int N = decltype(n)::value;
-          const A* const grad_panel = work.grad_columns + column * value_depth;
-          alignas(64) A s[kTile * N * V::W], w[kTile * N * V::W];
-          for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t key = begin + t * kTile;
-            tile<N>(work.key_rows + (start + key) * depth, panel, depth, s);
-            tile<N>(work.value_rows + (start + key) * value_depth, grad_panel, value_depth, w);
-            const int64_t lane = t * kTile * V::W, words = column / (kPairs<T> ? 2 : 1);
-            const TileTask<A> task = {keys.bias + key,
-                                      keys.weight + key,
-                                      number + t * kTile,
-                                      work.lse + column,
+          const A* const dout_panel = work.dout_t_panels + column * v_depth;
+          alignas(64) A qk[kTile * N * V::W], dp[kTile * N * V::W];
+          for (int64_t t = 0; t < tiles * kTile; t += kTile) {
+            multiply<N>(work.k_rows + (start + begin + t) * depth, depth, panel, depth, qk);
+            multiply<N>(work.v_rows + (start + begin + t) * v_depth, v_depth, dout_panel, v_depth,
+                        dp);
+            const int64_t word = column / (kPairs<T> ? 2 : 1);
+            const TileTask<A> task = {keys.log2_size + begin + t,
+                                      keys.policy + begin + t,
+                                      key + t,
+                                      work.lse2 + column,
                                       work.delta + column,
-                                      work.spread + column,
-                                      work.top + column,
-                                      work.place + column,
+                                      work.p_eps_key + column,
+                                      work.ds_argmax + column,
+                                      work.position + column,
                                       work.argmax + column,
-                                      work.attention + t * kTile * work.stride + words,
-                                      work.slope + t * kTile * work.stride + words,
-                                      work.paired + t * kTile / 2 * work.stride + column,
+                                      work.p + t * work.stride + word,
+                                      work.ds + t * work.stride + word,
+                                      work.ds_pairs + t / 2 * work.stride + column,
                                       work.stride,
-                                      dpolicy + lane,
-                                      dlog + lane};
-            differentiate_tile<T, kKept, N>(head, task, s, w);
+                                      dpolicy + t * V::W,
+                                      dlog_size + t * V::W};
+            softmax_backward_tile<T, kKept, N>(head, task, qk, dp);
           }
         });
     for (int64_t i = 0; i < end - begin; ++i) {
-      const int32_t key = keys.list[begin + i];
+      const int32_t n = keys.index[begin + i];
       if (result.dpolicy != nullptr) {
-        const A weight = keys.weight[begin + i];
-        result.dpolicy[key] +=
-            reduce_add(V::load(dpolicy + i * V::W)) / (kKept && weight > 0 ? weight : 1);
+        const A policy = keys.policy[begin + i];
+        result.dpolicy[n] +=
+            reduce_add(V::load(dpolicy + i * V::W)) / (kKept && policy > 0 ? policy : 1);
       }
-      if (kKept && result.dlog != nullptr) {
-        result.dlog[key] += reduce_add(V::load(dlog + i * V::W));
+      if (kKept && result.dlog_size != nullptr) {
+        result.dlog_size[n] += reduce_add(V::load(dlog_size + i * V::W));
       }
     }
     if (!kKept) return;
-    const int64_t queries = depth_words<T>(queries_);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int32_t* const list = keys.list + begin + t * kTile;
-      const int64_t left = end - begin - t * kTile, count = left < kTile ? left : kTile;
-      if (gradient.need_v) {
-        add_rows(work.attention + t * kTile * work.stride, work.grad_panels, queries, head.v.width,
-                 list, count, result.dv);
+    const int64_t queries = depth_words<T>(block_m_);
+    for (int64_t t = 0; t < tiles * kTile; t += kTile) {
+      const int32_t* const index = keys.index + begin + t;
+      const int64_t left = end - begin - t, count = left < kTile ? left : kTile;
+      if (in.need_v) {
+        add_rows(work.p + t * work.stride, work.dout_panels, queries, head.v.dim, index, count,
+                 result.dv);
       }
-      add_rows(work.slope + t * kTile * work.stride, work.query_panels, queries, head.k.width, list,
-               count, result.dk);
+      add_rows(work.ds + t * work.stride, work.q_panels, queries, head.k.dim, index, count,
+               result.dk);
     }
-    add_queries(begin, depth_words<T>(end - begin));
+    add_dq(begin, depth_words<T>(end - begin));
   }
 
-  // Products of a tile with a panel, [kTile][N * W].
+  // out[kTile][N * W] = a b, for a tile of rows a and a panel b.
   template <int N>
-  static TOKENOPS_INLINE void tile(const A* a, const A* panel, int64_t depth, A* out) {
+  static TOKENOPS_INLINE void multiply(const A* a, int64_t stride, const A* panel, int64_t depth,
+                                       A* out) {
     V sum[kTile][N] = {};
-    multiply_tile<T, N>(a, depth, 1, panel, depth, sum);
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sum[i][j].store(out + (i * N + j) * V::W);
-    }
+    multiply_tile<T, N>(a, stride, 1, panel, depth, sum);
+    store_tile(sum, out, N * V::W);
   }
 
-  // out[list[i]] += a[i] b for a tile of rows a by panels b [depth][width].
-  void add_rows(const A* a, const A* b, int64_t depth, int64_t width, const int32_t* list,
+  // out[index[i]] += a[i] b, for a tile of rows a of p or ds and panels b [depth][dim].
+  void add_rows(const A* a, const A* b, int64_t depth, int64_t dim, const int32_t* index,
                 int64_t count, A* out) {
-    const int64_t padded = round_up(width, V::W);
-    for_each_panel(b, depth, width, width, [&](int64_t column, auto n, const A* panel) {
+    const int64_t padded = round_up(dim, V::W);
+    for_each_panel(b, depth, dim, dim, [&](int64_t column, auto n, const A* panel) {
       constexpr int N = decltype(n)::value;
-      V sum[kTile][N] = {};
-      multiply_tile<T, N>(a, work.stride, 1, panel, depth, sum);
-#pragma GCC unroll 8
-      for (int i = 0; i < kTile; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) sum[i][j].store(work.tile + i * padded + column + j * V::W);
-      }
+      V acc[kTile][N] = {};
+      multiply_tile<T, N>(a, work.stride, 1, panel, depth, acc);
+      store_tile(acc, work.acc + column, padded);
     });
     for (int64_t i = 0; i < count; ++i) {
-      add_scaled(work.tile + i * padded, A(1), width, out + list[i] * width);
+      add_scaled(work.acc + i * padded, A(1), dim, out + index[i] * dim);
     }
   }
 
-  // dQ += dS^T K over a block of keys that starts at `key`, of `depth` words.
-  void add_queries(int64_t key, int64_t depth) {
-    const int64_t padded = round_up(head.q.width, V::W);
-    const A* const a = kPairs<T> ? work.paired : work.slope;
-    const int64_t words = depth_words<T>(work.kept.count), before = depth_words<T>(key);
-    for_each_panel(work.key_panels, words, head.q.width, head.q.width,
-                   [&](int64_t column, auto n, const A* panel) {
-                     constexpr int N = decltype(n)::value;
-                     for (int64_t i = 0; i < queries_; i += kTile) {
-                       A* const out = work.dq + i * padded + column;
-                       V sum[kTile][N];
-                       for (int r = 0; r < kTile; ++r) {
-                         for (int j = 0; j < N; ++j)
-                           sum[r][j] = V::load(out + r * padded + j * V::W);
-                       }
-                       multiply_tile<T, N>(a + i, 1, work.stride, panel + before * N * V::W, depth,
-                                           sum);
-                       for (int r = 0; r < kTile; ++r) {
-                         for (int j = 0; j < N; ++j) sum[r][j].store(out + r * padded + j * V::W);
-                       }
-                     }
-                   });
+  // dq += ds^T k, for a block of keys that starts at slot start_n and has `depth` words.
+  void add_dq(int64_t start_n, int64_t depth) {
+    const int64_t dim = head.q.dim, padded = round_up(dim, V::W);
+    const A* const ds = kPairs<T> ? work.ds_pairs : work.ds;
+    const int64_t words = depth_words<T>(work.keys.count), before = depth_words<T>(start_n);
+    for_each_panel(work.k_panels, words, dim, dim, [&](int64_t column, auto n, const A* panel) {
+      constexpr int N = decltype(n)::value;
+      for (int64_t i = 0; i < block_m_; i += kTile) {
+        A* const dq = work.dq + i * padded + column;
+        V acc[kTile][N];
+        for (int r = 0; r < kTile; ++r) {
+          for (int j = 0; j < N; ++j) acc[r][j] = V::load(dq + r * padded + j * V::W);
+        }
+        multiply_tile<T, N>(ds + i, 1, work.stride, panel + before * N * V::W, depth, acc);
+        store_tile(acc, dq, padded);
+      }
+    });
   }
 
-  // A row's own key that no list of kept keys holds.
-  void own_key(int64_t i) {
-    const int64_t query = work.rows[first_ + i], key = head.own_dropped(query);
+  // The part of the own key that query i attends to although it is dropped.
+  void dropped_own_key(int64_t i) {
+    const int64_t m = query_[i], key = head.dropped_own_key(m);
     if (key < 0) return;
-    const T *const q = head.q.row(query), *const k = head.k.row(key), *const v = head.v.row(key);
-    const T* const g = gradient.g.row(query);
-    const int64_t width = head.q.width, value_width = head.v.width;
-    const A x = dot(q, k, width) * head.slope() + head.log_size[key] - work.lse[i];
-    A lanes[V::W];
-    exp2(min(V::set1(kMaxExponent<A>), V::set1(x))).store(lanes);
-    const A share = lanes[0];
-    const A t = share * ((head.exclude_self ? 0 : dot(g, v, value_width)) - work.delta[i]);
-    add_scaled(k, t, width, work.dq + i * round_up(width, V::W));
-    add_scaled(q, t, width, result.dk + key * width);
-    if (gradient.need_v && !head.exclude_self) {
-      add_scaled(g, share, value_width, result.dv + key * value_width);
-    }
-    if (result.dlog != nullptr) result.dlog[key] += t;
+    const T *const q = head.q.row(m), *const k = head.k.row(key), *const v = head.v.row(key);
+    const T* const dout = in.dout.row(m);
+    const int64_t dim = head.q.dim, v_dim = head.v.dim;
+    const A x = dot(q, k, dim) * head.scale_log2() + head.log2_size[key] - work.lse2[i];
+    const A p = exp2_of(kMaxExponentDropped<A> < x ? kMaxExponentDropped<A> : x);
+    const A ds = p * ((head.exclude_self ? 0 : dot(dout, v, v_dim)) - work.delta[i]);
+    add_scaled(k, ds, dim, work.dq + i * round_up(dim, V::W));
+    add_scaled(q, ds, dim, result.dk + key * dim);
+    if (in.need_v && !head.exclude_self) add_scaled(dout, p, v_dim, result.dv + key * v_dim);
+    if (result.dlog_size != nullptr) result.dlog_size[key] += ds;
   }
 
-  void write_queries() {
-    const int64_t width = head.q.width, padded = round_up(width, V::W);
-    for (int64_t i = 0; i < queries_; ++i) {
-      write_row(work.dq + i * padded, head.scale, width,
-                result.dq + work.rows[first_ + i] * result.stride);
+  void write_dq() {
+    const int64_t dim = head.q.dim, padded = round_up(dim, V::W);
+    for (int64_t i = 0; i < block_m_; ++i) {
+      write_row(work.dq + i * padded, head.scale, dim, result.dq + query_[i] * result.dq_stride);
     }
   }
 
   const Head<T>& head;
-  const Gradient<T>& gradient;
+  const BackwardInputs<T>& in;
   BackwardWork<T>& work;
   const BackwardResult<T>& result;
-  int64_t count_ = 0, queries_ = 0, first_ = 0, lanes_ = 0;
+  int64_t num_queries_ = 0;         // that have a gradient
+  int64_t block_m_ = 0;             // queries that are packed
+  const int32_t* query_ = nullptr;  // [block_m_], their indices
 };
 
-// Rows [count][width] of sums times a factor.
 template <class T>
-void write(const acc_t<T>* sums, acc_t<T> factor, int64_t count, int64_t width, T* out,
-           int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) write_row(sums + i * width, factor, width, out + i * stride);
+void backward(const Head<T>& head, const BackwardInputs<T>& inputs, BackwardWork<T>& work,
+              int64_t begin, int64_t end, const BackwardResult<T>& result) {
+  BackwardPass<T>(head, inputs, work, result).run(begin, end);
 }
 
+// out = factor * sums, for rows [count][dim].
 template <class T>
-void backward(const Head<T>& head, const Gradient<T>& gradient, BackwardWork<T>& work,
-              int64_t begin, int64_t end, const BackwardResult<T>& result) {
-  BackwardPass<T>(head, gradient, work, result).run(begin, end);
+void write_rows(const acc_t<T>* sums, acc_t<T> factor, int64_t count, int64_t dim, T* out,
+                int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) write_row(sums + i * dim, factor, dim, out + i * stride);
 }
 
 template <class T>
 Kernels<T> kernels() {
-  return {&pack<T>, &attend<T>, &multiply_few<T>, &score<T>, &backward<T>, &write<T>};
+  return {&pack_keys<T>, &forward<T>, &multiply_few<T>, &scores<T>, &backward<T>, &write_rows<T>};
 }

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of a few queries with all keys: included once per instruction set, in its namespace.
+// q . k of a few queries and all keys. Included once per instruction set, in its namespace.
 //
-// Few rows are bound by reading the keys, so these are read once, as they lie in memory, for all
-// rows together. Vectors of words run along the width; a tile has as many products as a vector has
-// lanes, and adds up the lanes of all of them at once, in one order, so that a product has the same
-// bits in every place of a tile.
+// Reading the keys takes most of the time, so they are read once, unpacked, for all queries.
+// Vectors run along D. A tile has as many products as a vector has lanes, so that one transposing
+// sum adds up the lanes of all of them, in the same order wherever a product is in its tile.
 
+// Elements of a word.
 template <class T>
 constexpr int64_t kPerWord = kPairs<T> ? 2 : 1;
 
-// A vector of words of a row.
+// A vector of a row's words.
 template <class T>
 TOKENOPS_INLINE Vec<acc_t<T>> load_words(const T* p) {
   if constexpr (kPairs<T>) {
@@ -19,7 +19,7 @@ TOKENOPS_INLINE Vec<acc_t<T>> load_words(const T* p) {
   }
 }
 
-// The last elements of a row as a vector of words.
+// The last `left` elements of a row as a vector of words.
 template <class T>
 TOKENOPS_INLINE Vec<acc_t<T>> load_last_words(const T* p, int left) {
   using V = Vec<acc_t<T>>;
@@ -32,7 +32,7 @@ TOKENOPS_INLINE Vec<acc_t<T>> load_last_words(const T* p, int left) {
   }
 }
 
-// Vector whose lane l is the sum of the lanes of m[l].
+// A vector whose lane l is the sum of the lanes of m[l].
 template <int Step, class V>
 TOKENOPS_INLINE V sum_lanes(V (&m)[V::W]) {
   if constexpr (Step == V::W) {
@@ -47,17 +47,17 @@ TOKENOPS_INLINE V sum_lanes(V (&m)[V::W]) {
   }
 }
 
-// out[i * stride + j] = row i . key j for so many rows of words, `pitch` apart with zeros up to
-// whole vectors, and W / Rows keys from `first` on.
+// One tile: out[i * stride + n] = row i . key n for Rows rows of words, `pitch` apart, that end in
+// zeros, and the W / Rows keys from start_n on.
 template <int Rows, class T, class A>
 TOKENOPS_INLINE void multiply_few_tile(const A* rows, int64_t pitch, const Tokens<T>& keys,
-                                       int64_t first, A* out, int64_t stride) {
+                                       int64_t start_n, A* out, int64_t stride) {
   using V = Vec<A>;
   constexpr int kKeys = V::W / Rows;
-  const int64_t count = keys.count - first < kKeys ? keys.count - first : kKeys;
+  const int64_t count = keys.count - start_n < kKeys ? keys.count - start_n : kKeys;
   const T* key[kKeys];
-  for (int j = 0; j < kKeys; ++j) key[j] = keys.row(first + (j < count ? j : count - 1));
-  // Prefetch the same words of the next W keys: hardware does not follow so many streams.
+  for (int j = 0; j < kKeys; ++j) key[j] = keys.row(start_n + (j < count ? j : count - 1));
+  // Prefetch the same words of the next W keys: the hardware does not follow as many streams.
   const int64_t ahead = V::W * keys.stride;
   V sum[V::W] = {};
   const auto step = [&](int64_t word, const auto& load) {
@@ -75,33 +75,34 @@ TOKENOPS_INLINE void multiply_few_tile(const A* rows, int64_t pitch, const Token
     }
   };
   int64_t word = 0;
-  for (; (word + V::W) * kPerWord<T> <= keys.width; word += V::W) {
+  for (; (word + V::W) * kPerWord<T> <= keys.dim; word += V::W) {
     step(word, [](const T* p) { return load_words(p); });
   }
-  if (const int left = static_cast<int>(keys.width - word * kPerWord<T>); left > 0) {
+  if (const int left = static_cast<int>(keys.dim - word * kPerWord<T>); left > 0) {
     step(word, [left](const T* p) { return load_last_words(p, left); });
   }
   A lanes[V::W];
   sum_lanes<1>(sum).store(lanes);
   for (int i = 0; i < Rows; ++i) {
-    std::memcpy(out + i * stride + first, lanes + i * kKeys, count * sizeof(A));
+    std::memcpy(out + i * stride + start_n, lanes + i * kKeys, count * sizeof(A));
   }
 }
 
-// out[i * stride + j] = row i . key j, of `count` rows; `packed` has room for [count][row_words].
+// out[i * stride + n] = rows[i] . key n for `count` rows and all keys; `packed` holds the rows as
+// words [count][row_words].
 template <class T>
 void multiply_few(const T* const* rows, int64_t count, const Tokens<T>& keys, acc_t<T>* packed,
                   acc_t<T>* out, int64_t stride) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const int64_t pitch = row_words(depth_words<T>(keys.width));
-  for (int64_t i = 0; i < count; ++i) pack_row(rows[i], keys.width, pitch, packed + i * pitch);
-  // A vector of keys at a time stays in the first-level cache for all rows.
-  for (int64_t first = 0; first < keys.count; first += V::W) {
-    const int64_t end = first + V::W < keys.count ? first + V::W : keys.count;
+  const int64_t pitch = row_words(depth_words<T>(keys.dim));
+  for (int64_t i = 0; i < count; ++i) pack_row(rows[i], keys.dim, pitch, packed + i * pitch);
+  // As many keys as a vector has lanes stay in the L1 cache for all rows.
+  for (int64_t start_n = 0; start_n < keys.count; start_n += V::W) {
+    const int64_t end = start_n + V::W < keys.count ? start_n + V::W : keys.count;
     const auto multiply = [&](int64_t i, auto n) {
       constexpr int kRows = decltype(n)::value;
-      for (int64_t j = first; j < end; j += V::W / kRows) {
+      for (int64_t j = start_n; j < end; j += V::W / kRows) {
         multiply_few_tile<kRows>(packed + i * pitch, pitch, keys, j, out + i * stride, stride);
       }
     };

@@ -1,317 +1,297 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention's forward pass and the attention that keys receive: included once per instruction set,
-// in its namespace.
+// Attention's forward and scores. Included once per instruction set, in its namespace.
 //
-// A group of rows holds all its logits at once: Q K^T writes them, with the largest one of each row
-// on the side; one pass over each row makes weights of them; weights times V are the output. Whole
-// rows need no rescaling, and a buffer of them stays in the second-level cache.
+// A block of queries has its logits for all keys at once, so no online softmax is needed:
+// qk = q k^T is written with the maximum of each row, one pass over each row turns qk into p, and
+// out = p v / l_i. The buffer of a block stays in the L2 cache.
 
-// Keys and values as the right operands.
+// Pack the keys that rows attend to, and their values, as right operands.
 template <class T>
-void pack(const Head<T>& head, ForwardWork<T>& work, bool values) {
-  work.keys.fill(head, true, head.eps > 0);
-  const auto listed = [&](Tokens<T> x) {
-    x.list = work.keys.list;
-    x.count = work.keys.count;
-    return x;
-  };
-  pack_columns(listed(head.k), work.key_panels, work.work);
-  if (values) pack_panels(listed(head.v), work.value_panels);
+void pack_keys(const Head<T>& head, ForwardWork<T>& work, bool values) {
+  work.keys.list_keys(head);
+  pack_transposed(listed(head.k, work.keys.index, work.keys.count), work.k_t_panels, work.scratch);
+  if (values) pack_panels(listed(head.v, work.keys.index, work.keys.count), work.v_panels);
 }
-
-// How one row's logits become weights.
-template <class A>
-struct RowPlan {
-  A top;         // subtracted from each logit
-  A spread;      // added to each weight
-  int64_t seen;  // the first keys of the list
-  int64_t own;   // place of the row's own key in the list, or -1
-  bool keep_own, drop_own;
-};
 
 TOKENOPS_INLINE float log2_of(float x) { return __builtin_log2f(x); }
 TOKENOPS_INLINE double log2_of(double x) { return __builtin_log2(x); }
 
-template <class A>
-struct Sums {
-  A exact;    // of exp2(x - top) * weight
-  A applied;  // of the weights as they are stored, with what was added to them
-};
+// ---- softmax of a row ----
 
-// Replace logits by weights exp2(x - top) * weight + spread, up to `limit` keys.
-template <class T, class P, class A>
-TOKENOPS_INLINE Sums<A> weigh_row(A* logits, const A* weight, int64_t limit,
-                                  const RowPlan<A>& row) {
-  using V = Vec<A>;
-  P* const out = reinterpret_cast<P*>(logits);
-  const V top = V::set1(row.top), spread = V::set1(row.spread), lane = lane_numbers<V>(logits);
-  const int64_t own = row.own < 0 ? -1 : row.own / V::W;
-  const int64_t full = row.seen / V::W, vectors = (limit + V::W - 1) / V::W;
-  V exact = V::zero(), applied = V::zero();
-  for (int64_t v = 0; v < vectors; ++v) {
-    V e = exp2(V::load(logits + v * V::W) - top), all = spread;
-    V w = e * V::load(weight + v * V::W);
-    if (v >= full) {
-      const auto seen = gt(V::set1(static_cast<A>(row.seen - v * V::W)), lane);
-      e = blend(seen, e, V::zero());
-      w = blend(seen, w, V::zero());
-      all = blend(seen, all, V::zero());
-    }
-    const bool has_own = v == own;
-    const auto is_own = eq(lane, V::set1(static_cast<A>(has_own ? row.own - v * V::W : -1)));
-    if (has_own && row.keep_own) w = blend(is_own, e, w);
-    exact = exact + w;
-    w = w + all;
-    if constexpr (sizeof(P) < sizeof(A)) {
-      w = round_words<T>(w);
-      applied = applied + w;
-    }
-    if (has_own && row.drop_own) w = blend(is_own, V::zero(), w);
-    if constexpr (sizeof(P) < sizeof(A)) {
-      store_words<T>(w, out + v * V::W);
-    } else {
-      w.store(out + v * V::W);
-    }
-  }
-  const A sum = reduce_add(exact);
-  return {sum, sizeof(P) < sizeof(A) ? reduce_add(applied) : sum + row.spread * row.seen};
-}
-
-// Largest of the first `seen` logits.
-template <class A>
-TOKENOPS_INLINE A largest(const A* logits, int64_t seen) {
-  using V = Vec<A>;
-  const V lowest = V::set1(-infinity<A>()), lane = lane_numbers<V>(logits);
-  V top = lowest;
-  for (int64_t k = 0; k < seen; k += V::W) {
-    const auto valid = gt(V::set1(static_cast<A>(seen - k)), lane);
-    top = max(blend(valid, V::load(logits + k), lowest), top);
-  }
-  return reduce_max(top);
-}
-
-// First place of a value among the first `seen` logits; 0 if it is not there.
-template <class A>
-TOKENOPS_INLINE int64_t find(const A* logits, int64_t seen, A value) {
-  using V = Vec<A>;
-  const V wanted = V::set1(value), none = V::set1(infinity<A>()), lane = lane_numbers<V>(logits);
-  V place = none;
-  for (int64_t k = 0; k < seen; k += V::W) {
-    const V here = blend(eq(V::load(logits + k), wanted), lane + V::set1(static_cast<A>(k)), none);
-    place = min(here, place);
-  }
-  const A first = -reduce_max(V::zero() - place);
-  return first < static_cast<A>(seen) ? static_cast<int64_t>(first) : 0;
-}
-
-// A row after its logits have become weights.
+// A row of a block: the query m, and its softmax.
 template <class A>
 struct Row {
-  int64_t query;
-  int64_t seen;     // keys of the list
-  A top;            // what its logits were compared with
-  A total;          // sum of its weights, with eps
-  A applied;        // the same of weights that were rounded to be stored
-  A own;            // weight of its own key, where the list does not hold that
-  int64_t own_key;  // that key, or -1
-  int64_t argmax;   // place of the largest logit, with eps
+  int64_t m;
+  int64_t visible;      // the row attends to the first `visible` listed keys
+  int64_t argmax;       // slot of the largest logit; -1 without eps
+  A m_i;                // subtracted from the logits
+  A l_i;                // sum of p, with the row's own key and eps
+  A l_stored;           // the same sum of p as it is stored, which may be rounded
+  int64_t dropped_key;  // own key that is not listed, or -1
+  A p_dropped;          // its p
 };
 
-// Largest logit of each row and lane, or without `tops` the logits alone.
+// Replace a row of qk by p = exp2(qk - m_i) * policy + p_eps, of type P, for the first `limit`
+// slots: 0 for slots that are not visible, policy 1 (self_keep) or p 0 (exclude_self) for the own
+// key. Sets l_i, without eps, and l_stored.
+template <class T, class P, class A>
+TOKENOPS_INLINE void softmax_row(const Head<T>& head, A* qk, const A* policy, int64_t limit,
+                                 A p_eps, int64_t own_slot, Row<A>& row) {
+  using V = Vec<A>;
+  P* const out = reinterpret_cast<P*>(qk);
+  const V m_i = V::set1(row.m_i), lane = lane_indices<V>(qk);
+  const bool self_keep = head.self_keep, exclude_self = head.exclude_self;
+  const int64_t own_vector = own_slot < 0 ? -1 : own_slot / V::W;
+  const int64_t num_visible = row.visible, full = num_visible / V::W,
+                vectors = (limit + V::W - 1) / V::W;
+  V l_i = V::zero(), l_stored = V::zero();
+  for (int64_t v = 0; v < vectors; ++v) {
+    V e = exp2(V::load(qk + v * V::W) - m_i), eps = V::set1(p_eps);
+    V p = e * V::load(policy + v * V::W);
+    if (v >= full) {
+      const auto visible = gt(V::set1(static_cast<A>(num_visible - v * V::W)), lane);
+      e = blend(visible, e, V::zero());
+      p = blend(visible, p, V::zero());
+      eps = blend(visible, eps, V::zero());
+    }
+    const bool has_own = v == own_vector;
+    const auto is_own = eq(lane, V::set1(static_cast<A>(has_own ? own_slot - v * V::W : -1)));
+    if (has_own && self_keep) p = blend(is_own, e, p);
+    l_i = l_i + p;
+    p = p + eps;
+    if constexpr (sizeof(P) < sizeof(A)) {
+      p = round_words<T>(p);
+      l_stored = l_stored + p;
+    }
+    if (has_own && exclude_self) p = blend(is_own, V::zero(), p);
+    if constexpr (sizeof(P) < sizeof(A)) {
+      store_words<T>(p, out + v * V::W);
+    } else {
+      p.store(out + v * V::W);
+    }
+  }
+  row.l_i = reduce_add(l_i);
+  row.l_stored = sizeof(P) < sizeof(A) ? reduce_add(l_stored) : row.l_i + p_eps * num_visible;
+}
+
+// The maximum of the first `visible` logits.
+template <class A>
+TOKENOPS_INLINE A max_of(const A* qk, int64_t visible) {
+  using V = Vec<A>;
+  const V lowest = V::set1(-infinity<A>()), lane = lane_indices<V>(qk);
+  V most = lowest;
+  for (int64_t n = 0; n < visible; n += V::W) {
+    const auto valid = gt(V::set1(static_cast<A>(visible - n)), lane);
+    most = max(blend(valid, V::load(qk + n), lowest), most);
+  }
+  return reduce_max(most);
+}
+
+// The first slot with this logit among the first `visible` ones; 0 if there is none (NaN).
+template <class A>
+TOKENOPS_INLINE int64_t find(const A* qk, int64_t visible, A value) {
+  using V = Vec<A>;
+  const V wanted = V::set1(value), none = V::set1(infinity<A>()), lane = lane_indices<V>(qk);
+  V slot = none;
+  for (int64_t n = 0; n < visible; n += V::W) {
+    const V here = blend(eq(V::load(qk + n), wanted), lane + V::set1(static_cast<A>(n)), none);
+    slot = min(here, slot);
+  }
+  const A first = -reduce_max(V::zero() - slot);
+  return first < static_cast<A>(visible) ? static_cast<int64_t>(first) : 0;
+}
+
+// ---- softmax of a block ----
+
+// work.qk = scale * log2(e) * q k^T + log2(size), for tiles of packed queries and the first `limit`
+// slots; with `maxima` also work.row_max, by row and lane.
 template <class T>
-TOKENOPS_INLINE void multiply_keys(const Head<T>& head, const ForwardWork<T>& work, int64_t tiles,
-                                   int64_t limit, bool tops) {
+TOKENOPS_INLINE void multiply_qk(const Head<T>& head, const ForwardWork<T>& work, int64_t tiles,
+                                 int64_t limit, bool maxima) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const int64_t depth = depth_words<T>(head.k.width);
-  const V slope = V::set1(head.slope());
+  const int64_t depth = depth_words<T>(head.k.dim);
+  const V scale = V::set1(head.scale_log2());
   for_each_panel(
-      work.key_panels, depth, work.keys.count, limit, [&](int64_t column, auto n, const A* panel) {
+      work.k_t_panels, depth, work.keys.count, limit, [&](int64_t column, auto n, const A* panel) {
         constexpr int N = decltype(n)::value;
         for (int64_t t = 0; t < tiles; ++t) {
           V sum[kTile][N] = {};
-          multiply_tile<T, N>(work.rows + t * kTile * depth, depth, 1, panel, depth, sum);
+          multiply_tile<T, N>(work.q_rows + t * kTile * depth, depth, 1, panel, depth, sum);
 #pragma GCC unroll 8
           for (int i = 0; i < kTile; ++i) {
             const int64_t row = t * kTile + i;
-            A* const best = work.best + row * V::W;
-            V top = column == 0 ? V::set1(-infinity<A>()) : V::load(best);
+            A* const row_max = work.row_max + row * V::W;
+            V m_i = column == 0 ? V::set1(-infinity<A>()) : V::load(row_max);
 #pragma GCC unroll 4
             for (int j = 0; j < N; ++j) {
-              const V bias = V::load(work.keys.bias + column + j * V::W);
-              const V x = fma(sum[i][j], slope, bias);
-              x.store(work.scores + row * work.stride + column + j * V::W);
-              top = max(x, top);
+              const V log2_size = V::load(work.keys.log2_size + column + j * V::W);
+              const V qk = fma(sum[i][j], scale, log2_size);
+              qk.store(work.qk + row * work.stride + column + j * V::W);
+              m_i = max(qk, m_i);
             }
-            if (tops) top.store(best);
+            if (maxima) m_i.store(row_max);
           }
         }
       });
 }
 
-// Logits of a row from its products with all keys.
+// The same for one row, from its products with all keys.
 template <class T, class A>
-TOKENOPS_INLINE void take_products(const Head<T>& head, const KeyList<A>& keys, const A* products,
-                                   int64_t limit, A* logits) {
+TOKENOPS_INLINE void scale_dots(const Head<T>& head, const KeyList<A>& keys, const A* dots,
+                                int64_t limit, A* qk) {
   using V = Vec<A>;
-  const A slope = head.slope();
+  const A scale = head.scale_log2();
   if (keys.count < head.k.count) {
     const int64_t columns = round_up(limit, V::W);
-    for (int64_t k = 0; k < columns; ++k) {
-      logits[k] = k < limit ? products[keys.list[k]] * slope + keys.bias[k] : -infinity<A>();
+    for (int64_t n = 0; n < columns; ++n) {
+      qk[n] = n < limit ? dots[keys.index[n]] * scale + keys.log2_size[n] : -infinity<A>();
     }
     return;
   }
-  for (int64_t k = 0; k < limit; k += V::W) {
-    const V x = load_some<V>(products + k, keys.count - k);
-    fma(x, V::set1(slope), V::load(keys.bias + k)).store(logits + k);
+  for (int64_t n = 0; n < limit; n += V::W) {
+    const V x = load_some<V>(dots + n, keys.count - n);
+    fma(x, V::set1(scale), V::load(keys.log2_size + n)).store(qk + n);
   }
 }
 
-// Turn the queries x, a group at most, into weights in work.scores, of the type P: query i is
-// `first` + i or x.list[i]. With `lse` the weights are shares of their row at once, with
-// `products` [Nq][Nk] nothing is multiplied. Returns up to which key of the list rows see.
+// Softmax of the queries x, at most block_m: writes p to work.qk with type P, and `rows`. Query i
+// is x.index[i], or start_m + i. With `lse` m_i is lse, so that p is normalised. `dots`, if not
+// null, are q . k [Nq][Nk]. Returns the number of slots that some row attends to.
 template <class T, class P>
-int64_t weigh_group(const Head<T>& head, const ForwardWork<T>& work, const Tokens<T>& x,
-                    int64_t first, const acc_t<T>* lse, const acc_t<T>* products,
-                    Row<acc_t<T>>* rows) {
+int64_t softmax_block(const Head<T>& head, const ForwardWork<T>& work, const Tokens<T>& x,
+                      int64_t start_m, const acc_t<T>* lse, const acc_t<T>* dots,
+                      Row<acc_t<T>>* rows) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const KeyList<A>& keys = work.keys;
   int64_t limit = 0;
   for (int64_t i = 0; i < x.count; ++i) {
-    rows[i].query = x.list == nullptr ? first + i : x.list[i];
-    const bool empty = lse != nullptr && lse[rows[i].query] == -infinity<A>();
-    rows[i].seen = empty ? 0 : keys.seen(head, head.place_of(rows[i].query));
-    rows[i].own_key = empty ? -1 : head.own_dropped(rows[i].query);
-    limit = rows[i].seen > limit ? rows[i].seen : limit;
+    rows[i].m = x.index == nullptr ? start_m + i : x.index[i];
+    const bool empty = lse != nullptr && lse[rows[i].m] == -infinity<A>();
+    rows[i].visible = empty ? 0 : keys.visible(head, head.position(rows[i].m));
+    rows[i].dropped_key = empty ? -1 : head.dropped_own_key(rows[i].m);
+    limit = rows[i].visible > limit ? rows[i].visible : limit;
   }
-  const bool tops = !head.is_causal && lse == nullptr && products == nullptr;
-  if (products == nullptr) {
-    pack_rows(x, work.rows);
-    multiply_keys(head, work, (x.count + kTile - 1) / kTile, limit, tops);
+  const bool maxima = !head.is_causal && lse == nullptr && dots == nullptr;
+  if (dots == nullptr) {
+    pack_rows(x, work.q_rows);
+    multiply_qk(head, work, (x.count + kTile - 1) / kTile, limit, maxima);
   }
 
   for (int64_t i = 0; i < x.count; ++i) {
     Row<A>& row = rows[i];
-    A* const logits = work.scores + i * work.stride;
-    if (products != nullptr) {
-      take_products(head, keys, products + row.query * head.k.count, limit, logits);
+    A* const qk = work.qk + i * work.stride;
+    if (dots != nullptr) scale_dots(head, keys, dots + row.m * head.k.count, limit, qk);
+    const int64_t position = head.position(row.m);
+    const bool is_key = position >= 0 && position < head.k.count;
+    const bool has_dropped = row.dropped_key >= 0;
+    A qk_dropped = -infinity<A>();
+    if (has_dropped) {
+      qk_dropped = dot(x.row(i), head.k.row(row.dropped_key), x.dim) * head.scale_log2() +
+                   head.log2_size[row.dropped_key];
     }
-    const int64_t place = head.place_of(row.query);
-    const bool is_key = place >= 0 && place < head.k.count;
-    A own = -infinity<A>();
-    if (row.own_key >= 0) {
-      own = dot(x.row(i), head.k.row(row.own_key), x.width) * head.slope() +
-            head.log_size[row.own_key];
-    }
-    A top = own;
+    A m_i = qk_dropped;
     if (lse != nullptr) {
-      top = lse[row.query] * static_cast<A>(kLog2E);
-    } else if (row.seen > 0) {
-      const A listed = tops ? reduce_max(V::load(work.best + i * V::W)) : largest(logits, row.seen);
-      top = listed > own || row.own_key < 0 ? listed : own;
+      m_i = lse[row.m] * static_cast<A>(kLog2E);
+    } else if (row.visible > 0) {
+      const A listed =
+          maxima ? reduce_max(V::load(work.row_max + i * V::W)) : max_of(qk, row.visible);
+      m_i = listed > qk_dropped || !has_dropped ? listed : qk_dropped;
     }
-    const bool nothing = row.seen == 0 && row.own_key < 0;
-    row.top = nothing || top == -infinity<A>() ? 0 : top;
-    row.argmax = head.eps > 0 && row.seen > 0 ? find(logits, row.seen, row.top) : -1;
-    const A spread = row.seen > 0 ? head.eps / static_cast<A>(row.seen) : 0;
-    const RowPlan<A> plan = {row.top,        spread,
-                             row.seen,       is_key ? keys.slot[place] : -1,
-                             head.self_keep, head.exclude_self};
-    const Sums<A> sums = weigh_row<T, P>(logits, keys.weight, limit, plan);
-    row.own = 0;
-    if (row.own_key >= 0) {
-      A lanes[V::W];
-      exp2(V::set1(own - row.top)).store(lanes);
-      row.own = lanes[0];
-    }
-    row.total = sums.exact + row.own + (row.seen > 0 ? head.eps : 0);
-    row.applied = sums.applied + row.own;
+    const bool empty = row.visible == 0 && !has_dropped;
+    row.m_i = empty || m_i == -infinity<A>() ? 0 : m_i;
+    row.argmax = head.eps > 0 && row.visible > 0 ? find(qk, row.visible, row.m_i) : -1;
+    const A p_eps = row.visible > 0 ? head.eps / static_cast<A>(row.visible) : 0;
+    softmax_row<T, P>(head, qk, keys.policy, limit, p_eps, is_key ? keys.slot[position] : -1, row);
+    row.p_dropped = has_dropped ? exp2_of(qk_dropped - row.m_i) : 0;
+    row.l_i = row.l_i + row.p_dropped + (row.visible > 0 ? head.eps : 0);
+    row.l_stored = row.l_stored + row.p_dropped;
   }
   return limit;
 }
 
-// Rows [begin, end) of the output.
+// ---- forward ----
+
+// Rows [begin, end) of out, lse, p_eps and argmax.
 template <class T>
-void attend(const Head<T>& head, const ForwardWork<T>& work, int64_t begin, int64_t end,
-            const ForwardResult<T>& result) {
+void forward(const Head<T>& head, const ForwardWork<T>& work, int64_t begin, int64_t end,
+             const ForwardResult<T>& result) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const int64_t width = head.v.width, padded = round_up(width, V::W);
+  const int64_t dim = head.v.dim, padded = round_up(dim, V::W);
   const int64_t depth = depth_words<T>(work.keys.count);
-  Row<A> rows[kMostRows];
-  for (int64_t g = begin; g < end; g += work.group) {
+  Row<A> rows[kMaxBlockM];
+  for (int64_t start_m = begin; start_m < end; start_m += work.block_m) {
     Tokens<T> x = head.q;
-    x.data += g * x.stride;
-    x.count = end - g < work.group ? end - g : work.group;
+    x.data += start_m * x.stride;
+    x.count = end - start_m < work.block_m ? end - start_m : work.block_m;
     const int64_t limit =
-        weigh_group<T, typename Packed<T>::type>(head, work, x, g, nullptr, nullptr, rows);
-    for (int64_t t = 0; t * kTile < x.count; ++t) {
-      for_each_panel(work.value_panels, depth, width, width,
-                     [&](int64_t column, auto n, const A* panel) {
-                       constexpr int N = decltype(n)::value;
-                       V sum[kTile][N] = {};
-                       multiply_tile<T, N>(work.scores + t * kTile * work.stride, work.stride, 1,
-                                           panel, depth_words<T>(limit), sum);
-                       for (int i = 0; i < kTile; ++i) {
-                         for (int j = 0; j < N; ++j) {
-                           sum[i][j].store(work.tile + i * padded + column + j * V::W);
-                         }
-                       }
-                     });
-      for (int64_t i = t * kTile; i < x.count && i < (t + 1) * kTile; ++i) {
+        softmax_block<T, typename Packed<T>::type>(head, work, x, start_m, nullptr, nullptr, rows);
+    for (int64_t t = 0; t < x.count; t += kTile) {
+      for_each_panel(work.v_panels, depth, dim, dim, [&](int64_t column, auto n, const A* panel) {
+        constexpr int N = decltype(n)::value;
+        V acc[kTile][N] = {};
+        multiply_tile<T, N>(work.qk + t * work.stride, work.stride, 1, panel, depth_words<T>(limit),
+                            acc);
+        store_tile(acc, work.acc + column, padded);
+      });
+      for (int64_t i = t; i < x.count && i < t + kTile; ++i) {
         const Row<A>& row = rows[i];
-        A* const out = work.tile + (i - t * kTile) * padded;
-        if (row.own > 0 && !head.exclude_self) {
-          add_scaled(head.v.row(row.own_key), row.own, width, out);
+        A* const acc = work.acc + (i - t) * padded;
+        if (row.p_dropped > 0 && !head.exclude_self) {
+          add_scaled(head.v.row(row.dropped_key), row.p_dropped, dim, acc);
         }
-        const bool empty = row.total == 0;
-        write_row(out, empty ? 0 : 1 / row.applied, width, result.out + row.query * result.stride);
-        result.lse[row.query] =
-            empty ? -infinity<A>() : (row.top + log2_of(row.total)) * static_cast<A>(kLn2);
-        if (result.floor != nullptr) {
-          result.floor[row.query] = empty ? 0 : head.eps / row.total;
-          result.argmax[row.query] = row.argmax < 0 ? -1 : work.keys.list[row.argmax];
+        const bool empty = row.l_i == 0;
+        write_row(acc, empty ? 0 : 1 / row.l_stored, dim, result.out + row.m * result.out_stride);
+        result.lse[row.m] =
+            empty ? -infinity<A>() : (row.m_i + log2_of(row.l_i)) * static_cast<A>(kLn2);
+        if (result.p_eps != nullptr) {
+          result.p_eps[row.m] = empty ? 0 : head.eps / row.l_i;
+          result.argmax[row.m] = row.argmax < 0 ? -1 : work.keys.index[row.argmax];
         }
       }
     }
   }
 }
 
-// Sums over the listed rows of their weighted attention, by key.
+// ---- scores ----
+
+// score[n] += sum over the listed rows m of query_weight[m] * p[m][n] / l_i[m].
 template <class T>
-void score(const Head<T>& head, const ForwardWork<T>& work, const ScoreRows<acc_t<T>>& rows) {
+void scores(const Head<T>& head, const ForwardWork<T>& work, const ScoreRows<acc_t<T>>& rows) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const int64_t columns = round_up(work.keys.count, V::W);
-  std::memset(work.columns, 0, columns * sizeof(A));
-  const A* const lse = head.eps > 0 ? nullptr : rows.lse;  // the share of eps needs the maximum
-  Row<A> row[kMostRows];
-  A factor[kMostRows];
-  for (int64_t g = 0; g < rows.count; g += work.group) {
+  std::memset(work.column_sums, 0, columns * sizeof(A));
+  const A* const lse = head.eps > 0 ? nullptr : rows.lse;  // p_eps depends on m_i
+  Row<A> row[kMaxBlockM];
+  A weight[kMaxBlockM];
+  for (int64_t start = 0; start < rows.count; start += work.block_m) {
     Tokens<T> x = head.q;
-    x.list = rows.list + g;
-    x.count = rows.count - g < work.group ? rows.count - g : work.group;
-    const int64_t limit = weigh_group<T, A>(head, work, x, 0, lse, rows.products, row);
+    x.index = rows.index + start;
+    x.count = rows.count - start < work.block_m ? rows.count - start : work.block_m;
+    const int64_t limit = softmax_block<T, A>(head, work, x, 0, lse, rows.dots, row);
     for (int64_t i = 0; i < x.count; ++i) {
-      const A weight = rows.weight == nullptr ? 1 : rows.weight[row[i].query];
-      factor[i] = row[i].total == 0 ? 0 : lse == nullptr ? weight / row[i].total : weight;
-      if (row[i].own > 0 && !head.exclude_self) {
-        rows.score[row[i].own_key] += factor[i] * row[i].own;
+      const A w = rows.query_weight == nullptr ? 1 : rows.query_weight[row[i].m];
+      weight[i] = row[i].l_i == 0 ? 0 : lse == nullptr ? w / row[i].l_i : w;
+      if (row[i].p_dropped > 0 && !head.exclude_self) {
+        rows.score[row[i].dropped_key] += weight[i] * row[i].p_dropped;
       }
     }
-    for (int64_t k = 0; k < limit; k += V::W) {
-      V sum = V::load(work.columns + k);
+    for (int64_t n = 0; n < limit; n += V::W) {
+      V sum = V::load(work.column_sums + n);
       for (int64_t i = 0; i < x.count; ++i) {
-        sum = fma(V::set1(factor[i]), V::load(work.scores + i * work.stride + k), sum);
+        sum = fma(V::set1(weight[i]), V::load(work.qk + i * work.stride + n), sum);
       }
-      sum.store(work.columns + k);
+      sum.store(work.column_sums + n);
     }
   }
   if (work.keys.count == head.k.count) {
-    for (int64_t k = 0; k < work.keys.count; ++k) rows.score[k] += work.columns[k];
+    for (int64_t n = 0; n < work.keys.count; ++n) rows.score[n] += work.column_sums[n];
     return;
   }
-  for (int64_t k = 0; k < work.keys.count; ++k) rows.score[work.keys.list[k]] += work.columns[k];
+  for (int64_t i = 0; i < work.keys.count; ++i) {
+    rows.score[work.keys.index[i]] += work.column_sums[i];
+  }
 }
