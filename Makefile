@@ -30,14 +30,14 @@ NATIVE := tokenops/_build_info.json
 SANITIZED := build/sanitize/tokenops/_C.abi3.so
 EMULATED := build/emulate/tokenops/_C.abi3.so
 
-.PHONY: help demo train test bench docs lint format sanitize emulate cuda interpret headers matrix \
+.PHONY: help demo train test bench bench-compare docs lint format sanitize emulate cuda interpret headers matrix \
 	gpu-check gpu-cache native clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | train | test | bench | docs | lint | format | sanitize | emulate | cuda |"
-	@echo "     interpret | headers | matrix | gpu-check | gpu-cache | native | clean"
+	@echo "make demo | train | test | bench | bench-compare | docs | lint | format | sanitize |"
+	@echo "     emulate | cuda | interpret | headers | matrix | gpu-check | gpu-cache | native | clean"
 
 demo: $(READY)/demo $(NATIVE)
 	$(PY) examples/demo.py $(ARGS)
@@ -49,7 +49,12 @@ test: $(READY)/test $(NATIVE)
 	$(PY) -m pytest $(ARGS)
 
 bench: $(READY)/bench $(NATIVE)
-	$(PY) -m benchmarks.run $(ARGS)
+	$(PY) -m benchmarks.measure $(ARGS)
+
+# This tree against a commit: BASE=main; fails where a case is slower by 5 % (ARGS="--threshold 3").
+BASE ?= HEAD
+bench-compare: $(READY)/bench $(NATIVE)
+	$(PY) -m benchmarks.compare --base $(BASE) $(ARGS)
 
 docs: $(READY)/bench
 	$(PY) -m benchmarks.report $(ARGS)

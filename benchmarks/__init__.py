@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks: ``registry`` says what is timed, ``run`` times it, ``report`` makes the tables."""
+"""Benchmarks: ``measure`` times the cases, ``report`` makes the tables, ``compare`` two commits."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workloads of attention: with a keep policy, with token sizes, and the scores that keys receive.
+"""Cases of attention: with a keep policy, with token sizes, and the scores that keys receive.
 
 Forward, or forward and backward together: a step runs the operator and takes the gradients of
 queries, keys and values, and of the policy where it has one. The class token is always kept, and
@@ -8,8 +8,7 @@ sizes have no gradient, as in the models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,53 +20,32 @@ from torch.nn.functional import scaled_dot_product_attention
 import tokenops
 
 from . import rivals
-from .cases import Work, compiled, generator, use_reference
-from .merging import relative
-from .timing import Rival
+from .cases import Case, Work, backends, generator, randn, recipes, relative
+from .timing import Call, Rival
 
 #: Largest difference, relative to the largest entry, up to which a rival counts as doing the same.
-#: The recipes round attention maps to the type of the data, and a logarithm of a policy needs a
-#: number above 0 to start from.
+#: The recipes round attention maps to the dtype of the data, and a policy of 0 has no logarithm.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-
-#: Who attends to all keys as if there were no weights; no gradient reaches the policy.
-UNWEIGHTED = ("sdpa", "unweighted")
-
-#: A function of q, k, v and the keys' weights.
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes of a case of attention.
+    """Sizes of a case of attention."""
 
-    Attributes:
-        batch: Images B.
-        heads: Heads H.
-        tokens: Tokens N, queries as well as keys.
-        width: Width D of a head.
-        weights: ``"soft"``: a policy between 0 and 1; ``"hard"``: one of 0 and 1; ``"size"``: sizes
-            of tokens. Scores: ``"class"``: those that the class token gives; ``"last"``: those
-            of the last queries; ``"columns"``: those of all queries, each with a weight.
-        keep: Share of the tokens that a hard policy keeps.
-        eps: As in ``policy_attention``.
-        policy_grad: As in ``policy_attention``.
-        packed: Whether q, k and v are views of a packed qkv [B, N, 3, H, D].
-        key_heads: Heads of keys and values that heads share; 0: each has its own.
-        rows: Queries that count where these are the last ones.
-    """
-
-    batch: int
-    heads: int
-    tokens: int
-    width: int
+    batch: int  # images B
+    heads: int  # heads H
+    tokens: int  # tokens N, queries as well as keys
+    width: int  # width D of a head
+    #: "soft": a policy between 0 and 1; "hard": one of 0 and 1; "size": sizes of tokens. Of scores:
+    #: "class": from the class token; "last": from the last queries; "columns": from all queries,
+    #: each with a weight.
     weights: str = "soft"
-    keep: float = 1.0
-    eps: float = 0.0
-    policy_grad: str = "exact"
-    packed: bool = False
-    key_heads: int = 0
-    rows: int = 1
+    keep: float = 1.0  # share of the tokens that a hard policy keeps
+    eps: float = 0.0  # as in policy_attention
+    policy_grad: str = "exact"  # as in policy_attention
+    packed: bool = False  # whether q, k and v are views of a packed qkv [B, N, 3, H, D]
+    key_heads: int = 0  # heads of keys and values that heads share; 0: each has its own
+    rows: int = 1  # number of the last queries
 
     def describe(self, letter: str) -> str:
         """Sizes in words; ``letter`` stands for the width."""
@@ -83,14 +61,12 @@ class AttentionShape:
     def tiny(self) -> AttentionShape:
         """Sizes of the same kind that take no time."""
         heads, key_heads = (4, 2) if self.key_heads else (2, 0)
-        rows = min(self.rows, 3)
-        return replace(
-            self, batch=2, heads=heads, key_heads=key_heads, rows=rows, tokens=17, width=16
-        )
+        sizes = {"heads": heads, "key_heads": key_heads, "rows": min(self.rows, 3)}
+        return replace(self, batch=2, tokens=17, width=16, **sizes)
 
     @property
     def counted(self) -> slice:
-        """Queries whose attention is counted in scores."""
+        """Queries that count in scores."""
         if self.weights == "class":
             return slice(0, 1)
         return slice(self.tokens - self.rows if self.weights == "last" else 0, self.tokens)
@@ -102,13 +78,12 @@ class AttentionShape:
 
     @property
     def skips_exactly(self) -> bool:
-        """Whether dropped keys take no part at all: a case about the work that this avoids."""
+        """Whether dropped keys take no part at all: a case about the work that this saves."""
         return self.weights == "hard" and self.eps == 0
 
     def forward_flops(self) -> int:
-        """Least work forward: logits, of all keys where eps wants their maximum, and values."""
-        logits = self.tokens if self.eps > 0 else self.kept
-        return self._products(logits + self.kept)
+        """Least work forward: logits, of all keys where eps needs their maximum, and values."""
+        return self._products((self.tokens if self.eps > 0 else self.kept) + self.kept)
 
     def backward_flops(self) -> int:
         """Least work backward in memory linear in N.
@@ -121,8 +96,7 @@ class AttentionShape:
 
     def score_flops(self) -> int:
         """Least work of scores: the logits of the rows that count."""
-        rows = self.counted.stop - self.counted.start
-        return 2 * self.batch * self.heads * rows * self.tokens * self.width
+        return self._products(self.counted.stop - self.counted.start)
 
     def _products(self, columns: int) -> int:
         return 2 * self.batch * self.heads * self.tokens * columns * self.width
@@ -133,8 +107,7 @@ def make_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, H, N, D]: contiguous, or views of a packed qkv."""
     size = (shape.batch, shape.tokens, 3, shape.heads, shape.width)
-    qkv = torch.randn(size, generator=generator(device), device=device).to(dtype)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q, k, v = randn(size, dtype, device).permute(2, 0, 3, 1, 4)
     if shape.key_heads:
         k, v = k[:, : shape.key_heads], v[:, : shape.key_heads]
     return (q, k, v) if shape.packed else (q.contiguous(), k.contiguous(), v.contiguous())
@@ -154,108 +127,79 @@ def make_weights(shape: AttentionShape, device: torch.device) -> Tensor:
     return weights
 
 
-def _attend(shape: AttentionShape, device: torch.device) -> dict[str, Callable[[], Attend]]:
-    """What makes each rival's function of q, k, v and the keys' weights."""
+def setup_attention(
+    shape: AttentionShape, dtype: torch.dtype, device: torch.device, backward: bool = False
+) -> Work:
+    """Work of ``policy_attention``, forward or forward and backward."""
+    q, k, v = make_heads(shape, dtype, device)
+    weights = make_weights(shape, device)
+    by_size = shape.weights == "size"
+    learned = backward and not by_size and shape.policy_grad != "none"
+    grad = randn(tuple(q.shape), dtype, device)
+    if shape.packed:  # the next layer joins heads, and so does its gradient
+        grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
+    if backward:
+        q, k, v = (t.requires_grad_() for t in (q, k, v))
+        weights.requires_grad_(learned)
     own = torch.eye(shape.tokens, device=device)
     diagonal = own.bool()
 
     def ours(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Any:
-        if shape.weights == "size":
+        if by_size:
             return tokenops.policy_attention(q, k, v, size=w)
         eps, policy_grad = shape.eps, shape.policy_grad
         return tokenops.policy_attention(q, k, v, w, eps=eps, policy_grad=policy_grad)
 
     def eager(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        if shape.weights == "size":
+        if by_size:
             return rivals.attention_with_size(q, k, v, w)
         return rivals.attention_with_policy(q, k, v, w, own, shape.eps)
 
     def biased(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        bias = rivals.size_bias(w) if shape.weights == "size" else rivals.policy_bias(w, diagonal)
-        bias = bias.to(q.dtype).expand(-1, q.shape[1], q.shape[2], -1)  # [B, H, N, N]
+        log = rivals.log_size(w) if by_size else rivals.log_policy(w, diagonal)
+        bias = log.to(q.dtype).expand(-1, q.shape[1], q.shape[2], -1)  # [B, H, N, N]
         return scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-    made: dict[str, Callable[[], Attend]] = {
-        "tokenops": lambda: ours,
-        "reference": lambda: ours,
-        "eager": lambda: eager,
-        "compile": lambda: compiled(eager),
-        "flex": rivals.flex_with_policy,
-        "sdpa+bias": lambda: biased,
-        "sdpa": lambda: lambda q, k, v, w: scaled_dot_product_attention(q, k, v),
-        "unweighted": lambda: lambda q, k, v, w: tokenops.policy_attention(q, k, v),
-    }
-    left_out = set()
-    if shape.weights == "size" or shape.skips_exactly:
-        left_out.add("flex")
-    if shape.skips_exactly:
-        left_out.add("compile")
-    return {name: make for name, make in made.items() if name not in left_out}
-
-
-def _context(name: str) -> Callable[[], AbstractContextManager[Any]]:
-    return use_reference if name == "reference" else nullcontext
-
-
-def _difference(name: str, result: Any, expected: Any) -> float:
-    """The largest among the results of a call."""
-    if isinstance(expected, Tensor):
-        result, expected = (result,), (expected,)
-    return max(relative(a, b) for a, b in zip(result, expected, strict=True))
-
-
-def setup_attention(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Work:
-    """Work of ``policy_attention``."""
-    q, k, v = make_heads(shape, dtype, device)
-    weights = make_weights(shape, device)
-
-    def rival(name: str, make: Callable[[], Attend]) -> Rival:
-        attend = make()
-        return Rival(lambda: attend(q, k, v, weights), _context(name))
-
-    return Work(
-        rivals={n: partial(rival, n, make) for n, make in _attend(shape, device).items()},
-        bytes=4 * q.numel() * q.element_size() + weights.numel() * weights.element_size(),
-        flops=shape.forward_flops(),
-        difference=_difference,
-        tolerance=TOLERANCE[dtype],
-        tensor=q,
-    )
-
-
-def setup_attention_step(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Work:
-    """Work of ``policy_attention`` forward and backward."""
-    q, k, v = (t.requires_grad_() for t in make_heads(shape, dtype, device))
-    weights = make_weights(shape, device)
-    learned = shape.weights != "size" and shape.policy_grad != "none"
-    weights.requires_grad_(learned)
-    flow = torch.randn(q.shape, generator=generator(device), device=device).to(dtype)
-    if shape.packed:  # the next layer joins heads, and so does its gradient
-        flow = flow.transpose(1, 2).contiguous().transpose(1, 2)
-
-    def rival(name: str, make: Callable[[], Attend]) -> Rival:
-        attend = make()
-        leaves = (q, k, v, weights) if learned and name not in UNWEIGHTED else (q, k, v)
+    def timed(attend: Callable[..., Any], *leaves: Tensor) -> Call:
+        """A call with gradients of q, k, v and more leaves."""
+        if not backward:
+            return lambda: attend(q, k, v, weights)
 
         def step() -> tuple[Tensor, ...]:
             out = attend(q, k, v, weights)
-            return (out.detach(), *torch.autograd.grad(out, leaves, flow))
+            return (out.detach(), *torch.autograd.grad(out, (q, k, v, *leaves), grad))
 
-        return Rival(step, _context(name))
+        return step
 
-    made = _attend(shape, device)
-    if device.type == "cpu":
-        made.pop("flex", None)  # it has no backward there
-    moved = 12 * q.numel() * q.element_size()
+    def weighted(attend: Callable[..., Any]) -> Call:
+        return timed(attend, weights) if learned else timed(attend)
+
+    made = {
+        **backends("policy_attention", q, lambda: weighted(ours)),
+        **recipes(eager, weighted),
+        "flex": lambda: Rival(weighted(rivals.flex_with_policy())),
+        "sdpa+bias": lambda: Rival(weighted(biased)),
+        "sdpa": lambda: Rival(timed(lambda q, k, v, w: scaled_dot_product_attention(q, k, v))),
+        "unweighted": lambda: Rival(timed(lambda q, k, v, w: tokenops.policy_attention(q, k, v))),
+    }
+    if by_size or shape.skips_exactly or (backward and device.type == "cpu"):
+        del made["flex"]  # it has no backward on the CPU
+    if shape.skips_exactly:
+        del made["compile"]
+    passes = 3 if backward else 1
     return Work(
-        rivals={n: partial(rival, n, make) for n, make in made.items()},
-        bytes=moved + 3 * weights.numel() * weights.element_size(),
-        flops=shape.forward_flops() + shape.backward_flops(),
+        rivals=made,
+        bytes=passes * (4 * q.numel() * q.element_size() + 4 * weights.numel()),
+        flops=shape.forward_flops() + (shape.backward_flops() if backward else 0),
         difference=_difference,
         tolerance=TOLERANCE[dtype],
         tensor=q,
-        inference=False,
+        inference=not backward,
     )
+
+
+def _difference(name: str, result: Any, expected: Any) -> float:
+    return relative(result, expected)
 
 
 def setup_scores(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Work:
@@ -271,27 +215,123 @@ def setup_scores(shape: AttentionShape, dtype: torch.dtype, device: torch.device
             return tokenops.attention_scores(q, k, query_weight=weights)
         return tokenops.attention_scores(q, k, query_index=rows)
 
-    def recipe(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Rival:
+    def recipe(function: Callable[..., Any]) -> Call:
         if columns:
-            function = make(rivals.attention_received)
-            return Rival(lambda: function(q, k, weights))
-        function = make(rivals.attention_of_rows)
-        return Rival(lambda: function(q[:, :, counted], k))
+            return lambda: function(q, k, weights)
+        return lambda: function(q[:, :, counted], k)
 
-    made = {
-        "tokenops": lambda: Rival(ours),
-        "reference": lambda: Rival(ours, use_reference),
-        "eager": lambda: recipe(lambda function: function),
-        "compile": lambda: recipe(compiled),
-    }
+    eager = rivals.attention_received if columns else rivals.attention_of_rows
+    found = {**backends("attention_scores", q, lambda: ours), **recipes(eager, recipe)}
     if columns:  # it attends from all queries, too
-        made["sdpa"] = lambda: Rival(lambda: scaled_dot_product_attention(q, k, v))
+        found["sdpa"] = lambda: Rival(lambda: scaled_dot_product_attention(q, k, v))
     elements = len(rows) * q[0, :, 0].numel() + k[0].numel()
     return Work(
-        rivals=made,
+        rivals=found,
         bytes=shape.batch * (elements * q.element_size() + 4 * shape.tokens),
         flops=shape.score_flops(),
         difference=_difference,
         tolerance=TOLERANCE[dtype],
         tensor=q,
     )
+
+
+_EPS = 1e-6  # DynamicViT's
+_VIT_B = AttentionShape(16, 12, 197, 64)
+_VIT_L = AttentionShape(1, 16, 1025, 64)
+_VIT_B_8 = replace(_VIT_B, batch=8)
+_SHAPES = {
+    "vit-b": replace(_VIT_B, eps=_EPS),
+    "vit-l-512": replace(_VIT_L, eps=_EPS),
+    "vit-b-packed": replace(_VIT_B, eps=_EPS, packed=True),
+    "vit-b-hard": replace(_VIT_B, weights="hard", keep=0.5, eps=_EPS),
+    "vit-l-512-hard": replace(_VIT_L, weights="hard", keep=0.5, eps=_EPS),
+    "vit-b-size": replace(_VIT_B, weights="size"),
+    "vit-l-512-size": replace(_VIT_L, weights="size"),
+    "vit-b-keep70": replace(_VIT_B, weights="hard", keep=0.7),
+    "vit-b-keep50": replace(_VIT_B, weights="hard", keep=0.5),
+    "vit-b-keep35": replace(_VIT_B, weights="hard", keep=0.35),
+    "vit-l-512-keep50": replace(_VIT_L, weights="hard", keep=0.5),
+}
+_ON_REQUEST = {
+    "vit-b-8": replace(_VIT_B_8, eps=_EPS),
+    "vit-b-8-size": replace(_VIT_B_8, weights="size"),
+}
+_SCORES = {
+    **{f"vit-b-{kind}": replace(_VIT_B, weights=kind) for kind in ("class", "columns")},
+    **{f"vit-l-512-{kind}": replace(_VIT_L, weights=kind) for kind in ("class", "columns")},
+    **{
+        f"{name}-last{rows}": replace(shape, weights="last", rows=rows)
+        for name, shape in {
+            "vit-b-8": _VIT_B_8,
+            "vit-l-336": AttentionShape(1, 16, 577, 64),
+            "llama-7b": AttentionShape(1, 32, 2048, 128),
+            "qwen2-7b": AttentionShape(1, 28, 4096, 128, key_heads=4),
+        }.items()
+        for rows in (1, 64)
+    },
+}
+_CUDA = {
+    "vit-b-256": AttentionShape(256, 12, 197, 64, eps=_EPS),
+    "vit-l-512-32": AttentionShape(32, 16, 1025, 64, eps=_EPS),
+    "vit-b-256-size": AttentionShape(256, 12, 197, 64, weights="size"),
+    "vit-l-512-32-size": AttentionShape(32, 16, 1025, 64, weights="size"),
+    "vlm-576": AttentionShape(32, 16, 576, 64),
+    "vlm-2880": AttentionShape(8, 16, 2880, 64),
+    "vlm-2880-keep50": AttentionShape(8, 16, 2880, 64, weights="hard", keep=0.5),
+    "n16384-10": AttentionShape(2, 10, 16384, 64, eps=_EPS),
+}
+# Where tokens are removed, a hard policy needs no gradient.
+_STEPS = {
+    name + suffix: replace(shape, policy_grad=policy_grad)
+    for name, shape in _SHAPES.items()
+    for suffix, policy_grad in (("", "exact"), ("-none", "none"))
+    if policy_grad == "exact" or shape.skips_exactly
+}
+_TOO_LARGE = dict.fromkeys(
+    ("reference", "eager", "compile", "sdpa+bias"),
+    "not run: it stores several attention maps of 2.1 GB each in float32",
+)
+_MEMORY = {
+    "vit-l-512": ("tokenops", "eager", "sdpa"),
+    "n8192": ("tokenops", "sdpa"),
+    "vit-l-512-class": ("tokenops", "eager"),
+    "vit-l-512-columns": ("tokenops", "eager"),
+}
+
+
+def _cases(
+    operator: str, shapes: Mapping[str, AttentionShape], memory: bool = False, **options: Any
+) -> Iterator[Case]:
+    for name, shape in shapes.items():
+        skip = _TOO_LARGE if shape.tokens >= 8192 else {}
+        memory_of = _MEMORY.get(name, ()) if memory else ()
+        yield Case(operator, name, shape, _SETUPS[operator], skip=skip, memory=memory_of, **options)
+
+
+_FORWARD, _STEP, _RECEIVED = _SETUPS = {
+    "policy_attention": setup_attention,
+    "policy_attention_forward_backward": partial(setup_attention, backward=True),
+    "attention_scores": setup_scores,
+}
+CASES = (
+    *_cases(_FORWARD, _SHAPES),
+    *_cases(_STEP, {**_STEPS, "n8192": AttentionShape(1, 8, 8192, 64, eps=_EPS)}, memory=True),
+    *_cases(_RECEIVED, _SCORES, memory=True),
+    *_cases(_FORWARD, _ON_REQUEST, on_request=True),
+    *_cases(_STEP, _ON_REQUEST, on_request=True),
+    *_cases(
+        _RECEIVED,
+        {f"vit-b-8-{kind}": replace(_VIT_B_8, weights=kind) for kind in ("class", "columns")},
+        on_request=True,
+    ),
+    *_cases(_FORWARD, _CUDA, device="cuda"),
+    *_cases(_STEP, _CUDA, device="cuda"),
+    *_cases(
+        _RECEIVED,
+        {
+            "vit-b-256-class": AttentionShape(256, 12, 197, 64, weights="class"),
+            "vlm-2880-columns": AttentionShape(8, 16, 2880, 64, weights="columns"),
+        },
+        device="cuda",
+    ),
+)

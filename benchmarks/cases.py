@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark case is: its sizes, its rivals, and the least work that it needs."""
+"""The parts of a benchmark case: its sizes, its rivals, and the least work that it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokenops
-from tokenops.ops.matching.common import sides
 from tokenops.splits import Split
 
-from .timing import Rival
+from .timing import Call, Rival
 
-#: Rivals by name, in the order of columns. ``tokenops`` is always there.
-RIVALS = ("tokenops", "reference", "triton", "eager", "compile", "index", "flex", "sdpa+bias")
-
-#: Those that stand for code without tokenops: the fastest of them is what a speed-up is over.
+#: Backends of tokenops that can be rivals of the one that serves by default.
+BACKENDS = ("reference", "triton", "native", "composed")
+#: Code without tokenops that computes the same. A speed-up is over the fastest of these.
 FAIR = ("eager", "compile", "index", "flex", "sdpa+bias")
-
-#: Yardsticks are no rivals: they do less, or something else.
-YARDSTICKS = ("copy", "bmm", "bmm+max", "sdpa", "unweighted")
+#: Rivals by name, in the order of columns. ``tokenops`` always runs.
+RIVALS = ("tokenops", *BACKENDS, *FAIR)
+#: Rivals that run only if they are asked for.
+ON_REQUEST = ("native", "composed")
+#: Yardsticks compute less than tokenops, or something else.
+YARDSTICKS = ("copy", "bmm", "bmm+max", "sdpa", "unweighted", "dense", "slicing")
 
 LEGEND = {
     "tokenops": "tokenops as installed",
@@ -36,7 +38,7 @@ LEGEND = {
     "bmm+max": "that product and the maximum of each row",
 }
 
-#: What some of them are where attention is timed, and who is there besides.
+#: What differs, or is there besides, where attention is timed.
 ATTENTION_LEGEND = {
     "eager": "maps in PyTorch operators: DynamicViT's softmax with a policy, ToMe's logarithms of "
     "sizes, scores as sums over a map of the queries that count and no others",
@@ -49,37 +51,17 @@ ATTENTION_LEGEND = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Sizes(Protocol):
-    """Sizes of a case: :class:`Shape`, or what else an operator needs."""
-
-    def describe(self, letter: str) -> str:
-        """Sizes in words; ``letter`` stands for the width."""
-
-    def tiny(self) -> Sizes:
-        """Sizes of the same kind that take no time."""
-
-
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a case.
+    """Sizes of a case of matching or merging."""
 
-    Attributes:
-        batch: Images B.
-        tokens: Tokens N.
-        width: Width D of the metric, or channels C.
-        r: Tokens that merge.
-        prefix: Leading tokens that take no part.
-        heads: Attention heads of a packed qkv that the metric is a view of; 0 without.
-        grid: ``(h, w, sy, sx)`` for tomesd's split; None for ToMe's.
-    """
-
-    batch: int
-    tokens: int
-    width: int
-    r: int
-    prefix: int = 0
-    heads: int = 0
-    grid: tuple[int, int, int, int] | None = None
+    batch: int  # images B
+    tokens: int  # tokens N
+    width: int  # width D of the metric, or channels C
+    r: int  # tokens that merge
+    prefix: int = 0  # leading tokens that neither merge nor receive
+    heads: int = 0  # heads of a packed qkv that the metric is a view of; 0: the metric has none
+    grid: tuple[int, int, int, int] | None = None  # (h, w, sy, sx) of tomesd's split; None: ToMe's
 
     def describe(self, letter: str) -> str:
         """Sizes in words; ``letter`` stands for the width."""
@@ -99,69 +81,45 @@ class Shape:
         """The split into sources and destinations."""
         return tokenops.alternate() if self.grid is None else tokenops.grid(*self.grid)
 
-    def num_sources(self) -> int:
-        """Number of sources, those in the prefix included."""
-        if self.grid is None:
-            return (self.tokens + 1) // 2
-        h, w, sy, sx = self.grid
-        return self.tokens - (h // sy) * (w // sx)
-
     def split_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tokens that are sources [Ns] and destinations [Nd], in the order of the recipes."""
-        token = torch.arange(self.tokens, device=device)
+        """Tokens that are sources [Ns] and destinations [Nd], in ascending order."""
+        is_dst = torch.zeros(self.tokens, dtype=torch.bool, device=device)
         if self.grid is None:
-            return token[0::2], token[1::2]
-        resolved = self.split().resolve(self.batch, self.tokens, self.prefix, device)
-        src, dst, _ = sides("benchmarks", 1, self.tokens, resolved, device)
-        return src[0], dst[0]
+            is_dst[1::2] = True
+        else:
+            h, w, sy, sx = self.grid
+            is_dst.view(h, w)[: h // sy * sy : sy, : w // sx * sx : sx] = True
+        return (~is_dst).nonzero()[:, 0], is_dst.nonzero()[:, 0]
 
 
 @dataclass
 class Work:
-    """A case made ready: its inputs exist, its rivals can be made.
+    """A case made ready: its inputs exist."""
 
-    Attributes:
-        rivals: Makes each rival, and each yardstick but ``copy``, by name. One by one, so that a
-            rival that cannot run (no compiler, say) does not keep the others from running.
-        bytes: Least number of bytes that must be read and written.
-        flops: Least number of floating point operations, where they could be the bound.
-        difference: ``(name, result, expected)``: how far a rival's result is from tokenops'.
-        tolerance: Largest difference at which a rival counts as doing the same.
-        tensor: One of the inputs; tells device and dtype.
-        inference: Whether to time under ``torch.inference_mode``.
-    """
-
+    #: Makes each rival and each yardstick but ``copy``. One by one, so that a rival that cannot run
+    #: does not keep the others from running.
     rivals: Mapping[str, Callable[[], Rival]]
-    bytes: int
-    flops: int
+    bytes: int  # least number of bytes that must be read and written
+    flops: int  # least number of floating point operations, where they could be the bound
+    #: (name, result, expected): how far a rival's result is from that of tokenops.
     difference: Callable[[str, Any, Any], float]
-    tolerance: float
-    tensor: Tensor
-    inference: bool = True
+    tolerance: float  # largest difference at which a rival counts as doing the same
+    tensor: Tensor  # one of the inputs, for device and dtype
+    inference: bool = True  # whether to time under torch.inference_mode
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a table.
+    """One line of a table."""
 
-    Attributes:
-        operator: What is timed: a public operator, ``_backward`` appended for its backward,
-            ``_forward_backward`` for both together.
-        name: Name of the case, unique within the operator.
-        shape: Sizes.
-        setup: Makes the work from the shape, a dtype and a device.
-        skip: Rivals and yardsticks that do not run, with the reason.
-        memory: Rivals whose extra memory is measured besides.
-        device: Kind of device whose sizes these are.
-    """
-
-    operator: str
-    name: str
-    shape: Sizes
+    operator: str  # public operator, with "_backward" or "_forward_backward" appended for those
+    name: str  # unique within the operator
+    shape: Any
     setup: Callable[[Any, torch.dtype, torch.device], Work]
-    skip: Mapping[str, str] = field(default_factory=dict)
-    memory: tuple[str, ...] = ()
-    device: str = "cpu"
+    device: str = "cpu"  # kind of device whose sizes these are
+    skip: Mapping[str, str] = field(default_factory=dict)  # rivals that do not run, and why
+    memory: tuple[str, ...] = ()  # rivals whose extra memory is measured too
+    on_request: bool = False  # whether it runs only if it is named, or with --variant
 
     @property
     def sizes(self) -> str:
@@ -171,7 +129,8 @@ class Case:
     @property
     def public(self) -> str:
         """The public operator behind what is timed."""
-        return self.operator.removesuffix("_backward").removesuffix("_forward")
+        name = self.operator.removesuffix("_backward").removesuffix("_forward")
+        return "match" if name == "model" else name
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> Work:
         """Make the inputs, from a fixed seed."""
@@ -182,25 +141,57 @@ class Case:
         return replace(self, shape=self.shape.tiny())
 
 
-def triton_rival(operator: str, ours: Callable[[], Any], tensor: Tensor) -> dict[str, Any]:
-    """Triton's kernel of an operator where a compiled one serves CUDA tensors, else nothing.
+def backends(
+    operator: str, tensor: Tensor, make: Callable[[], Call]
+) -> dict[str, Callable[[], Rival]]:
+    """Tokenops as installed, and each of its backends that can serve these tensors.
 
-    Choosing it lets later calls of the compiled one pass through Python: compare CUDA graphs.
+    Args:
+        operator: A public operator.
+        tensor: One of the inputs.
+        make: Makes the call. It runs under the backend too: a backward runs on the backend of its
+            forward.
     """
-    blocked = tokenops.why_not(operator, tensor)
-    if not tensor.is_cuda or blocked.keys() & {"native", "triton"}:
-        return {}
-    return {"triton": lambda: Rival(ours, lambda: tokenops.use_backend("triton"))}
+    reasons = tokenops.why_not(operator, tensor)
+    if not tensor.is_cuda or "native" in reasons:  # Triton serves by default, or its interpreter
+        reasons = {**reasons, "triton": ""}
+
+    def chosen(name: str) -> Rival:
+        with tokenops.use_backend(name):
+            return Rival(make(), partial(tokenops.use_backend, name))
+
+    able = (name for name in BACKENDS if name not in reasons)
+    return {"tokenops": lambda: Rival(make()), **{name: partial(chosen, name) for name in able}}
 
 
-def use_reference() -> tokenops.use_backend:
-    """Context in which tokenops runs on its reference."""
-    return tokenops.use_backend("reference")
+def recipes(
+    eager: Callable[..., Any], make: Callable[[Callable[..., Any]], Call]
+) -> dict[str, Callable[[], Rival]]:
+    """A recipe in PyTorch operators, as it is and under ``torch.compile``.
+
+    Args:
+        eager: The recipe.
+        make: Makes a call of the recipe from it, or from the compiled one.
+    """
+    return {
+        "eager": lambda: Rival(make(eager)),
+        "compile": lambda: Rival(make(torch.compile(eager, dynamic=False, fullgraph=True))),
+    }
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under ``torch.compile``, for its exact shapes and without graph breaks."""
-    return torch.compile(function, dynamic=False, fullgraph=True)
+def relative(result: Any, expected: Any) -> float:
+    """Largest difference of tensors, or of tuples of them, relative to the largest entry."""
+    if not isinstance(expected, Tensor):
+        return max(relative(a, b) for a, b in zip(result, expected, strict=True))
+    if result.shape != expected.shape:
+        raise ValueError(f"shapes differ: {list(result.shape)} and {list(expected.shape)}")
+    a, b = result.detach().double(), expected.detach().double()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+def randn(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal random numbers from a fixed seed, rounded from float32 to the dtype."""
+    return torch.randn(size, generator=generator(device), device=device).to(dtype)
 
 
 def generator(device: torch.device) -> torch.Generator:
@@ -210,9 +201,7 @@ def generator(device: torch.device) -> torch.Generator:
 
 def make_metric(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Metric [B, N, D], or keys [B, H, N, D] as a view of a packed qkv [B, N, 3, H, D]."""
-    batch, tokens, width, random = shape.batch, shape.tokens, shape.width, generator(device)
-    if not shape.heads:
-        return torch.randn(batch, tokens, width, generator=random, device=device).to(dtype)
-    size = (batch, tokens, 3, shape.heads, width)
-    qkv = torch.randn(size, generator=random, device=device).to(dtype)
-    return qkv.permute(2, 0, 3, 1, 4)[1]
+    batch, tokens, heads, width = shape.batch, shape.tokens, shape.heads, shape.width
+    if not heads:
+        return randn((batch, tokens, width), dtype, device)
+    return randn((batch, tokens, 3, heads, width), dtype, device).permute(2, 0, 3, 1, 4)[1]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workload of matching: from the metric to what merging needs.
+"""Cases of matching: from the metric to a token map, or to the index tensors of the recipes.
 
-That is a token map for tokenops and index tensors for the recipes. The rivals may choose other
-pairs where similarities are close, above all in bfloat16, where the recipes round each score to
-eight bits: what is compared is the mean similarity of the pairs that merge.
+A rival may take other pairs where similarities are close, above all in bfloat16, where the recipes
+round each score to eight bits: compared is the mean similarity of the pairs that merge.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import tokenops
 from tokenops import TokenMap
 
 from . import rivals
-from .cases import Shape, Work, compiled, make_metric, triton_rival, use_reference
-from .timing import Rival
+from .cases import Case, Shape, Work, backends, make_metric, recipes, relative
+from .timing import Call, Rival
 
 #: Difference of mean cosines up to which a rival counts as matching as well.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -29,55 +28,63 @@ def setup_match(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
     """Work of ``match``."""
     metric = make_metric(shape, dtype, device)
     split = shape.split()
-    eager = rivals.tome_match if shape.grid is None else rivals.tomesd_match
 
     def ours() -> TokenMap:
         return tokenops.match(metric, shape.r, num_prefix=shape.prefix, split=split)
 
-    def recipe(function: Callable[..., Any]) -> Rival:
+    def recipe(function: Callable[..., Any]) -> Call:
         if shape.grid is None:
-            return Rival(lambda: function(metric, shape.r, shape.prefix > 0))
-        recipe_split = rivals.tomesd_split(*shape.grid, device)
-        return Rival(lambda: function(metric, shape.r, *recipe_split))
+            return lambda: function(metric, shape.r, shape.prefix > 0)
+        index = rivals.tomesd_split(*shape.grid, device)
+        return lambda: function(metric, shape.r, *index)
 
-    def product() -> tuple[Tensor, Tensor]:
+    def product(then: Callable[[Tensor], Any]) -> Rival:
         rows = metric.mean(1) if metric.dim() == 4 else metric
-        sources, destinations = shape.split_index(device)
-        return rows[:, sources], rows[:, destinations].transpose(1, 2)
-
-    def bmm() -> Rival:
-        a, b = product()
-        return Rival(lambda: a @ b)
-
-    def bmm_max() -> Rival:
-        a, b = product()
-        return Rival(lambda: (a @ b).max(dim=2))
+        src, dst = (rows[:, index] for index in shape.split_index(device))
+        return Rival(lambda: then(src @ dst.transpose(1, 2)))
 
     def difference(name: str, result: Any, expected: TokenMap) -> float:
-        best = mean_similarity(metric, shape, expected)
-        return best - mean_similarity(metric, shape, result)
+        return mean_similarity(metric, shape, expected) - mean_similarity(metric, shape, result)
 
-    sources = shape.num_sources()
+    num_src, num_dst = map(len, shape.split_index(device))
     return Work(
         rivals={
-            "tokenops": lambda: Rival(ours),
-            "reference": lambda: Rival(ours, use_reference),
-            **triton_rival("match", ours, metric),
-            "eager": lambda: recipe(eager),
-            "compile": lambda: recipe(compiled(eager)),
-            "bmm": bmm,
-            "bmm+max": bmm_max,
+            **backends("match", metric, lambda: ours),
+            **recipes(rivals.tomesd_match if shape.grid else rivals.tome_match, recipe),
+            "bmm": lambda: product(lambda scores: scores),
+            "bmm+max": lambda: product(lambda scores: scores.max(dim=2)),
         },
         bytes=metric.numel() * metric.element_size(),
-        flops=2 * shape.batch * sources * (shape.tokens - sources) * shape.width,
+        flops=2 * shape.batch * num_src * num_dst * shape.width,
         difference=difference,
         tolerance=TOLERANCE[dtype],
         tensor=metric,
     )
 
 
+def setup_nearest(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
+    """Work of ``nearest``: the search of ``match`` alone."""
+    metric = make_metric(shape, dtype, device)
+    a, b = (metric[:, index] for index in shape.split_index(device))
+
+    def difference(name: str, result: Any, expected: Any) -> float:
+        return relative(result[0], expected[0])
+
+    return Work(
+        rivals={
+            **backends("nearest", a, lambda: lambda: tokenops.nearest(a, b)),
+            **recipes(rivals.nearest, lambda function: lambda: function(a, b)),
+        },
+        bytes=metric.numel() * metric.element_size(),
+        flops=2 * shape.batch * a.shape[1] * b.shape[1] * shape.width,
+        difference=difference,
+        tolerance=TOLERANCE[dtype],
+        tensor=a,
+    )
+
+
 def mean_similarity(metric: Tensor, shape: Shape, result: Any) -> float:
-    """Mean cosine of the pairs that merge, in float64: what a matching is to maximise.
+    """Mean cosine of the pairs that merge, in float64: the aim of a matching.
 
     Args:
         metric: ``[B, N, D]`` or ``[B, H, N, D]``.
@@ -86,24 +93,73 @@ def mean_similarity(metric: Tensor, shape: Shape, result: Any) -> float:
     """
     rows = metric.double()
     rows = rows.mean(1) if rows.dim() == 4 else rows
-    source, destination = _pairs(shape, result, metric.device)
-    width = rows.shape[2]
-    a = rows.gather(1, source[..., None].expand(-1, -1, width))
-    b = rows.gather(1, destination[..., None].expand(-1, -1, width))
-    return float(torch.nn.functional.cosine_similarity(a, b, dim=2).mean())
+    src, dst = (
+        rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+        for index in _pairs(shape, result, metric.device)
+    )
+    return float(torch.nn.functional.cosine_similarity(src, dst, dim=2).mean())
 
 
 def _pairs(shape: Shape, result: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens [B, r] that merge, and the destinations [B, r] that they merge into."""
-    sources, destinations = shape.split_index(device)
-    if isinstance(result, rivals.GridPlan):  # its sort need not keep the order of sources
-        sources, destinations = result.sources[0, :, 0], result.destinations[0, :, 0]
+    src, dst = shape.split_index(device)
+    if isinstance(result, rivals.GridMatch):  # its sort need not keep the order of sources
+        src, dst = result.src_index[0, :, 0], result.dst_index[0, :, 0]
     if not isinstance(result, TokenMap):
-        return sources[result.merged[..., 0]], destinations[result.target[..., 0]]
+        return src[result.merged[..., 0]], dst[result.target[..., 0]]
     assign = result.assign.long()
     batch = assign.shape[0]
     owner = torch.full((batch, result.num_tokens), -1, device=device)  # destination of each output
-    owner.scatter_(1, assign[:, destinations], destinations.expand(batch, -1))
-    target = owner.gather(1, assign[:, sources])  # [B, Ns]
+    owner.scatter_(1, assign[:, dst], dst.expand(batch, -1))
+    target = owner.gather(1, assign[:, src])  # [B, Ns]
     order = (target < 0).int().argsort(dim=1, stable=True)[:, : shape.r]  # merged sources first
-    return sources[order], target.gather(1, order)
+    return src[order], target.gather(1, order)
+
+
+_SD = Shape(2, 4096, 320, 2048, grid=(64, 64, 2, 2))
+_N16384 = Shape(2, 16384, 320, 8192, grid=(128, 128, 2, 2))
+_SHAPES = {
+    "vit-b": Shape(32, 197, 64, 16, prefix=1),
+    "vit-b-qkv": Shape(32, 197, 64, 16, prefix=1, heads=12),
+    "vit-l-512": Shape(4, 1025, 64, 40, prefix=1),
+    "sd": _SD,
+    "n16384": _N16384,
+    "n65536": Shape(1, 65536, 64, 32768, grid=(256, 256, 2, 2)),
+}
+_CUDA = {
+    "vit-b-256": Shape(256, 197, 64, 16, prefix=1),
+    "vit-b-256-qkv": Shape(256, 197, 64, 16, prefix=1, heads=12),
+    "vit-l-512-32": Shape(32, 1025, 64, 40, prefix=1),
+    "sd-2": _SD,
+    "sd-16": Shape(16, 4096, 320, 2048, grid=(64, 64, 2, 2)),
+    "n16384-320": _N16384,
+    "n16384-640": Shape(2, 16384, 640, 8192, grid=(128, 128, 2, 2)),
+    "vlm-2880": Shape(8, 2880, 64, 1440),
+}
+_ON_REQUEST = {
+    "vit-b-8": Shape(8, 197, 64, 16, prefix=1),
+    "vit-b-8-qkv": Shape(8, 197, 64, 16, prefix=1, heads=12),
+    "sd-cpu": _SD,
+}
+_TOO_LARGE = "not run: it stores 49152 x 16384 scores, 3.2 GB in float32"
+_SKIP = {"n65536": dict.fromkeys(("eager", "compile", "bmm", "bmm+max"), _TOO_LARGE)}
+_MEMORY = {
+    "sd": ("tokenops", "eager"),
+    "n16384": ("tokenops", "reference", "eager"),
+    "n65536": ("tokenops",),
+}
+
+
+def _case(name: str, shape: Shape, **options: Any) -> Case:
+    return Case("match", name, shape, setup_match, **options)
+
+
+CASES = (
+    *(
+        _case(name, shape, skip=_SKIP.get(name, {}), memory=_MEMORY.get(name, ()))
+        for name, shape in _SHAPES.items()
+    ),
+    Case("nearest", "vit-b", _SHAPES["vit-b"], setup_nearest),
+    *(_case(name, shape, on_request=True) for name, shape in _ON_REQUEST.items()),
+    *(_case(name, shape, device="cuda") for name, shape in _CUDA.items()),
+)

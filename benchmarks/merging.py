@@ -1,178 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workloads of merging: merge, merge_wavg, unmerge, and their backwards.
+"""Cases of merging: merge, merge_wavg, unmerge, and their backwards.
 
-Who merges into whom is settled before and not timed. tokenops and the recipes apply one and the
-same merging, each with its own order of output tokens: tokenops and *index* keep positions, the
-recipes put unmerged sources first. A backward is ``autograd.grad`` on a graph that is kept.
+The match is made beforehand and not timed. tokenops and the recipes merge the same pairs, each in
+its own order of output tokens: tokenops and *index* keep positions, the recipes put unmerged
+sources first. A backward is ``autograd.grad`` on a graph that is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 import tokenops
-from tokenops import TokenMap
 
 from . import rivals
-from .cases import Shape, Work, compiled, generator, make_metric, triton_rival, use_reference
-from .timing import Rival
+from .cases import Case, Shape, Work, backends, generator, make_metric, randn, recipes, relative
+from .timing import Call, Rival
 
 #: Largest difference, relative to the largest entry, up to which a rival counts as doing the same.
-#: The recipes add and divide in the type of the data.
+#: The recipes add and divide in the dtype of the data.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-@dataclass(frozen=True)
-class Merging:
-    """One merging in tokenops' and in the recipes' form.
-
-    Attributes:
-        token_map: Output tokens in the order of their positions.
-        plan: Index tensors of the recipe.
-        place: ``[B, M]``, place among tokenops' output tokens of each of the recipe's.
-        row: ``[B * N]``, output token of each token, counted through the batch.
-    """
-
-    token_map: TokenMap
-    plan: rivals.Plan | rivals.GridPlan
-    place: Tensor
-    row: Tensor
-
-    def counts(self, dtype: torch.dtype) -> Tensor:
-        """Members of each output token, [B, M, 1]."""
-        batch, outputs = self.place.shape
-        members = torch.bincount(self.row, minlength=batch * outputs)
-        return members.view(batch, outputs, 1).to(dtype)
-
-    def to_recipe(self, y: Tensor) -> Tensor:
-        """Reorder [B, M, C] from tokenops' order of output tokens to the recipe's."""
-        return y.gather(1, self.place[..., None].expand(-1, -1, y.shape[2]))
-
-    def from_recipe(self, y: Tensor) -> Tensor:
-        """Reorder [B, M, C] from the recipe's order of output tokens to tokenops'."""
-        index = self.place.argsort(dim=1)
-        return y.gather(1, index[..., None].expand(-1, -1, y.shape[2]))
-
-
-def make_merging(shape: Shape, device: torch.device) -> Merging:
-    """Match a random metric."""
+def make_merging(
+    shape: Shape, device: torch.device
+) -> tuple[tokenops.TokenMap, rivals.ToMeMatch | rivals.GridMatch]:
+    """The same match of a random metric, in the form of tokenops and of the recipes."""
     metric = make_metric(replace(shape, width=min(64, shape.width), heads=0), torch.float32, device)
     split = shape.split()
-    ours = tokenops.match(metric, shape.r, num_prefix=shape.prefix, split=split)
-    tome = tokenops.match(metric, shape.r, num_prefix=shape.prefix, split=split, order="tome")
-    assign = tome.assign.long()
-    place = torch.zeros(shape.batch, tome.num_tokens, dtype=torch.int64, device=device)
-    place.scatter_(1, assign, ours.assign.long())
-
-    sources, destinations = shape.split_index(device)
-    output = assign[:, sources]  # [B, Ns]: unmerged sources come before all destinations
+    ours, tome = (
+        tokenops.match(metric, shape.r, num_prefix=shape.prefix, split=split, order=order)
+        for order in ("position", "tome")
+    )
+    src, dst = shape.split_index(device)
+    output = tome.assign.long()[:, src]  # [B, Ns]: unmerged sources come before all destinations
     order = output.argsort(dim=1)
-    kept = sources.shape[0] - shape.r
+    kept = len(src) - shape.r
     # The recipes list merged sources by similarity, which is no order of memory.
     shuffle = torch.randperm(shape.r, generator=generator(device), device=device)
     unmerged, merged = order[:, :kept, None], order[:, kept:][:, shuffle, None]
-    target = output[..., None].gather(1, merged) - kept
-    plan: rivals.Plan | rivals.GridPlan = rivals.Plan(unmerged, merged, target)
-    if shape.grid is not None:
-        split_index = sources[None, :, None], destinations[None, :, None]
-        plan = rivals.GridPlan(unmerged, merged, target, *split_index)
-    start = torch.arange(shape.batch, device=device)[:, None] * ours.num_tokens
-    return Merging(ours, plan, place, (start + ours.assign.long()).flatten())
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An operator and its recipe as functions of one tensor.
-
-    Attributes:
-        x: Input of tokenops.
-        x_recipe: The same tokens as the recipe orders them.
-        ours: tokenops as a function of ``x``.
-        index: The same by an index of rows.
-        recipe: ``(function, x_recipe)``: the recipe by this function, eager or compiled.
-        function: The eager function.
-        align_output: Brings the recipe's output into tokenops' order.
-        align_input: Brings a gradient with respect to ``x_recipe`` into the order of ``x``.
-    """
-
-    x: Tensor
-    x_recipe: Tensor
-    ours: Callable[[Tensor], Any]
-    index: Callable[[Tensor], Any]
-    recipe: Callable[[Callable[..., Any], Tensor], Any]
-    function: Callable[..., Any]
-    align_output: Callable[[Tensor], Tensor]
-    align_input: Callable[[Tensor], Tensor]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _tokens(rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    size = (shape.batch, rows, shape.width)
-    return torch.randn(size, generator=generator(device), device=device).to(dtype)
-
-
-def merge_pair(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pair:
-    """Plain mean."""
-    merging = make_merging(shape, device)
-    x, counts = _tokens(shape.tokens, shape, dtype, device), merging.counts(dtype)
-    return Pair(
-        x=x,
-        x_recipe=x,
-        ours=lambda t: tokenops.merge(t, merging.token_map),
-        index=lambda t: rivals.index_merge(t, merging.row, counts),
-        recipe=lambda function, t: function(t, merging.plan, "mean"),
-        function=rivals.tome_merge if shape.grid is None else rivals.tomesd_merge,
-        align_output=merging.from_recipe,
-        align_input=_same,
-    )
-
-
-def wavg_pair(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pair:
-    """Mean weighted by sizes: float32 for tokenops, the type of the data for the recipe."""
-    merging = make_merging(shape, device)
-    x = _tokens(shape.tokens, shape, dtype, device)
-    rows = (shape.batch, shape.tokens, 1)
-    size = torch.randint(1, 5, rows, generator=generator(device), device=device).float()
-    size_recipe, outputs = size.to(dtype), merging.token_map.num_tokens
-    return Pair(
-        x=x,
-        x_recipe=x,
-        ours=lambda t: tokenops.merge_wavg(t, merging.token_map, size),
-        index=lambda t: rivals.index_merge_wavg(t, size_recipe, merging.row, outputs),
-        recipe=lambda function, t: function(t, size_recipe, merging.plan),
-        function=rivals.tome_merge_wavg,
-        align_output=merging.from_recipe,
-        align_input=_same,
-    )
-
-
-def unmerge_pair(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pair:
-    """Output tokens back to input tokens."""
-    merging = make_merging(shape, device)
-    y = _tokens(shape.tokens - shape.r, shape, dtype, device)
-    return Pair(
-        x=y,
-        x_recipe=merging.to_recipe(y),
-        ours=lambda t: tokenops.unmerge(t, merging.token_map),
-        index=lambda t: rivals.index_unmerge(t, merging.row),
-        recipe=lambda function, t: function(t, merging.plan),
-        function=rivals.tome_unmerge if shape.grid is None else rivals.tomesd_unmerge,
-        align_output=_same,
-        align_input=merging.from_recipe,
-    )
-
-
-def _least_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """Each row read once and each row written once, forward or backward."""
-    return dtype.itemsize * shape.batch * shape.width * (2 * shape.tokens - shape.r)
+    match = rivals.ToMeMatch(unmerged, merged, output[..., None].gather(1, merged) - kept)
+    if shape.grid is None:
+        return ours, match
+    return ours, rivals.GridMatch(*match, src[None, :, None], dst[None, :, None])
 
 
 def _first(result: Any) -> Tensor:
@@ -180,105 +56,124 @@ def _first(result: Any) -> Tensor:
     return first
 
 
-def relative(result: Tensor, expected: Tensor) -> float:
-    """Largest difference of two tensors relative to the largest entry."""
-    if result.shape != expected.shape:
-        raise ValueError(f"shapes differ: {list(result.shape)} and {list(expected.shape)}")
-    a, b = result.detach().double(), expected.detach().double()
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+def setup(operator: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
+    """Work of an operator, or with ``_backward`` of its gradient with respect to the tokens."""
+    backward, public = operator.endswith("_backward"), operator.removesuffix("_backward")
+    token_map, match = make_merging(shape, device)
+    batch, outputs = shape.batch, token_map.num_tokens
+    start = torch.arange(batch, device=device)[:, None] * outputs
+    row = (start + token_map.assign.long()).flatten()  # [B * N], output token through the batch
+    if shape.grid is None:
+        recipe_merge, recipe_unmerge = rivals.tome_merge, rivals.tome_unmerge
+    else:
+        recipe_merge, recipe_unmerge = rivals.tomesd_merge, rivals.tomesd_unmerge
 
+    # Tokens, and output tokens in the order of tokenops and of the recipe: members are equal here.
+    x = randn((batch, shape.tokens, shape.width), dtype, device)
+    y = randn((batch, outputs, shape.width), dtype, device)
+    y_recipe = recipe_merge(tokenops.unmerge(y, token_map), match, "amax")
 
-def forward(
-    make: Callable[[Shape, torch.dtype, torch.device], Pair],
-) -> Callable[[Shape, torch.dtype, torch.device], Work]:
-    """Setup of the operator itself."""
-
-    def setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
-        pair = make(shape, dtype, device)
-
-        def eager(function: Callable[..., Any]) -> Rival:
-            return Rival(lambda: pair.recipe(function, pair.x_recipe))
-
-        def difference(name: str, result: Any, expected: Any) -> float:
-            align = pair.align_output if name in ("eager", "compile") else _same
-            return relative(align(_first(result)), _first(expected))
-
-        return Work(
-            rivals={
-                "tokenops": lambda: Rival(lambda: pair.ours(pair.x)),
-                "reference": lambda: Rival(lambda: pair.ours(pair.x), use_reference),
-                **triton_rival("merge", lambda: pair.ours(pair.x), pair.x),
-                "eager": lambda: eager(pair.function),
-                "compile": lambda: eager(compiled(pair.function)),
-                "index": lambda: Rival(lambda: pair.index(pair.x)),
-            },
-            bytes=_least_bytes(shape, dtype),
-            flops=0,
-            difference=difference,
-            tolerance=TOLERANCE[dtype],
-            tensor=pair.x,
+    if public == "merge":
+        counts = torch.bincount(row, minlength=batch * outputs).view(batch, outputs, 1).to(dtype)
+        functions = (
+            lambda t: tokenops.merge(t, token_map),
+            lambda t: rivals.index_merge(t, row, counts),
+            recipe_merge,
+            lambda function, t: function(t, match, "mean"),
         )
-
-    return setup
-
-
-def backward(
-    make: Callable[[Shape, torch.dtype, torch.device], Pair],
-) -> Callable[[Shape, torch.dtype, torch.device], Work]:
-    """Setup of the gradient with respect to the tokens."""
-
-    def setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
-        pair = make(shape, dtype, device)
-        x = pair.x.requires_grad_()
-        x_recipe = pair.x_recipe.detach().requires_grad_()
-        with torch.no_grad():
-            out = _first(pair.ours(x))
-            flow = torch.randn(out.shape, generator=generator(device), device=device).to(dtype)
-            if pair.align_output is _same:
-                flow_recipe = flow
-            else:  # the gradient of the reordering brings it into the recipe's order
-                with torch.enable_grad():
-                    probe = torch.zeros_like(flow, requires_grad=True)
-                    (flow_recipe,) = torch.autograd.grad(pair.align_output(probe), probe, flow)
-
-        def gradient(out: Tensor, leaf: Tensor, flow: Tensor) -> Callable[[], Tensor]:
-            return lambda: torch.autograd.grad(out, leaf, flow, retain_graph=True)[0]
-
-        def ours() -> Rival:
-            return Rival(gradient(_first(pair.ours(x)), x, flow))
-
-        def reference() -> Rival:
-            with use_reference():
-                out = _first(pair.ours(x))
-            return Rival(gradient(out, x, flow), use_reference)
-
-        def recipe(function: Callable[..., Any]) -> Rival:
-            out = _first(pair.recipe(function, x_recipe))
-            return Rival(gradient(out, x_recipe, flow_recipe))
-
-        def compile_both() -> Rival:
-            # A compiled backward otherwise overwrites what it saved, and could run only once.
-            torch._functorch.config.donated_buffer = False
-            return recipe(compiled(pair.function))
-
-        def difference(name: str, result: Tensor, expected: Tensor) -> float:
-            align = pair.align_input if name in ("eager", "compile") else _same
-            return relative(align(result), expected)
-
-        return Work(
-            rivals={
-                "tokenops": ours,
-                "reference": reference,
-                "eager": lambda: recipe(pair.function),
-                "compile": compile_both,
-                "index": lambda: Rival(gradient(_first(pair.index(x)), x, flow)),
-            },
-            bytes=_least_bytes(shape, dtype),
-            flops=0,
-            difference=difference,
-            tolerance=TOLERANCE[dtype],
-            tensor=x,
-            inference=False,
+    elif public == "merge_wavg":
+        # Sizes are float32 for tokenops, and have the dtype of the data for the recipes.
+        sizes = (batch, shape.tokens, 1)
+        size = torch.randint(1, 5, sizes, generator=generator(device), device=device).float()
+        rounded = size.to(dtype)
+        functions = (
+            lambda t: tokenops.merge_wavg(t, token_map, size),
+            lambda t: rivals.index_merge_wavg(t, rounded, row, outputs),
+            rivals.tome_merge_wavg,
+            lambda function, t: function(t, rounded, match),
         )
+    else:
+        functions = (
+            lambda t: tokenops.unmerge(t, token_map),
+            lambda t: rivals.index_unmerge(t, row),
+            recipe_unmerge,
+            lambda function, t: function(t, match),
+        )
+    ours, index, eager, call_recipe = functions
 
-    return setup
+    # The input and the gradient of the output, and the same for the recipe.
+    inputs = ((y, y_recipe), (x, x)) if public == "unmerge" else ((x, x), (y, y_recipe))
+    leaves, grads = inputs
+    if backward:
+        leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+
+    def timed(function: Callable[[Tensor], Any], of_recipe: bool = False) -> Call:
+        leaf, grad = leaves[of_recipe], grads[of_recipe]
+        if not backward:
+            return lambda: function(leaf)
+        # A compiled backward otherwise overwrites saved tensors, and could run only once.
+        functorch.donated_buffer = False
+        out = _first(function(leaf))
+        return lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
+
+    def difference(name: str, result: Any, expected: Any) -> float:
+        result, expected = _first(result), _first(expected)
+        if name in ("eager", "compile") and (public == "unmerge") == backward:  # output tokens
+            result = recipe_unmerge(result, match)
+            expected = tokenops.unmerge(expected, token_map)
+        return relative(result, expected)
+
+    return Work(
+        rivals={
+            **backends(public, x, lambda: timed(ours)),
+            **recipes(eager, lambda function: timed(partial(call_recipe, function), True)),
+            "index": lambda: Rival(timed(index)),
+        },
+        # each row is read once and each row is written once, forward or backward
+        bytes=x.element_size() * batch * shape.width * (shape.tokens + outputs),
+        flops=0,
+        difference=difference,
+        tolerance=TOLERANCE[dtype],
+        tensor=x,
+        inference=not backward,
+    )
+
+
+_VIT_B = Shape(32, 197, 768, 16, prefix=1)
+_SD = Shape(2, 4096, 320, 2048, grid=(64, 64, 2, 2))
+_CPU = {
+    "merge": {
+        "vit-b": _VIT_B,
+        "vit-l-512": Shape(4, 1025, 1024, 40, prefix=1),
+        "sd": _SD,
+        "overhead": Shape(1, 16, 64, 4),
+    },
+    "merge_wavg": {"vit-b": _VIT_B},
+    "unmerge": {"vit-b": _VIT_B, "sd": _SD},
+    "merge_backward": {"vit-b": _VIT_B},
+    "merge_wavg_backward": {"vit-b": _VIT_B},
+    "unmerge_backward": {"vit-b": _VIT_B},
+}
+_CUDA = {
+    "vit-b-256": replace(_VIT_B, batch=256),
+    "vit-l-512-32": Shape(32, 1025, 1024, 40, prefix=1),
+    "sd-2": _SD,
+    "sd-16": replace(_SD, batch=16),
+    "vlm-2880-4096": Shape(8, 2880, 4096, 1440),
+}
+
+
+def _case(operator: str, name: str, shape: Shape, **options: Any) -> Case:
+    return Case(operator, name, shape, partial(setup, operator), **options)
+
+
+CASES = (
+    *(_case(op, name, shape) for op, shapes in _CPU.items() for name, shape in shapes.items()),
+    *(_case(op, "vit-b-8", replace(_VIT_B, batch=8), on_request=True) for op in _CPU),
+    *(
+        _case(op, name, shape, device="cuda")
+        for op in _CPU
+        for name, shape in _CUDA.items()
+        if shape.grid is None or "wavg" not in op  # Stable Diffusion has no sizes
+    ),
+)

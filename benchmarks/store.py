@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CSV files of results: one row per rival of a case, one file per kind of device."""
+"""The CSV files of results: one row per rival of a case, one file per kind of device.
+
+Measuring needs no pandas: it also runs where nothing can be installed (``make gpu-check``).
+"""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 Row = dict[str, str]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-#: Columns and what they mean. Times are of one call.
+#: Columns and their meanings. Times are of one call.
 COLUMNS = {
-    "operator": "what was timed",
+    "operator": "operator, with _backward or _forward_backward appended for those",
     "case": "name of the case",
     "shape": "its sizes",
     "dtype": "type of the data",
-    "rival": "who, rivals and yardsticks alike",
-    "status": "ok; skipped, failed (see note); differs: the result is not the one of tokenops",
+    "rival": "tokenops, a rival or a yardstick",
+    "status": "ok; skipped or failed (see note); differs: the result is not that of tokenops",
     "note": "reason of a skip or failure",
     "median_us": "median",
     "p20_us": "20th percentile",
@@ -27,8 +30,8 @@ COLUMNS = {
     "best_us": "fastest sample",
     "ratio": "median divided by the median of tokenops in the same run",
     "samples": "samples taken",
-    "clean": "samples during which the processor was not taken away",
-    "statistics": "over the clean samples, or over all for want of those",
+    "clean": "samples that nothing disturbed",
+    "statistics": "samples behind the figures: clean, or all if too few are clean",
     "calls_per_sample": "calls that one sample timed together",
     "faults_per_call": "minor page faults, median",
     "difference": "from the result of tokenops; match: loss of mean similarity; else relative",
@@ -40,30 +43,30 @@ COLUMNS = {
     "peak_source": "fma probe: fused multiply-adds in registers; torch.mm: its best rate",
     "mm_gflops": "best rate of a large square torch.mm",
     "bound_us": "the larger of bytes / copy_gbps and flops / peak_gflops",
-    "bound_by": "which of the two: memory or compute",
+    "bound_by": "the larger one: memory or compute",
     "bound_share": "bound_us / median_us: 1 is as fast as the machine allows",
-    "backend": "what serves tokenops by default",
-    "isa": "instruction set that the compiled library chose",
+    "backend": "backend that serves tokenops",
+    "isa": "instruction set of the compiled library",
     "device": "cpu or cuda",
     "hardware": "processor or graphics card",
-    "cores": "processors that the process might use; multiprocessors of a card",
+    "cores": "processors of the process; multiprocessors of a card",
     "level": "widest vector extension of the processor; compute capability of a card",
     "threads": "threads used",
-    "timer": "wall clock, or on the device: events, graph (CUDA graph replay)",
+    "timer": "wall clock; on a device: events, or graph (within a CUDA graph)",
     "malloc": "tuned: large tensors reuse memory; fresh pages: each one page-faults",
-    "mode": "full or quick; quick figures are for trying out, not for quoting",
+    "mode": "full or quick; quick figures are not for quoting",
     "torch": "version",
     "python": "version",
     "tokenops": "version",
     "date": "day of the run, UTC",
 }
 
-#: A run of a case replaces the rows that agree with it in these.
+#: A run of a case replaces the rows that agree with it in these columns.
 KEY = ("device", "operator", "case", "dtype", "threads", "timer")
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number with so many significant digits and no exponent."""
+    """A number with so many significant digits, without an exponent."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
@@ -71,7 +74,7 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file; none if there is no file."""
+    """All rows of a file; an empty list if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -79,26 +82,29 @@ def read(path: Path) -> list[Row]:
 
 
 def merge(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows to a file; a case's earlier rows give way, and cases that are no more."""
+    """Write rows to a file, in place of earlier rows of their cases and of cases that are gone."""
     from .registry import all_cases  # it needs torch, and reading does not
 
     fresh = list(rows)
     replaced = {_key(row) for row in fresh}
     order = {(c.operator, c.name): i for i, c in enumerate(all_cases())}
-    earlier = [row for row in read(path) if (row["operator"], row["case"]) in order]
-    kept = [row for row in earlier if _key(row) not in replaced]
+    kept = [
+        row
+        for row in read(path)
+        if (row["operator"], row["case"]) in order and _key(row) not in replaced
+    ]
 
-    def place(row: Mapping[str, str]) -> tuple[int, tuple[str, ...]]:
-        known = order[row["operator"], row["case"]]
-        # float32 before bfloat16; within one run the order of rivals stays (the sort is stable)
-        return known, (row["threads"], row["timer"], "" if row["dtype"] == "float32" else "b")
+    def position(row: Row) -> tuple[int, str, str, str]:
+        # float32 before bfloat16; the sort is stable: rivals stay in the order of their run
+        dtype = "" if row["dtype"] == "float32" else "b"
+        return order[row["operator"], row["case"]], row["threads"], row["timer"], dtype
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(kept + fresh, key=place))
+        writer.writerows(sorted(kept + fresh, key=position))
     temporary.replace(path)
 
 

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timers for one sample, and the interleaving of rivals that makes samples comparable.
+"""Time rivals in turns: by torch.utils.benchmark on the CPU, by triton.testing on CUDA devices.
 
-A sample times a fixed number of calls of one rival, right after a few calls that are not timed.
-Rivals take turns in an order drawn anew each round, so that whatever else happens on the machine
-happens to all of them. On the CPU a sample counts when the operating system did not take the
-processor away from it (see :data:`SECONDS_PER_SWITCH`) and had no fresh memory to hand out
-(:data:`FAULTS_PER_CALL`).
+A sample is the time of a few calls of one rival. Rivals take turns in an order that is drawn anew
+each round, so that whatever else happens on the machine happens to all of them. A sample on the CPU
+counts if the system neither took the processor away nor had to hand out fresh memory meanwhile.
 """
 
 from __future__ import annotations
@@ -17,79 +15,68 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.utils.benchmark
 
 try:
     import resource
-except ImportError:  # not a Unix: no sample can be told to be disturbed
+except ImportError:  # not a Unix: every sample counts as clean
     resource = None  # type: ignore[assignment]
 
-Call = Callable[[], Any]
-
-#: An idle system interrupts a running thread a few times per second whatever happens; a sample may
-#: be interrupted once per so many seconds of its length. Samples shorter than this: not at all.
-#: A competing process interrupts a hundred times per second and more.
+#: An idle system interrupts a running thread a few times per second, a competing process a hundred
+#: times. A sample may be interrupted once per so many seconds of its length.
 SECONDS_PER_SWITCH = 0.05
 
-#: Calls before a sample: caches need more than one to forget what another rival left in them.
-SETTLING_CALLS = 3
-
-#: Minor page faults that a call may cause: more, and the time is that of the system's zeroing
+#: A call may cause so many minor page faults. With more, its time is that of the system zeroing
 #: memory, which depends on what else the allocator holds.
 FAULTS_PER_CALL = 16
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One timing.
+    seconds: float  # of one call
+    clean: bool = True  # whether the sample was undisturbed
+    faults: float = 0.0  # minor page faults per call
+    calls: int = 1  # calls that were timed together
 
-    Attributes:
-        seconds: Time of one call.
-        clean: Whether nothing took the processor away meanwhile.
-        faults: Minor page faults per call: fresh memory that the system had to hand out.
-    """
 
-    seconds: float
-    clean: bool = True
-    faults: float = 0.0
+Call = Callable[[], Any]
+Sampler = Callable[[], Sample]
+#: Makes the sampler of a call from the length of a sample in seconds.
+Timer = Callable[[Call, float], Sampler]
 
 
 @dataclass(frozen=True)
 class Rival:
-    """Something to time.
-
-    Attributes:
-        call: The work.
-        context: Makes the context in which samples are taken, outside of the timing.
-    """
-
     call: Call
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    context: Callable[[], AbstractContextManager[Any]] = (
+        nullcontext  # entered outside of the timing
+    )
+
+    def sampler(self, timer: Timer, seconds: float) -> Sampler:
+        with self.context():
+            sample = timer(self.call, seconds)
+
+        def in_context() -> Sample:
+            with self.context():
+                return sample()
+
+        return in_context
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How many samples to take.
+    """How many samples to take."""
 
-    Attributes:
-        samples: Clean samples wanted of each rival.
-        enough: With fewer clean samples than this, statistics are over all samples.
-        budget: Seconds after which a case ends whatever it has.
-        rounds: Rounds that are run even beyond the budget.
-        sample_seconds: Length of a sample; short calls are repeated to fill it.
-        warm_up: Seconds of calls before the first sample.
-        seed: Seed of the order of rivals.
-    """
-
-    samples: int = 40
-    enough: int = 5
-    budget: float = 60.0
-    rounds: int = 3
-    sample_seconds: float = 1e-3
-    warm_up: float = 0.1
-    seed: int = 0
+    samples: int = 40  # clean samples wanted of each rival
+    enough: int = 5  # with fewer clean samples, statistics are over all samples
+    budget: float = 60.0  # seconds after which a case ends
+    rounds: int = 3  # rounds that run even beyond the budget
+    sample_seconds: float = 1e-3  # length of a sample: short calls are repeated
+    warm_up: float = 0.1  # seconds of calls before the first sample
+    seed: int = 0  # of the order of rivals
 
 
 QUICK = Policy(samples=5, enough=2, budget=3.0, rounds=2, sample_seconds=2e-4)
@@ -98,14 +85,8 @@ REHEARSAL = Policy(samples=1, enough=1, budget=0.0, rounds=1, sample_seconds=0.0
 
 @dataclass
 class Series:
-    """All samples of one rival.
+    """All samples of one rival; ``enough`` as in :class:`Policy`."""
 
-    Attributes:
-        calls: Calls per sample.
-        enough: With fewer clean samples than this, statistics are over all samples.
-    """
-
-    calls: int
     enough: int
     samples: list[Sample] = field(default_factory=list)
 
@@ -116,7 +97,7 @@ class Series:
 
     @property
     def used(self) -> str:
-        """Which samples the statistics are over: ``"clean"``, or ``"all"`` for want of those."""
+        """The samples that the statistics are over: ``"clean"``, or ``"all"`` if few are clean."""
         return "clean" if self.clean >= self.enough else "all"
 
     def seconds(self, quantile: float) -> float:
@@ -130,152 +111,68 @@ class Series:
         return statistics.median(s.faults for s in self.samples)
 
 
-class Timer(Protocol):
-    """Takes samples on one kind of device."""
-
-    def prepare(self, call: Call) -> Call:
-        """What to call instead, to time ``call``."""
-
-    def sample(self, call: Call, calls: int) -> Sample:
-        """Time so many calls."""
-
-
 class CpuTimer:
-    """Wall-clock time, with the involuntary context switches of all threads of the process."""
+    """Samples the wall-clock time of a call, and the disturbances of the process meanwhile."""
 
-    def prepare(self, call: Call) -> Call:
-        """Nothing to prepare."""
-        return call
+    def __init__(self, call: Call, seconds: float) -> None:
+        self._timer = torch.utils.benchmark.Timer(
+            "call()", globals={"call": call}, timer=self._clock, num_threads=torch.get_num_threads()
+        )
+        self._start: tuple[int, int] | None = None
+        self.calls = 1
+        for share in (0.2, 1.0):  # the time of a short call is known after some repetitions
+            one = min(self().seconds for _ in range(3))
+            if one >= seconds:
+                break
+            self.calls = max(1, round(share * seconds / one))
 
-    def sample(self, call: Call, calls: int) -> Sample:
-        """Time so many calls, after some that settle caches and threads left by another rival."""
-        for _ in range(SETTLING_CALLS):
-            call()
-        before = usage()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        seconds = time.perf_counter() - start
-        after = usage()
-        switches, faults = after[0] - before[0], (after[1] - before[1]) / calls
-        clean = is_clean(switches, seconds) and faults <= FAULTS_PER_CALL
-        return Sample(seconds / calls, clean, faults)
+    def _clock(self) -> float:
+        """The time. The usage is read before the timed calls begin and after they end."""
+        if self._start is None:
+            self._start = usage()
+            return time.perf_counter()
+        now = time.perf_counter()
+        self._used = [end - start for start, end in zip(self._start, usage(), strict=True)]
+        self._start = None
+        return now
+
+    def __call__(self) -> Sample:
+        """Take a sample. ``timeit`` first makes two calls, which settle caches and threads."""
+        seconds = self._timer.timeit(self.calls).median
+        switches, faults = self._used[0], self._used[1] / self.calls
+        clean = is_clean(switches, seconds * self.calls) and faults <= FAULTS_PER_CALL
+        return Sample(seconds, clean, faults, self.calls)
 
 
-class CudaTimer:
-    """Time on the device between two events on the current stream.
+def event_timer(call: Call, seconds: float) -> Sampler:
+    """Time between two CUDA events around a call, with an empty L2 cache: median of a sample."""
+    from triton.testing import do_bench
 
-    Launches that the host issues too slowly leave gaps, which count: that is what a user waits for.
-    With ``graph`` each rival is captured once as a CUDA graph and replayed, so that only the
-    kernels count.
+    return lambda: Sample(do_bench(call, 0, 1e3 * seconds, return_mode="median") * 1e-3)
 
-    Args:
-        graph: Whether to capture and replay.
+
+def graph_timer(call: Call, seconds: float) -> Sampler:
+    """Time of a call within a CUDA graph of many, without the host: median of ten replays.
+
+    Raises:
+        RuntimeError: If a graph cannot hold the call, since it waits for the device for example.
     """
+    from triton.testing import do_bench_cudagraph
 
-    def __init__(self, graph: bool = False) -> None:
-        self.graph = graph
+    def sample() -> Sample:
+        return Sample(do_bench_cudagraph(call, 1e3 * seconds, return_mode="median") * 1e-3)
 
-    def prepare(self, call: Call) -> Call:
-        """Capture the call as a graph if so asked.
+    sample()  # an error belongs here, not to the samples
+    return sample
 
-        Raises:
-            RuntimeError: If the call does something that a graph can't hold, a synchronization say.
-        """
-        if not self.graph:
-            return call
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # capture wants a warm allocator and loaded kernels
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = call()
 
-        def replay(keep: Any = kept) -> None:  # the outputs live as long as the graph
-            graph.replay()
-
-        return replay
-
-    def sample(self, call: Call, calls: int) -> Sample:
-        """Time so many calls back to back, after one that is not timed."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        call()
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return Sample(start.elapsed_time(end) * 1e-3 / calls)
+#: Timers by their names in the results.
+TIMERS: dict[str, Timer] = {"wall clock": CpuTimer, "events": event_timer, "graph": graph_timer}
 
 
 def is_clean(switches: int, seconds: float) -> bool:
-    """Whether a sample of this length with so many involuntary context switches counts."""
+    """Whether a sample of this length with so many involuntary context switches is undisturbed."""
     return switches <= int(seconds / SECONDS_PER_SWITCH)
-
-
-def interleave(
-    rivals: Mapping[str, Rival],
-    timer: Timer,
-    policy: Policy,
-    progress: Callable[[int, int], None] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Series]:
-    """Sample all rivals in turns until each has enough clean samples or the time is up.
-
-    Args:
-        rivals: What to time, by name; already warm.
-        timer: Takes the samples.
-        policy: How many samples.
-        progress: Called after each round with the fewest clean samples so far and those wanted.
-        clock: Source of time for the budget.
-
-    Returns:
-        The samples of each rival. All rivals have the same number of them.
-    """
-    order = random.Random(policy.seed)
-    names = list(rivals)
-    end = clock() + policy.budget
-    series = {}
-    for name in names:
-        with rivals[name].context():
-            calls = _calls_per_sample(rivals[name].call, timer, policy.sample_seconds)
-        series[name] = Series(calls, policy.enough)
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        rounds = 0
-        while True:
-            order.shuffle(names)
-            for name in names:
-                with rivals[name].context():
-                    series[name].samples.append(timer.sample(rivals[name].call, series[name].calls))
-            rounds += 1
-            fewest = min(s.clean for s in series.values())
-            if progress is not None:
-                progress(min(fewest, policy.samples), policy.samples)
-            if fewest >= policy.samples:
-                break
-            if clock() > end and rounds >= policy.rounds:
-                break
-    finally:
-        if collecting:
-            gc.enable()
-    return series
-
-
-def _calls_per_sample(call: Call, timer: Timer, seconds: float) -> int:
-    """Repetitions that fill a sample, from the best of a few trials."""
-    one = min(timer.sample(call, 1).seconds for _ in range(3))
-    if one >= seconds:
-        return 1
-    few = max(1, int(0.2 * seconds / max(one, 1e-9)))
-    one = min(timer.sample(call, few).seconds for _ in range(3))
-    return max(1, round(seconds / max(one, 1e-9)))
 
 
 def usage() -> tuple[int, int]:
@@ -284,3 +181,47 @@ def usage() -> tuple[int, int]:
         return 0, 0
     now = resource.getrusage(resource.RUSAGE_SELF)
     return now.ru_nivcsw, now.ru_minflt
+
+
+def best(call: Call, timer: Timer, seconds: float) -> float:
+    """Seconds of a call in the best of the samples that fit into so many seconds."""
+    sample, end = timer(call, min(seconds, Policy.sample_seconds)), time.perf_counter() + seconds
+    found = sample().seconds
+    while time.perf_counter() < end:
+        found = min(found, sample().seconds)
+    return found
+
+
+def interleave(
+    samplers: Mapping[str, Sampler],
+    policy: Policy,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Series]:
+    """Sample rivals in turns until each has enough clean samples or the budget is spent.
+
+    Args:
+        samplers: By name; what they call is already warm.
+        policy: How many samples.
+        clock: Clock of the budget.
+
+    Returns:
+        The samples of each rival, of each as many.
+    """
+    order = random.Random(policy.seed)
+    names = list(samplers)
+    series = {name: Series(policy.enough) for name in names}
+    end, rounds, collecting = clock() + policy.budget, 0, gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        while True:
+            order.shuffle(names)
+            for name in names:
+                series[name].samples.append(samplers[name]())
+            rounds += 1
+            enough = all(s.clean >= policy.samples for s in series.values())
+            if enough or (rounds >= policy.rounds and clock() > end):
+                return series
+    finally:
+        if collecting:
+            gc.enable()

@@ -23,7 +23,7 @@ from tokenops._triton.launch import Settings
 
 from .cases import DTYPES, Case
 from .registry import operators, select
-from .timing import CudaTimer
+from .timing import event_timer
 
 #: Least and largest value of each number.
 LIMITS = {"block_m": (1, 256), "block_n": (16, 256), "num_warps": (1, 16), "num_stages": (1, 6)}
@@ -84,7 +84,6 @@ def forget_plans() -> None:
 def tune(case: Case, dtype: str) -> Iterator[str]:
     """For each heuristic of a case, a line with the shipped settings and faster ones."""
     work = case.prepare(DTYPES[dtype], torch.device("cuda"))
-    timer = CudaTimer()
     picked: dict[str, Settings] = {}
 
     def noting(name: str, heuristic: Heuristic) -> Heuristic:
@@ -109,7 +108,7 @@ def tune(case: Case, dtype: str) -> Iterator[str]:
                         result = call()
                         if not abs(work.difference("tokenops", result, expected)) <= work.tolerance:
                             return float("inf")
-                        return min(timer.sample(call, 10).seconds for _ in range(5))
+                        return event_timer(call, 1e-3)().seconds
                 except Exception:  # the kernel has no such tiles, or they need too much memory
                     return float("inf")
 

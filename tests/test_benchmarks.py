@@ -5,50 +5,56 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 
 import tokenops
-from benchmarks import fallback, machine, memory, report, run, store
+from benchmarks import machine, measure, memory, models, report, store
 from benchmarks.attention import AttentionShape
 from benchmarks.cases import RIVALS, YARDSTICKS
 from benchmarks.registry import CASES, all_cases, find, operators, select
 from benchmarks.timing import (
-    SETTLING_CALLS,
     CpuTimer,
     Policy,
     Rival,
     Sample,
     Series,
+    event_timer,
+    graph_timer,
     interleave,
     is_clean,
 )
-from tokenops import _library
+from tokenops import _backend, _library
 
 CPU = torch.device("cpu")
 BRIEF = Policy(samples=2, enough=1, budget=0.2, rounds=2, sample_seconds=1e-5)
 
 
-def brief_settings(**changes):
-    defaults = {
-        "device": CPU,
-        "threads": torch.get_num_threads(),
-        "rivals": ("reference", "eager"),
-        "policy": BRIEF,
-        "timer": CpuTimer(),
-        "timer_name": "wall clock",
-        "mode": "quick",
-        "measure_memory": False,
-        "ceilings": machine.Ceilings({"float32": 100.0}, "torch.mm", {"float32": 100.0}),
-        "environment": {"device": "cpu", "hardware": "some processor", "cores": "2"},
-    }
-    return run.Settings(**{**defaults, **changes})
-
-
-def measure(case, **changes):
-    rows = run.run_case(case.tiny(), "float32", brief_settings(**changes), lambda have, want: None)
+def rows_of(case, rivals=("reference", "eager")):
+    """Rows of a brief run at tiny sizes, by rival."""
+    settings = measure.Settings(
+        device=CPU,
+        rivals=rivals,
+        policy=BRIEF,
+        timer="wall clock",
+        measure_memory=False,
+        ceilings=machine.Ceilings({"float32": 100.0}, "torch.mm", {"float32": 100.0}),
+        common={
+            "device": "cpu",
+            "hardware": "some processor",
+            "cores": "2",
+            "threads": str(torch.get_num_threads()),
+            "timer": "wall clock",
+            "mode": "quick",
+        },
+    )
+    rows = measure.run_case(case.tiny(), "float32", settings)
     return {row["rival"]: row for row in rows}
 
 
@@ -59,19 +65,27 @@ def test_cases_have_unique_names_and_folders():
     names = [(case.operator, case.name) for case in all_cases()]
     assert len(set(names)) == len(names)
     folders = os.listdir(os.path.join(os.path.dirname(tokenops.__file__), "ops"))
-    assert set(CASES) <= set(folders)
+    assert set(CASES) - {"models"} <= set(folders)
     for case in all_cases():
         assert case.operator in operators()
         assert case.public in _library.operators
         assert set(case.memory) <= {*RIVALS, *YARDSTICKS} - set(case.skip)
 
 
+def test_each_public_operator_has_a_case():
+    assert {case.public for case in select()} == set(_library.operators)
+    assert {case.public for case in select(device="cuda")} >= set(_library.operators) - {"nearest"}
+
+
 def test_select():
-    assert len(select()) + len(select(device="cuda")) == len(list(all_cases()))
+    on_request = select(on_request=True)
+    assert all(case.on_request for case in on_request)
+    assert len(select()) + len(select(device="cuda")) + len(on_request) == len(list(all_cases()))
     assert {case.device for case in select(device="cuda")} == {"cuda"}
     assert {case.name for case in select(["unmerge"])} == {"vit-b", "sd"}
-    assert {case.operator for case in select(["matching"])} == {"match"}
+    assert {case.operator for case in select(["matching"])} == {"match", "nearest"}
     assert [case.operator for case in select(["match", "merge"], ["sd"])] == ["match", "merge"]
+    assert [case.name for case in select(["merge"], ["vit-b-8"])] == ["vit-b-8"]
     with pytest.raises(ValueError, match="no case 'vit-x' of 'match'"):
         find("match", "vit-x")
 
@@ -105,33 +119,27 @@ def test_least_work_of_a_hard_policy(eps, policy_grad, forward, backward):
 # Timing
 
 
-class ScriptedTimer:
-    """Hands out samples that were written down before, and notes who asked."""
+class Script:
+    """Samplers that hand out samples by their names, and note who was asked."""
 
     def __init__(self, clean):
         self.clean, self.asked, self.now = clean, [], 0.0
 
-    def prepare(self, call):
-        return call
-
-    def sample(self, call, calls):
-        name = call()
-        self.asked.append((name, calls))
+    def sample(self, name):
+        self.asked.append(name)
         self.now += 1.0
         return Sample(seconds=1.0 if name == "slow" else 0.1, clean=self.clean(name, self.now))
 
 
 def scripted(policy, clean=lambda name, now: True):
-    timer = ScriptedTimer(clean)
-    racers = {name: Rival(lambda name=name: name) for name in ("slow", "fast", "other")}
-    series = interleave(racers, timer, policy, clock=lambda: timer.now)
-    calibration = 3 * len(racers)
-    return series, timer.asked[calibration:]
+    script = Script(clean)
+    samplers = {name: partial(script.sample, name) for name in ("slow", "fast", "other")}
+    return interleave(samplers, policy, clock=lambda: script.now), script.asked
 
 
 def test_rivals_take_turns_in_random_order():
-    series, asked = scripted(Policy(samples=20, budget=1e9, sample_seconds=1e-9))
-    rounds = [tuple(name for name, _ in asked[i : i + 3]) for i in range(0, len(asked), 3)]
+    series, asked = scripted(Policy(samples=20, budget=1e9))
+    rounds = [tuple(asked[i : i + 3]) for i in range(0, len(asked), 3)]
     assert len(rounds) == 20
     assert all(sorted(names) == ["fast", "other", "slow"] for names in rounds)
     assert len(set(rounds)) > 3
@@ -144,7 +152,7 @@ def test_goes_on_until_enough_samples_are_clean():
     # Every second sample of one rival is disturbed: the others wait for it.
     turn = iter(range(10**6))
     series, _ = scripted(
-        Policy(samples=10, budget=1e9, sample_seconds=1e-9),
+        Policy(samples=10, budget=1e9),
         clean=lambda name, now: name != "slow" or next(turn) % 2 == 0,
     )
     assert series["slow"].clean == 10
@@ -153,7 +161,7 @@ def test_goes_on_until_enough_samples_are_clean():
 
 
 def test_budget_ends_what_is_never_clean():
-    policy = Policy(samples=10, enough=2, budget=60.0, rounds=3, sample_seconds=1e-9)
+    policy = Policy(samples=10, enough=2, budget=60.0, rounds=3)
     series, asked = scripted(policy, clean=lambda name, now: False)
     assert len(asked) < 70
     assert series["slow"].clean == 0
@@ -164,14 +172,17 @@ def test_budget_ends_what_is_never_clean():
 
 
 def test_short_calls_are_repeated():
-    timer = ScriptedTimer(lambda name, now: True)
-    series = interleave({"fast": Rival(lambda: "fast")}, timer, Policy(2, sample_seconds=0.7))
-    assert series["fast"].calls == 7
-    assert timer.asked[-1] == ("fast", 7)
+    clock = iter(range(10**9))
+    timer = CpuTimer(lambda: [next(clock) for _ in range(1000)], 2e-3)
+    assert timer.calls > 3
+    sample = timer()
+    assert sample.calls == timer.calls
+    assert 1e-4 < sample.seconds * sample.calls < 1
+    assert CpuTimer(lambda: None, 0.0).calls == 1
 
 
 def test_disturbed_samples_do_not_count():
-    series = Series(1, enough=2)
+    series = Series(enough=2)
     series.samples += [Sample(1.0), Sample(9.0, clean=False), Sample(3.0), Sample(2.0, faults=4.0)]
     assert series.seconds(0.0) == 1.0
     assert series.seconds(0.5) == 2.0
@@ -189,11 +200,17 @@ def test_clean():
     assert not is_clean(20, 0.21)
 
 
-def test_cpu_timer_times_calls_and_no_more():
+def test_cpu_timer_times_calls_and_no_more(monkeypatch):
+    used = iter([(0, 0), (3, 50)] * 100)
     calls = []
-    sample = CpuTimer().sample(lambda: calls.append(None), 5)
-    assert len(calls) == 5 + SETTLING_CALLS
+    timer = CpuTimer(lambda: calls.append(None), 0.0)
+    timer.calls, calls[:] = 5, []
+    monkeypatch.setattr("benchmarks.timing.usage", lambda: next(used))
+    sample = timer()
+    assert len(calls) == 5 + 2  # two calls settle caches and threads
     assert 0 < sample.seconds < 1
+    assert sample.faults == 10  # of the timed calls alone, not of those that settle
+    assert not sample.clean
 
 
 def test_contexts_hold_during_samples():
@@ -208,18 +225,41 @@ def test_contexts_hold_during_samples():
 
     def call():
         assert inside
-        assert gc.isenabled() or len(inside) == 1
 
-    interleave({"a": Rival(call, Context)}, CpuTimer(), BRIEF)
+    interleave({"a": Rival(call, Context).sampler(CpuTimer, 1e-5)}, BRIEF)
     assert not inside
     assert gc.isenabled()
+
+
+def test_samples_have_no_garbage_collection():
+    def sample():
+        assert not gc.isenabled()
+        return Sample(1.0)
+
+    interleave({"a": sample}, BRIEF)
+    assert gc.isenabled()
+
+
+def test_triton_times_on_cuda(monkeypatch):
+    pytest.importorskip("triton")
+
+    def bench(kind):
+        return lambda call, *_, **__: call() or {"events": 2.0, "graph": 3.0}[kind]
+
+    monkeypatch.setattr("triton.testing.do_bench", bench("events"))
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", bench("graph"))
+    calls = []
+    assert event_timer(lambda: calls.append(0), 1e-3)() == Sample(2e-3)
+    assert len(calls) == 1
+    assert graph_timer(lambda: calls.append(0), 1e-3)() == Sample(3e-3)
+    assert len(calls) == 3  # one trial shows whether a graph can hold the call
 
 
 # Runs
 
 
 def test_rows_of_a_run():
-    rows = measure(find("merge", "vit-b"))
+    rows = rows_of(find("merge", "vit-b"))
     assert list(rows) == ["tokenops", "reference", "eager", "copy"]
     for row in rows.values():
         assert set(row) == set(store.COLUMNS)
@@ -235,27 +275,27 @@ def test_rows_of_a_run():
 
 
 def test_match_has_yardsticks():
-    rows = measure(find("match", "sd"), rivals=())
+    rows = rows_of(find("match", "sd"), rivals=())
     assert list(rows) == ["tokenops", "bmm", "bmm+max", "copy"]
 
 
 def test_attention_has_yardsticks():
-    rows = measure(find("policy_attention_forward_backward", "vit-b"), rivals=("flex",))
+    rows = rows_of(find("policy_attention_forward_backward", "vit-b"), rivals=("flex",))
     assert list(rows) == ["tokenops", "sdpa", "unweighted", "copy"]
     assert rows["tokenops"]["shape"] == "B2 H2 N17 D16 soft eps 1e-6"
     assert all(row["status"] == "ok" and row["ratio"] for row in rows.values())
-    rows = measure(find("attention_scores", "vit-b-columns"), rivals=("sdpa+bias",))
+    rows = rows_of(find("attention_scores", "vit-b-columns"), rivals=("sdpa+bias",))
     assert list(rows) == ["tokenops", "sdpa", "copy"]
 
 
 def test_reasons_stand_in_the_row(monkeypatch):
     monkeypatch.setattr(machine, "cxx", lambda: None)
     case = find("match", "n65536")
-    rows = measure(case, rivals=("reference", "eager", "compile"))
+    rows = rows_of(case, rivals=("reference", "eager", "compile"))
     assert rows["eager"]["status"] == "skipped"
     assert rows["eager"]["note"] == case.skip["eager"]
     assert rows["eager"]["median_us"] == ""
-    rows = measure(find("merge", "sd"), rivals=("compile",))
+    rows = rows_of(find("merge", "sd"), rivals=("compile",))
     assert rows["compile"]["status"] == "skipped"
     assert "C++ compiler" in rows["compile"]["note"]
     assert rows["tokenops"]["status"] == "ok"
@@ -274,7 +314,7 @@ def test_a_rival_that_fails_or_differs_gets_no_ratio():
 
         return replace(work, rivals={**work.rivals, "eager": wrong, "reference": broken})
 
-    rows = measure(replace(find("merge", "vit-b"), setup=setup))
+    rows = rows_of(replace(find("merge", "vit-b"), setup=setup))
     assert rows["reference"]["status"] == "failed"
     assert rows["reference"]["note"] == "RuntimeError: cannot open cc1plus: no such file"
     assert rows["eager"]["status"] == "differs"
@@ -286,7 +326,7 @@ def test_a_rival_that_fails_or_differs_gets_no_ratio():
 @pytest.mark.skipif(machine.cxx() is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("operator", ["merge_wavg", "merge_wavg_backward"])
 def test_compiled_rival(operator):
-    rows = measure(find(operator, "vit-b"), rivals=("compile",))
+    rows = rows_of(find(operator, "vit-b"), rivals=("compile",))
     assert rows["compile"]["note"] == ""
     assert rows["compile"]["status"] == "ok"
     assert float(rows["compile"]["ratio"]) > 0
@@ -303,17 +343,17 @@ def test_compiled_rival(operator):
     ],
 )
 def test_compiled_attention(operator, rival):
-    rows = measure(find(operator, "vit-b"), rivals=(rival,))
+    rows = rows_of(find(operator, "vit-b"), rivals=(rival,))
     assert list(rows) == ["tokenops", rival, "sdpa", "unweighted", "copy"]
     assert rows[rival]["note"] == ""
     assert rows[rival]["status"] == "ok"
 
 
 def test_command_line(capsys):
-    run.main(["--list", "--op", "unmerge", "--case", "sd"])
+    measure.main(["--list", "--op", "unmerge", "--case", "sd"])
     assert capsys.readouterr().out.split()[:2] == ["unmerge", "sd"]
     with pytest.raises(SystemExit, match="no case"):
-        run.main(["--list", "--op", "unmerge", "--case", "n65536"])
+        measure.main(["--list", "--op", "unmerge", "--case", "n65536"])
 
 
 @pytest.mark.slow
@@ -327,7 +367,7 @@ def test_fma_probe():
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc")
 def test_memory_counts_the_scores():
-    extra = memory.extra_bytes(find("match", "sd"), "eager", "float32", CPU, 1)
+    extra = memory.extra_bytes(find("match", "sd"), "eager", "float32", CPU)
     scores = 2 * 3072 * 1024 * 4
     assert scores < extra < 4 * scores
 
@@ -347,8 +387,8 @@ def test_number():
 
 @pytest.fixture
 def results(tmp_path):
-    rows = measure(find("merge", "vit-b"), rivals=("eager",))
-    skipped = measure(find("match", "n65536"), rivals=("eager",))
+    rows = rows_of(find("merge", "vit-b"), rivals=("eager",))
+    skipped = rows_of(find("match", "n65536"), rivals=("eager",))
     skipped["tokenops"]["extra_mb"] = "1.50"
     store.merge(tmp_path / "cpu.csv", [*rows.values(), *skipped.values()])
     return tmp_path
@@ -409,7 +449,7 @@ def test_attention_stands_in_tables_of_its_own(tmp_path):
         "scores": ("attention_scores", "vit-b-columns"),
     }
     for case in cases.values():
-        store.merge(tmp_path / "cpu.csv", measure(find(*case)).values())
+        store.merge(tmp_path / "cpu.csv", rows_of(find(*case)).values())
     tables = {name: report.render(name, tmp_path) for name in report.TABLES}
     for name in ("summary", "match", "merge", "backward", "overhead", "memory"):
         assert tables[name] == ""
@@ -422,7 +462,7 @@ def test_attention_stands_in_tables_of_its_own(tmp_path):
     assert "| sdpa |" in tables["attention"]
     assert "*eager*: maps in PyTorch operators" in tables["legend"]
     assert "merging" not in tables["legend"]
-    store.merge(tmp_path / "cpu.csv", measure(find("merge", "vit-b")).values())
+    store.merge(tmp_path / "cpu.csv", rows_of(find("merge", "vit-b")).values())
     legend = report.render("legend", tmp_path)
     assert "*eager*: the recipe of ToMe" in legend
     assert "*eager* of attention: maps in PyTorch operators" in legend
@@ -459,9 +499,11 @@ def test_the_fairest_rival_is_the_fastest_that_computes_the_same():
         "tokenops": "1", "reference": "0.5", "eager": "9", "compile": "4", "index": "2.5",
         "sdpa": "0.8", "copy": "0.6", "flex": "",
     }  # fmt: skip
-    group = report.Group({name: {"ratio": ratio} for name, ratio in ratios.items()})
-    assert report.fairest(group) == ("index", 2.5)
-    assert report.fairest(report.Group(tokenops={"ratio": "1"}, sdpa={"ratio": "2"})) is None
+    run = dict.fromkeys(store.KEY, "x")
+    rows = pd.DataFrame([{**run, "rival": r, "ratio": ratio} for r, ratio in ratios.items()])
+    [best] = report.fairest(rows).itertuples()
+    assert (best.rival, best.ratio) == ("index", "2.5")
+    assert report.fairest(rows[rows.rival.isin(["tokenops", "sdpa"])]).empty
 
 
 def test_plot(results, tmp_path):
@@ -473,28 +515,60 @@ def test_plot(results, tmp_path):
     assert path.read_bytes() == first
 
 
-# Fallback
+# Variants and models
 
 
-def test_fallback_runs_each_variant(capfd):
-    few = ["--tiny", "--threads", "1", "--only", "match plain float32", "merge mean bfloat16"]
-    assert fallback.main([*few, "--variants", "no library", "avx2", "--all"]) in (0, 1)
-    words = capfd.readouterr().out.splitlines()
-    assert [w for w in words if "threads" in w] == ["no library, 1 threads", "avx2, 1 threads"]
-    rows = [w for w in words if " ms " in w]
-    assert len(rows) == 4
-    assert all("tokenops" in w and "composed" in w for w in rows)
-    assert words[-1].split()[0] == str(sum("BELOW" in w for w in rows))
+def test_a_variant_runs_the_cases_on_request(tmp_path):
+    out = tmp_path / "out.csv"
+    command = [sys.executable, "-m", "benchmarks.measure", "--variant", "no library", "--quick"]
+    command += ["--threads", "1", "--op", "nearest", "match", "--case", "vit-b-8", "--samples", "1"]
+    command += ["--rivals", "eager", "native", "composed", "--bar", "1000", "--out", str(out)]
+    done = subprocess.run(command, cwd=store.RESULTS.parent.parent, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("match vit-b-8")]
+    assert [line.endswith("BELOW") for line in lines] == [True, True]
+    assert done.returncode == 2
+    rows = store.read(out)
+    assert {row["rival"] for row in rows} >= {"tokenops", "eager", "composed"}
+    assert not [row for row in rows if row["rival"] == "native"]  # there is no library
+    assert {row["backend"] for row in rows if row["rival"] == "tokenops"} == {"composed"}
 
 
-def test_fallback_times_a_patched_model():
-    found = fallback.model_rivals(tiny=True)
-    with torch.inference_mode():
-        torch.testing.assert_close(found["tokenops"].call(), found["eager"].call())
+def test_a_chosen_backend_serves_its_rival():
+    work = find("merge_backward", "vit-b-8").tiny().prepare(torch.float32, CPU)
+    for name in ("reference", "composed"):
+        rival = work.rivals[name]()
+        with rival.context():
+            assert _backend.chosen() == name
+            torch.testing.assert_close(rival.call(), work.rivals["tokenops"]().call())
+    assert _backend.chosen() is None
 
 
-def test_fallback_marks_what_is_below_the_bar():
-    row = {"case": "match", "median": {"eager": 0.94, "tokenops": 1.0}}
-    assert fallback.line({**row, "best": row["median"]})[1]
-    row["median"]["eager"] = 0.96
-    assert not fallback.line({**row, "best": row["median"]})[1]
+def test_results_below_the_bar():
+    rows = [{"rival": "tokenops", "ratio": "1.000"}, {"rival": "eager", "ratio": "0.94"}]
+    assert measure.is_below(rows, 0.95)
+    assert not measure.is_below(rows, 0.93)
+    assert not measure.is_below([*rows[:1], {"rival": "eager", "ratio": ""}], 0.95)
+
+
+def test_a_whole_model():
+    rows = rows_of(find("model", "vit-b"), rivals=())
+    assert list(rows) == ["tokenops", "dense", "slicing", "copy"]
+    assert all(row["status"] == "ok" and row["ratio"] for row in rows.values())
+    rows = rows_of(find("model", "vit-s"), rivals=("eager",))
+    assert rows["eager"]["status"] == "ok"  # the patched model computes what eager ToMe does
+
+
+def test_a_model_without_merging_is_dense():
+    layers = torch.nn.ModuleList(models.Layer(64) for _ in range(3)).double()
+    x = torch.randn(2, 9, 64, dtype=torch.float64)
+    with torch.no_grad():
+        merged, dense, sliced = (run() for run in models.models(layers, x, 0).values())
+    torch.testing.assert_close(dense, merged)
+    torch.testing.assert_close(dense, sliced)
+
+
+def test_slicing_leaves_as_many_tokens_as_merging():
+    layers = torch.nn.ModuleList(models.Layer(64) for _ in range(2))
+    with torch.no_grad():
+        calls = models.models(layers, torch.randn(2, 20, 64), 3)
+        assert calls["slicing"]().shape == calls["tokenops"]().shape == (2, 14, 64)

@@ -2,13 +2,12 @@
 """Tools for a GPU, as far as they run without one."""
 
 import importlib
-import json
 
 import pytest
 import torch
 
 import tokenops
-from benchmarks import smoke, vit
+from benchmarks import smoke
 from benchmarks.gpu import record
 from tokenops import _library
 from tokenops.testing.samples import Sizes
@@ -105,37 +104,6 @@ def test_smoke_reports_inputs_that_cannot_be_made(monkeypatch):
     monkeypatch.setattr(smoke, "cases", cases)
     [(name, problem)] = smoke.run(CPU, ["float16"], ["match"])
     assert (name, str(problem)) == ("match float16 inputs", "no inputs")
-
-
-def test_vit(capsys, tmp_path):
-    small = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--tokens", "20", "--r", "4"]
-    out = tmp_path / "vit.json"
-    code = vit.main([*small, "--seconds", "0", "--out", str(out)])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["dense", "tokenops", "slicing"]
-    times = json.loads(out.read_text())
-    assert all(value > 0 for value in times.values())
-    assert code == (times["tokenops"] > times["dense"])
-
-
-def test_vit_without_merging_is_dense():
-    layers = torch.nn.ModuleList(vit.Layer(32, 2) for _ in range(3)).double()
-    x = torch.randn(2, 9, 32, dtype=torch.float64)
-    with torch.no_grad():
-        dense, merged, sliced = (run() for run in vit.models(layers, x, 0).values())
-    torch.testing.assert_close(dense, merged)
-    torch.testing.assert_close(dense, sliced)
-
-
-def test_slicing_leaves_as_many_tokens_as_merging():
-    layer = vit.Layer(32, 2)
-    x, size = torch.randn(2, 20, 32), None
-    with torch.no_grad():
-        sliced, sizes = layer.slicing(x, 3, size)
-        merged, merged_size, _ = layer.merging(x, 3, size, None)
-        assert sliced.shape == merged.shape == (2, 17, 32)
-        assert layer.slicing(sliced, 3, sizes)[1].shape == (2, 14)
-        assert layer.merging(merged, 3, merged_size, None)[0].shape == (2, 14, 32)
 
 
 def test_walk_finds_the_best():

@@ -11,9 +11,8 @@ import torch
 import tokenops
 from benchmarks import host, rivals
 from benchmarks.attention import AttentionShape, make_heads, make_weights
-from benchmarks.cases import DTYPES, Shape, make_metric
+from benchmarks.cases import DTYPES, Shape, make_metric, relative
 from benchmarks.matching import mean_similarity
-from benchmarks.merging import relative
 from benchmarks.registry import all_cases, find, select
 
 CPU = torch.device("cpu")
@@ -31,7 +30,7 @@ def test_rivals_agree(case, dtype):
     assert work.bytes > 0
     with torch.inference_mode(work.inference):
         expected = work.rivals["tokenops"]().call()
-        for name in ("reference", "eager", "index", "sdpa+bias"):
+        for name in ("reference", "composed", "native", "eager", "index", "sdpa+bias"):
             if name not in work.rivals:
                 continue
             rival = work.rivals[name]()
@@ -50,17 +49,17 @@ def test_recipes_are_what_tokenops_computes(grid, prefix):
     size = torch.randint(1, 4, (3, 35, 1)).double()
     token_map = tokenops.match(metric, 6, num_prefix=prefix, split=shape.split(), order="tome")
     if grid is None:
-        plan = rivals.tome_match(metric, 6, prefix > 0)
-        merged = rivals.tome_merge(x, plan, "mean")
-        back = rivals.tome_unmerge(merged, plan)
-        weighted, total = rivals.tome_merge_wavg(x, size, plan)
+        match = rivals.tome_match(metric, 6, prefix > 0)
+        merged = rivals.tome_merge(x, match, "mean")
+        back = rivals.tome_unmerge(merged, match)
+        weighted, total = rivals.tome_merge_wavg(x, size, match)
         expected, expected_total = tokenops.merge_wavg(x, token_map, size)
         torch.testing.assert_close(merged, tokenops.merge(x, token_map))
         torch.testing.assert_close(weighted, expected)
         torch.testing.assert_close(total, expected_total)
     else:  # an argsort that is not stable lists sources and destinations in any order
-        plan = rivals.tomesd_match(metric, 6, *rivals.tomesd_split(*grid, CPU))
-        back = rivals.tomesd_unmerge(rivals.tomesd_merge(x, plan, "mean"), plan)
+        match = rivals.tomesd_match(metric, 6, *rivals.tomesd_split(*grid, CPU))
+        back = rivals.tomesd_unmerge(rivals.tomesd_merge(x, match, "mean"), match)
     torch.testing.assert_close(back, tokenops.unmerge(tokenops.merge(x, token_map), token_map))
 
 
@@ -78,10 +77,10 @@ def test_attention_recipes_are_what_tokenops_computes(eps):
     out = rivals.attention_with_size(q, k, v, size.double())
     torch.testing.assert_close(out, tokenops.policy_attention(q, k, v, size=size.double()))
     biased = torch.nn.functional.scaled_dot_product_attention
-    mask = rivals.size_bias(size.double())
+    mask = rivals.log_size(size.double())
     torch.testing.assert_close(out, biased(q, k, v, attn_mask=mask.expand(2, 3, 35, 35)))
     expected = tokenops.policy_attention(q, k, v, policy)
-    mask = rivals.policy_bias(policy.double(), own.bool())
+    mask = rivals.log_policy(policy.double(), own.bool())
     torch.testing.assert_close(biased(q, k, v, attn_mask=mask), expected, rtol=1e-4, atol=1e-4)
     expected = tokenops.attention_scores(q, k, query_weight=weight.double())
     torch.testing.assert_close(rivals.attention_received(q, k, weight), expected)

@@ -140,7 +140,7 @@ VIT, SD = ("vit-b-256", "vit-l-512-32"), ("sd-2", "sd-16")
 
 def all_bars(graph: Table, events: Table, folder: Path, device: Ceilings) -> Iterator[Bar]:
     """Every bar. ``graph`` has times of replayed graphs, ``events`` of eager calls."""
-    yield from _whole(folder)
+    yield from _whole(graph, folder)
     yield from _matching(graph, device)
     yield from _merging(graph, events, device)
     yield from _attention(events, device)
@@ -149,13 +149,11 @@ def all_bars(graph: Table, events: Table, folder: Path, device: Ceilings) -> Ite
         yield times(f"attention_scores {case}", value, 1, "eager")
 
 
-def _whole(folder: Path) -> Iterator[Bar]:
+def _whole(graph: Table, folder: Path) -> Iterator[Bar]:
     """The launches of a layer, and a whole model."""
     count = load(folder / "launches.json").get("layer", NAN)
     yield Bar("kernels of a ToMe layer's token work", count, "<=", lambda d: 3, "one each")
-    vit = load(folder / "vit.json")
-    value = ratio(vit.get("dense", NAN), vit.get("tokenops", NAN))
-    yield times("ViT-B/16, one image", value, 1, "dense")
+    yield times("ViT-B/16, one image", graph.times("model", "vit-b", "dense"), 1, "dense")
 
 
 def _matching(graph: Table, device: Ceilings) -> Iterator[Bar]:

@@ -48,14 +48,13 @@ def best(call: Call, seconds: float) -> float:
     return min(timer.blocked_autorange(min_run_time=seconds).times)
 
 
-def replay(call: Call, times: int) -> Call:
-    """Replay of a CUDA graph that makes a call several times."""
+def replays(call: Call, times: int) -> Call:
+    """Several replays of a CUDA graph that makes a call."""
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(times):
-            call()
-    return graph.replay
+        call()
+    return lambda: [graph.replay() for _ in range(times)]
 
 
 def measure(device: torch.device, seconds: float) -> dict[str, float]:
@@ -72,7 +71,7 @@ def measure(device: torch.device, seconds: float) -> dict[str, float]:
     def add() -> None:
         one.add_(1)
 
-    launch = best(replay(add, launches), seconds) / launches if on_gpu else best(add, seconds)
+    launch = best(replays(add, launches), seconds) / launches if on_gpu else best(add, seconds)
     return {
         "bytes": 2 * source.nbytes / best(lambda: target.copy_(source), seconds),
         "flops": 2 * size**3 / best(lambda: a @ a, seconds),

@@ -19,7 +19,7 @@ import torch
 
 from tokenops import _library
 
-from .. import host, smoke, vit
+from .. import host, smoke
 from ..cases import Case
 from ..registry import select
 from . import ceilings
@@ -89,7 +89,6 @@ def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
         for dtype in smoke.DTYPES:
             yield f"smoke {operator} {dtype}", partial(_smoke, operator, dtype)
     yield "ceilings", partial(ceilings.exponentials, torch.zeros(ceilings.BLOCK))
-    yield "vit", _vit
     for name, call in host.calls(CPU).items():
         yield f"launches {name}", torch.inference_mode()(call)
     for case in select(device="cuda"):
@@ -101,14 +100,6 @@ def _smoke(operator: str, dtype: str) -> None:
     for name, problem in smoke.run(CPU, [dtype], [operator]):
         if problem is not None:
             print(f"  {name}: {type(problem).__name__}: {str(problem)[:150]}", flush=True)
-
-
-@torch.inference_mode()
-def _vit() -> None:
-    layers = torch.nn.ModuleList(vit.Layer(768, 12) for _ in range(12)).bfloat16().eval()
-    models = vit.models(layers, torch.randn(1, 197, 768).bfloat16(), 13)
-    models["tokenops"]()
-    models["slicing"]()
 
 
 def _time(case: Case, which: str) -> None:

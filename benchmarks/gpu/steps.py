@@ -77,13 +77,12 @@ class Plan:
         arguments += ("--op", operators, "--rivals", *rivals)
         arguments += ("--case", *cases) if cases else ()
         out = ("--out", str(self.folder / f"{name}.csv"))
-        return self.step(name, seconds, "benchmarks.run", *arguments, *out, goes_on=True)
+        return self.step(name, seconds, "benchmarks.measure", *arguments, *out, goes_on=True)
 
 
 def phases(plan: Plan) -> list[list[Step]]:
     """What to run, one phase after the other; the steps of a phase run side by side."""
     tiny = () if plan.on_gpu else ("--seconds", "0.01")
-    vit = ("--seconds", "4") if plan.on_gpu else (*tiny, "--layers", "2", "--tokens", "20")
     device, left_out = ("--device", plan.device), "" if plan.on_gpu else NO_GPU
 
     cases = COMPILED if plan.on_gpu else COMPILED[1:]
@@ -95,7 +94,7 @@ def phases(plan: Plan) -> list[list[Step]]:
     alone = [
         plan.step("compiled-here", 5, "benchmarks.gpu_cache", "--count"),
         plan.step("ceilings", 20, "benchmarks.gpu.ceilings", *device, *out("ceilings.json"), *tiny),
-        plan.step("vit", 25, "benchmarks.vit", *device, *out("vit.json"), *vit),
+        plan.times("graph-models", 25, "models"),
         plan.step("launches", 20, *launches, left_out=left_out),
         plan.times("graph-matching", 30, "matching", "eager", "triton"),
         plan.times("graph-merging", 30, "merging", "eager", "index", "triton"),

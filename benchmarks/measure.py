@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure tokenops and its rivals: ``python -m benchmarks.measure --help``.
+
+All rivals of a case run in one process and in turns, in an order drawn anew each round, after a
+warm-up that includes compilation and after a check that they compute the same. Figures are medians
+over undisturbed samples. If tokenops itself fails in a case, its row says so, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine, memory, store
+from .cases import DTYPES, ON_REQUEST, RIVALS, YARDSTICKS, Case, Work
+from .gpu.record import POISONED, is_cuda_error
+from .registry import all_cases, operators, select
+from .store import Row, number
+from .timing import QUICK, REHEARSAL, TIMERS, Call, Policy, Rival, Sampler, Series, interleave
+
+#: Environments by name in which slower code serves on the CPU. "avx2 machine" keeps PyTorch's
+#: kernels below AVX-512 too, as a CPU without it does.
+VARIANTS = {
+    "no library": {"TOKENOPS_LIBRARY": "/nonexistent"},
+    "portable": {"TOKENOPS_CPU_ISA": "portable"},
+    "avx2": {"TOKENOPS_CPU_ISA": "avx2"},
+    "avx2 machine": {
+        "TOKENOPS_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+    "avx512": {"TOKENOPS_CPU_ISA": "avx512"},
+    "best": {},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of all cases of a run."""
+
+    device: torch.device
+    rivals: tuple[str, ...]
+    policy: Policy
+    timer: str  # in TIMERS
+    measure_memory: bool
+    ceilings: machine.Ceilings
+    common: Row  # columns that all rows share
+
+
+def run_case(case: Case, dtype: str, settings: Settings) -> list[Row]:
+    """Measure one case in one dtype; return a row per rival and yardstick."""
+    work = case.prepare(DTYPES[dtype], settings.device)
+    names = ["tokenops", *(n for n in (*settings.rivals, *YARDSTICKS) if n in work.rivals), "copy"]
+    rows = {name: new_row(case, dtype, name, settings.common) for name in names}
+    rows["tokenops"]["backend"] = machine.backend_of(case.public, work.tensor)
+    with torch.inference_mode(work.inference):
+        samplers = make_ready(case, work, rows, settings.timer, settings.policy)
+        series = interleave(samplers, settings.policy)
+    _fill(rows, series, work, settings.ceilings, dtype)
+    for name in case.memory if settings.measure_memory else ():
+        if name in rows:
+            _add_memory(rows[name], case, settings.device)
+    return list(rows.values())
+
+
+def new_row(case: Case, dtype: str, rival: str, common: Row) -> Row:
+    """A row without figures."""
+    row = {**dict.fromkeys(store.COLUMNS, ""), **common, "status": "ok", "rival": rival}
+    row.update(operator=case.operator, case=case.name, shape=case.sizes, dtype=dtype)
+    return row
+
+
+def make_ready(
+    case: Case, work: Work, rows: dict[str, Row], timer: str, policy: Policy
+) -> dict[str, Sampler]:
+    """Make, warm up and check the rivals that have rows; rows of those that cannot run say why.
+
+    Raises:
+        Exception: If tokenops itself cannot run.
+    """
+    if {"compile", "flex"} & rows.keys():
+        torch.compiler.reset()  # each shape counts towards a limit of recompilations
+    ready: dict[str, Sampler] = {}
+    expected: Any = None
+    for name, row in rows.items():
+        reason = case.skip.get(name) or _reason(name, work.tensor.device)
+        if reason is not None:
+            row.update(status="skipped", note=reason)
+            continue
+        try:
+            rival = work.rivals[name]() if name in work.rivals else _copy(work)
+            with rival.context():
+                result = _warm_up(rival.call, policy, work.tensor.device)
+            ready[name] = rival.sampler(TIMERS[timer], policy.sample_seconds)
+        except Exception as error:  # a compiler may raise anything
+            if name == "tokenops":
+                raise
+            row.update(status="failed", note=explain(error))
+            continue
+        if name == "tokenops":
+            expected = result
+        elif name in RIVALS:
+            difference = work.difference(name, result, expected)
+            row["difference"] = f"{difference:.1e}"
+            if not abs(difference) <= work.tolerance:  # also if it is NaN
+                row.update(status="differs", note=f"tolerance {work.tolerance:g}")
+    return ready
+
+
+def _reason(rival: str, device: torch.device) -> str | None:
+    if rival in ("compile", "flex") and device.type == "cpu" and machine.cxx() is None:
+        return "torch.compile needs a C++ compiler and none was found (g++, clang++ or CXX)"
+    return None
+
+
+def explain(error: BaseException) -> str:
+    """One line of an error, without the paths of the machine."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return re.sub(r"(?:/[^\s/:'\"]+)+/", "", text)[:200]
+
+
+def _warm_up(call: Call, policy: Policy, device: torch.device) -> Any:
+    """Call at least three times and, after the first call that may compile, for a while."""
+    result = call()
+    end, calls = time.perf_counter() + policy.warm_up, 1
+    while calls < 3 or time.perf_counter() < end:
+        result = call()
+        calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return result
+
+
+def _copied(work: Work) -> int:
+    """Bytes that the yardstick ``copy`` reads and writes: those that the case must."""
+    return 8 * max(1, work.bytes // 8)
+
+
+def _copy(work: Work) -> Rival:
+    source = torch.ones(_copied(work) // 8, device=work.tensor.device)
+    target = torch.empty_like(source)
+    return Rival(lambda: target.copy_(source))
+
+
+def _fill(
+    rows: dict[str, Row],
+    series: dict[str, Series],
+    work: Work,
+    ceilings: machine.Ceilings,
+    dtype: str,
+) -> None:
+    """Turn samples into columns."""
+    # The best copy, as for the peak: a ceiling is what the machine can do, not its average.
+    copy_rate = _copied(work) / series["copy"].seconds(0.0)  # bytes per second
+    by_memory, by_compute = work.bytes / copy_rate, work.flops / (ceilings.peak[dtype] * 1e9)
+    bound = max(by_memory, by_compute)
+    for name, row in rows.items():
+        row.update(
+            bytes=str(work.bytes),
+            flops=str(work.flops),
+            copy_gbps=number(copy_rate * 1e-9),
+            peak_gflops=number(ceilings.peak[dtype]),
+            peak_source=ceilings.source,
+            mm_gflops=number(ceilings.mm[dtype]),
+            bound_us=number(bound * 1e6),
+            bound_by="compute" if by_compute > by_memory else "memory",
+        )
+        if name not in series:
+            continue
+        timed = series[name]
+        median = timed.seconds(0.5)
+        row.update(
+            median_us=number(median * 1e6),
+            p20_us=number(timed.seconds(0.2) * 1e6),
+            p80_us=number(timed.seconds(0.8) * 1e6),
+            best_us=number(timed.seconds(0.0) * 1e6),
+            samples=str(len(timed.samples)),
+            clean=str(timed.clean),
+            statistics=timed.used,
+            calls_per_sample=str(timed.samples[0].calls),
+            faults_per_call=number(timed.faults()),
+        )
+        if row["status"] == "ok":
+            row["ratio"] = number(median / series["tokenops"].seconds(0.5))
+        if name not in YARDSTICKS:
+            row["bound_share"] = number(bound / median, 3)
+
+
+def _add_memory(row: Row, case: Case, device: torch.device) -> None:
+    try:
+        extra = memory.extra_bytes(case, row["rival"], row["dtype"], device)
+    except (RuntimeError, OSError) as error:
+        row["note"] = "; ".join(p for p in (row["note"], f"memory: {explain(error)}") if p)
+    else:
+        row["extra_mb"] = number(extra * 1e-6, 3)
+
+
+def is_below(rows: list[Row], bar: float) -> bool:
+    """Whether the eager recipe takes less than ``bar`` times the time of tokenops."""
+    return any(r["rival"] == "eager" and r["ratio"] and float(r["ratio"]) < bar for r in rows)
+
+
+def summary(rows: list[Row], bar: float = 0.0) -> str:
+    """One line about a case."""
+    ours = rows[0]
+    name = f"{ours['operator']} {ours['case']} {ours['dtype']}"
+    if ours["status"] == "failed":
+        return f"{name}: failed: {ours['note']}"
+    words = [f"{name}: {ours['median_us']} us"]
+    words += [f"({ours['backend']}, {float(ours['bound_share']):.0%} of bound)"]
+    words += [f"{r['rival']} {r['ratio'] + 'x' if r['ratio'] else r['status']}" for r in rows[1:]]
+    if any(row["statistics"] == "all" for row in rows):
+        words.append(f"[disturbed: of tokenops, {ours['clean']} of {ours['samples']} clean]")
+    return "  ".join([*words, "BELOW"] if is_below(rows, bar) else words)
+
+
+def add_choice(p: argparse.ArgumentParser) -> None:
+    """Options that choose cases and the number of samples."""
+    names = sorted({case.name for case in all_cases()})
+    some: dict[str, Any] = {"nargs": "+", "default": []}
+    text = f"operators or families, by default all: {', '.join(operators())}"
+    p.add_argument("--op", choices=operators(), metavar="OP", help=text, **some)
+    text = f"cases, by default all but those on request: {', '.join(names)}"
+    p.add_argument("--case", choices=names, metavar="NAME", help=text, **some)
+    p.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--cuda-graph", action="store_true", help="capture and replay; no backwards")
+    p.add_argument("--threads", type=int, default=machine.cores(), help="threads of the CPU")
+    p.add_argument("--samples", type=int, help="clean samples wanted of each rival")
+    p.add_argument("--budget", type=float, help="seconds after which a case ends")
+    text = "few samples, no memory; to try things out (saved only with --out)"
+    p.add_argument("--quick", action="store_true", help=text)
+    text = "the cases of a GPU at sizes that take no time, to rehearse a run"
+    p.add_argument("--rehearse", action="store_true", help=text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.measure", description=__doc__)
+    add_choice(p)
+    default = [name for name in RIVALS[1:] if name not in ON_REQUEST]
+    text = f"by default all but {' and '.join(ON_REQUEST)}"
+    p.add_argument("--rivals", nargs="*", choices=RIVALS[1:], default=default, help=text)
+    text = "measure the code that serves there, in the cases on request (saved only with --out)"
+    p.add_argument("--variant", choices=VARIANTS, help=text)
+    text = "fail where the eager recipe takes less than FACTOR times our time"
+    p.add_argument("--bar", type=float, default=0.0, metavar="FACTOR", help=text)
+    p.add_argument("--no-memory", action="store_true", help="don't measure memory")
+    p.add_argument("--out", type=Path, help="CSV file; benchmarks/results/DEVICE.csv by default")
+    p.add_argument("--resume", action="store_true", help="leave out cases that the file has")
+    p.add_argument("--list", action="store_true", help="print the cases and leave")
+    return p
+
+
+def timing_of(options: argparse.Namespace) -> tuple[str, Policy]:
+    """The timer and the number of samples."""
+    policy = REHEARSAL if options.rehearse else QUICK if options.quick else Policy()
+    changes = {name: getattr(options, name) for name in ("samples", "budget")}
+    policy = replace(policy, **{name: v for name, v in changes.items() if v is not None})
+    if options.device == "cpu":
+        return "wall clock", policy
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks: --device cuda, but torch sees no CUDA device")
+    return "graph" if options.cuda_graph else "events", policy
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Set threads, measure the ceilings, and gather the settings of the run."""
+    torch.set_num_threads(options.threads)
+    device, quick = torch.device(options.device), options.quick or options.rehearse
+    timer, policy = timing_of(options)
+    seconds = 0.2 if options.quick else min(2.0, max(0.05, policy.budget))
+    mode = {"threads": str(options.threads), "timer": timer, "mode": "quick" if quick else "full"}
+    return Settings(
+        device=device,
+        rivals=tuple(name for name in RIVALS[1:] if name in options.rivals),
+        policy=policy,
+        timer=timer,
+        measure_memory=not (quick or options.no_memory),
+        ceilings=machine.ceilings(device, options.dtype, seconds),
+        common={**machine.environment(device), **mode},
+    )
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """The cases that the command line names."""
+    device = "cuda" if options.rehearse else options.device
+    on_request = getattr(options, "variant", None) is not None
+    cases = select(options.op, options.case, device, on_request)
+    if options.cuda_graph:  # autograd launches on the stream of the forward, not the captured one
+        cases = [case for case in cases if not case.operator.endswith("_backward")]
+    if not cases:
+        raise SystemExit("benchmarks: no case of these operators has such a name")
+    return [case.tiny() for case in cases] if options.rehearse else cases
+
+
+def progress(jobs: Iterable[Any]) -> Any:
+    """The jobs under a progress bar, where tqdm is installed and stderr is a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return jobs
+    return tqdm(jobs, unit="case", disable=None)
+
+
+def run_all(
+    jobs: list[tuple[Case, str]], settings: Settings, out: Path | None, bar: float = 0.0
+) -> int:
+    """Measure cases in their dtypes, one after the other.
+
+    Returns:
+        How many failed or were below the bar. After a CUDA error, which makes the process useless,
+        the process ends with :data:`POISONED`, and a second start with ``--resume`` goes on.
+    """
+    failures = 0
+    gc.freeze()  # objects that exist already need not be searched before each case
+    shown = progress(jobs)
+    for case, dtype in shown:
+        poisoned = False
+        try:
+            rows = run_case(case, dtype, settings)
+            failures += is_below(rows, bar)
+        except Exception as error:  # the other cases have nothing to do with it
+            rows = [new_row(case, dtype, "tokenops", settings.common)]
+            rows[0].update(status="failed", note=explain(error))
+            failures, poisoned = failures + 1, is_cuda_error(error)
+        getattr(shown, "write", print)(summary(rows, bar))
+        sys.stdout.flush()
+        if out is not None:
+            store.merge(out, rows)
+        if poisoned:
+            raise SystemExit(POISONED)
+        if rows[0]["status"] == "failed" and settings.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # it may have run out of memory
+    return failures
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the command line asks for.
+
+    Returns:
+        How many cases failed or were below the bar, those that ``--resume`` leaves out included; at
+        most 64.
+    """
+    options = parser().parse_args(argv)
+    cases = cases_of(options)
+    if options.list:
+        for case in cases:
+            print(f"{case.operator:<33} {case.name:<20} {case.sizes}")
+        return 0
+    out = options.out
+    if out is None and not (options.quick or options.rehearse or options.variant):
+        out = store.RESULTS / f"{options.device}.csv"
+    settings = settings_of(options)
+    rates = settings.ceilings
+    for name in options.dtype:
+        print(f"{name}: peak {rates.peak[name]:.0f} GFLOP/s ({rates.source}), "
+              f"torch.mm {rates.mm[name]:.0f}")  # fmt: skip
+    jobs = [(case, dtype) for case in cases for dtype in options.dtype]
+    failures = 0
+    if options.resume and out is not None:
+        have = {(row["operator"], row["case"], row["dtype"]): row["status"]
+                for row in store.read(out) if row["rival"] == "tokenops"}  # fmt: skip
+        status = [have.get((c.operator, c.name, dtype)) for c, dtype in jobs]
+        failures = status.count("failed")
+        jobs = [job for job, known in zip(jobs, status, strict=True) if known is None]
+    return min(64, failures + run_all(jobs, settings, out, options.bar))
+
+
+if __name__ == "__main__":
+    variables = VARIANTS.get(parser().parse_args().variant, {})
+    machine.run_again("benchmarks.measure", sys.argv[1:], {**machine.TUNED, **variables})
+    sys.exit(main())
