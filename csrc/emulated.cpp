@@ -4,7 +4,6 @@
 
 #include "matching/match_cuda.cu"
 #include "matching/select_cuda.cu"
-#include "matching/split_cuda.cu"
 #include "merging/map_cuda.cu"
 #include "merging/merging_cuda.cu"
 #include "sort.cu"

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often the compiled CUDA operators launch a kernel, counted where they run on the CPU.
+"""How many kernels the compiled CUDA operators launch, counted on the CPU.
 
-For the library of ``make emulate``; that the kernels compute the right thing is shown there by the
-tests of the operators.
+These tests need the library of ``make emulate``, which also runs the tests of the operators.
 """
 
 import ctypes
@@ -12,9 +11,11 @@ import torch
 
 import tokenops
 from tokenops import _native
+from tokenops.ops.matching.arguments import Request, SplitArgs
 from tokenops.testing import random_tokens
 
 _library = ctypes.CDLL(_native.path) if _native.loaded else None
+ops = torch.ops.tokenops
 pytestmark = pytest.mark.skipif(
     not hasattr(_library, "tokenops_emulated_launches"), reason="make emulate runs it"
 )
@@ -53,7 +54,19 @@ def test_several_tensors_take_one_launch():
     assert [t.shape for t in spread] == [t.shape for t in tensors]
 
 
-def test_large_images_are_searched_elsewhere():
-    metric = random_tokens(1, 1100, 8)
-    _, count = launches(lambda: tokenops.match(metric, 100))
+@pytest.mark.parametrize("shape", [(1, 1100, 8), (1, 64, 200)], ids=str)
+def test_images_that_do_not_fit_are_searched_elsewhere(shape):
+    metric = random_tokens(*shape)
+    assert not ops.match_fits(metric, None, None, 2)
+    _, count = launches(lambda: tokenops.match(metric, 20))
     assert count == 1
+    with pytest.raises(RuntimeError, match="does not fit one block"):
+        ops.match_image(metric, "cosine", *Request(20), *SplitArgs())
+
+
+@pytest.mark.parametrize("rows", [14, 40])
+def test_a_grid_is_listed_once(rows):
+    metric = random_tokens(1, rows * 32, 8)
+    split = tokenops.grid(rows, 32, 2, 2)
+    _, count = launches(lambda: tokenops.match(metric, 100, split=split))
+    assert count == 2

@@ -300,6 +300,22 @@ def _serve_natively(name: str) -> None:
         _library.implement(f"{name}.native", serve, device.upper())
 
 
+def serve_by_parts(name: str, function: Callable[..., Any], *parts: str) -> None:
+    """Let a function that calls compiled operators serve another operator.
+
+    It serves the devices that the compiled library has kernels of all the parts for, and counts as
+    the operator's compiled kernel there.
+
+    Args:
+        name: Registered operator.
+        function: Takes the parameters of the operator's reference.
+        *parts: The operators that it calls.
+    """
+    kernel = _library.defined[name].signature.flat(function)
+    for device in frozenset.intersection(*map(_compiled_for, parts)):
+        _library.implement(name, lambda keys, *args: kernel(*args), device.upper())
+
+
 def _reason(operator: str, backend: str, device: str) -> str | None:
     """Return why ``backend`` can't serve ``operator`` on ``device``; None if it can."""
     if backend == "reference":

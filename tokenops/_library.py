@@ -236,6 +236,20 @@ def register(
     _flops.register(name, operator.flops)
 
 
+def declare(function: Callable[..., Any]) -> Any:
+    """Define an operator that only compiled libraries serve, from a function without a body.
+
+    The kernel of another operator calls it, below autograd, vmap and tracing: it needs neither
+    formulas nor a fake.
+
+    Returns:
+        The operator, which takes flat arguments.
+    """
+    name = function.__name__
+    _library.define(name + signature_of(function).schema)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 def _no_flops(*args: Any) -> int:
     return 0
 

@@ -1,18 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the matching operators of every device make of their arguments.
+// Arguments of the matching operators on any device: checked, then as plain data for kernels.
 #pragma once
 
+#include <algorithm>
 #include <optional>
+#include <tuple>
 
 #include "../tensors.h"
 
 namespace tokenops::matching {
 
-inline void check_metric(const char* op, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 3 || t.dim() == 4, op, ": expected [B, N, D] or [B, H, N, D]");
-  STD_TORCH_CHECK(t.dim() == 3 || t.size(1) > 0, op, ": expected at least one head");
-  // Places of columns count in float32: 2^24 vectors of at least four.
-  STD_TORCH_CHECK(t.size(t.dim() - 2) <= int64_t{1} << 26, op, ": expected at most 2^26 tokens");
+using OptionalTensor = std::optional<Tensor>;
+
+// What a match asks for, as the schemas list it.
+struct RequestArgs {
+  int64_t r;
+  std::optional<double> threshold;
+  OptionalTensor thresholds;  // [B]
+  Text order;                 // position or tome
+
+  auto fields() { return std::tie(r, threshold, thresholds, order); }
+};
+
+// How tokens are split, as the schemas list it.
+struct SplitArgs {
+  int64_t num_prefix;
+  OptionalTensor protected_tokens;      // bool [N] or [B, N]
+  OptionalTensor src_index, dst_index;  // [K] or [B, K]
+  int64_t stride, grid_width, cell_height;
+  OptionalTensor cell;  // [cells] or [B, cells]
+
+  auto fields() {
+    return std::tie(num_prefix, protected_tokens, src_index, dst_index, stride, grid_width,
+                    cell_height, cell);
+  }
+};
+
+inline void check_count(const char* op, const char* what, int64_t count) {
+  STD_TORCH_CHECK(0 <= count && count <= int64_t{1} << 30, op, ": expected at most 2^30 ", what,
+                  ", got ", count);
+}
+
+// A split is two lists, or a pattern by numbers in their range.
+inline void check_split(const char* op, const SplitArgs& split) {
+  STD_TORCH_CHECK(split.src_index || !split.dst_index, op,
+                  ": src_index must be given where dst_index is, got None");
+  STD_TORCH_CHECK(split.dst_index || !split.src_index, op,
+                  ": dst_index must be given where src_index is, got None");
+  STD_TORCH_CHECK(split.stride >= 1 && split.cell_height >= 1 && split.grid_width >= 0, op,
+                  ": stride and cell_height must be >= 1 and grid_width >= 0, got ", split.stride,
+                  ", ", split.cell_height, " and ", split.grid_width);
 }
 
 inline bool is_cosine(const char* op, const Text& similarity) {
@@ -21,57 +58,206 @@ inline bool is_cosine(const char* op, const Text& similarity) {
   return similarity == "cosine";
 }
 
-// A split must be two lists or none, and its numbers in their range.
-inline void check_split(const char* op, const std::optional<Tensor>& source_index,
-                        const std::optional<Tensor>& destination_index, int64_t stride,
-                        int64_t grid_width, int64_t cell_height) {
-  STD_TORCH_CHECK(source_index.has_value() || !destination_index.has_value(), op,
-                  ": source_index must be given where destination_index is, got None");
-  STD_TORCH_CHECK(destination_index.has_value() || !source_index.has_value(), op,
-                  ": destination_index must be given where source_index is, got None");
-  STD_TORCH_CHECK(stride >= 1 && cell_height >= 1 && grid_width >= 0, op,
-                  ": stride and cell_height must be >= 1 and grid_width >= 0, got ", stride, ", ",
-                  cell_height, " and ", grid_width);
+// The number in [low, high] that is closest.
+inline int32_t clamp(int64_t value, int64_t low, int64_t high) {
+  return static_cast<int32_t>(value < low ? low : value > high ? high : value);
 }
 
-// How similar pairs have to be, a number for each image, if there is such a tensor.
-inline void check_thresholds(const char* op, const std::optional<Tensor>& t, int64_t batch) {
-  if (!t.has_value()) return;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == batch, op, ": expected thresholds [", batch, "]");
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double,
-                  op, ": expected thresholds of dtype float32 or float64, got ", t->scalar_type());
-}
+// ---- plain data ----
 
-// Tokens that are to merge away: one is left, whatever was asked for.
-inline int64_t mergeable(int64_t tokens, int64_t r) {
-  const int64_t most = tokens > 0 ? tokens - 1 : 0;
-  return r < 0 ? 0 : r > most ? most : r;
-}
+// A metric [B, N, D] or [B, H, N, D], any strides.
+struct Metric {
+  const void* data;
+  ScalarType dtype;
+  int64_t batch, heads, tokens, width;
+  int64_t batch_stride, head_stride, token_stride, stride;
 
-// The tokens behind a prefix as rows, and the cells that have a destination each. A width of 0
-// stands for a split that is no grid.
-struct Grid {
-  int64_t width, cell_height, cell_width;
-  int64_t rows, columns;  // of whole cells; none where a cell exceeds the image
-
-  Grid() = default;
-  Grid(const char* op, int64_t tokens, int64_t width, int64_t cell_height, int64_t cell_width,
-       const std::optional<Tensor>& cell)
-      : width(width), cell_height(cell_height), cell_width(cell_width), rows(0), columns(0) {
-    if (width == 0) return;
-    rows = tokens / width / cell_height;
-    columns = width / cell_width;
-    STD_TORCH_CHECK(!cell.has_value() || cell->size(cell->dim() - 1) == rows * columns, op,
-                    ": cell must have an entry for each of ", rows * columns, " cells");
-  }
-  TOKENOPS_HOST_DEVICE int64_t cells() const { return rows * columns; }
-  // Token of a cell's destination, whose place in the cell is clamped.
-  int64_t destination(int64_t row, int64_t column, int64_t place) const {
-    const int64_t most = cell_height * cell_width - 1;
-    place = place < 0 ? 0 : place > most ? most : place;
-    return (row * cell_height + place / cell_width) * width + column * cell_width +
-           place % cell_width;
+  Metric(const char* op, const Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()) {
+    const int64_t dims = t.dim();
+    STD_TORCH_CHECK(dims == 3 || dims == 4, op, ": expected [B, N, D] or [B, H, N, D]");
+    batch = t.size(0), batch_stride = t.stride(0);
+    heads = dims == 4 ? t.size(1) : 1, head_stride = dims == 4 ? t.stride(1) : 0;
+    tokens = t.size(dims - 2), token_stride = t.stride(dims - 2);
+    width = t.size(dims - 1), stride = t.stride(dims - 1);
+    STD_TORCH_CHECK(heads > 0, op, ": expected at least one head");
+    // The CPU kernels count vectors of columns in float32: 2^24 vectors of at least four.
+    STD_TORCH_CHECK(tokens <= int64_t{1} << 26, op, ": expected at most 2^26 tokens");
   }
 };
+
+// The index in [0, count) that is closest; count is at least one.
+TOKENOPS_HOST_DEVICE int32_t clamped(int64_t index, int32_t count) {
+  return static_cast<int32_t>(index < 0 ? 0 : index >= count ? count - 1 : index);
+}
+
+// A tensor [K] or [B, K] of any strides, of all images or of one; `data` may be null.
+struct View {
+  const void* data;
+  int64_t batch_stride, stride;
+  int32_t bytes;  // of an element
+
+  TOKENOPS_HOST_DEVICE View image(int64_t i) const {
+    return {static_cast<const char*>(data) + i * batch_stride * bytes, 0, stride, bytes};
+  }
+  // Element i as a flag, as an index that is clamped to [0, count), or as a number.
+  TOKENOPS_HOST_DEVICE bool flag(int64_t i) const {
+    return static_cast<const uint8_t*>(data)[i * stride] != 0;
+  }
+  TOKENOPS_HOST_DEVICE int32_t index(int64_t i, int32_t count) const {
+    return clamped(bytes == 8 ? static_cast<const int64_t*>(data)[i * stride]
+                              : static_cast<const int32_t*>(data)[i * stride],
+                   count);
+  }
+  TOKENOPS_HOST_DEVICE double number(int64_t i) const {
+    return bytes == 8 ? static_cast<const double*>(data)[i * stride]
+                      : static_cast<const float*>(data)[i * stride];
+  }
+};
+
+// `narrow` and `wide` are the dtypes that it may have, `count` is its size if that is not negative.
+inline View make_view(const char* op, const char* name, const OptionalTensor& t, int64_t batch,
+                      ScalarType narrow, ScalarType wide, int64_t count = -1) {
+  if (!t) return {};
+  const int64_t dims = t->dim();
+  STD_TORCH_CHECK(dims == 1 || (dims == 2 && (t->size(0) == batch || t->size(0) == 1)), op,
+                  ": expected ", name, " to have one row, or one per image");
+  const int64_t size = t->size(dims - 1);
+  STD_TORCH_CHECK(count < 0 || size == count, op, ": expected ", name, " of size ", count, ", got ",
+                  size);
+  check_count(op, name, size);
+  const ScalarType dtype = t->scalar_type();
+  STD_TORCH_CHECK(dtype == narrow || dtype == wide, op, ": expected ", name, " of dtype ", narrow,
+                  " or ", wide, ", got ", dtype);
+  const int32_t bytes = dtype == ScalarType::Bool ? 1 : dtype == wide ? 8 : 4;
+  return {t->const_data_ptr(), dims == 2 && t->size(0) > 1 ? t->stride(0) : 0, t->stride(dims - 1),
+          bytes};
+}
+inline View make_mask(const char* op, const char* name, const OptionalTensor& t, int64_t batch,
+                      int64_t tokens) {
+  return make_view(op, name, t, batch, ScalarType::Bool, ScalarType::Bool, tokens);
+}
+inline View make_list(const char* op, const char* name, const OptionalTensor& t, int64_t batch,
+                      int64_t count = -1) {
+  return make_view(op, name, t, batch, ScalarType::Int, ScalarType::Long, count);
+}
+
+// A pattern: every stride-th token is a destination, all others are sources.
+struct Strided {
+  uint32_t stride;
+
+  TOKENOPS_HOST_DEVICE int32_t dst_before(uint32_t token) const {
+    return static_cast<int32_t>(token / stride);
+  }
+  // Index of a token among the sources, -1 for destinations.
+  TOKENOPS_HOST_DEVICE int32_t src_index(uint32_t token) const {
+    const uint32_t before = token / stride;
+    return token - before * stride == stride - 1 ? -1 : static_cast<int32_t>(token - before);
+  }
+  // Tokens by index. A stride of one has no sources.
+  TOKENOPS_HOST_DEVICE int32_t src(uint32_t index) const {
+    return static_cast<int32_t>(index + index / (stride - 1));
+  }
+  TOKENOPS_HOST_DEVICE int32_t dst(uint32_t index) const {
+    return static_cast<int32_t>(index * stride + stride - 1);
+  }
+};
+
+// What a match asks for, of all images or, by `image`, of one. Tensors stay the caller's.
+struct Request {
+  int32_t tokens, outputs;   // N, M
+  int32_t num_src, num_dst;  // by the pattern, or listed
+  int32_t r, prefix;
+  bool listed, has_threshold, tome_order;
+  double threshold;
+  View thresholds;            // [B] in place of `threshold`
+  Strided pattern;            // the split, unless it is listed
+  View src_index, dst_index;  // the split, if it is listed
+  View protected_tokens;      // besides the prefix
+
+  TOKENOPS_HOST_DEVICE Request image(int64_t i) const {
+    Request one = *this;
+    one.src_index = src_index.image(i);
+    one.dst_index = dst_index.image(i);
+    one.protected_tokens = protected_tokens.image(i);
+    if (thresholds.data != nullptr) one.threshold = thresholds.number(i);
+    return one;
+  }
+  // For tokens behind the prefix.
+  TOKENOPS_HOST_DEVICE bool is_protected(int32_t token) const {
+    return protected_tokens.data != nullptr && protected_tokens.flag(token);
+  }
+  // Whether unmerged sources are ordered by falling score, and how many they are at most.
+  TOKENOPS_HOST_DEVICE bool by_score() const { return tome_order && prefix == 0; }
+  TOKENOPS_HOST_DEVICE int64_t max_sorted() const {
+    const int64_t most = num_src < tokens ? num_src : tokens;
+    if (!by_score() || has_threshold || num_dst == 0) return by_score() ? most : 0;
+    return most > r ? most - r : 0;
+  }
+};
+
+// `split` is two lists or strided: make_lists in split.h makes two lists of a grid.
+inline Request make_request(const char* op, int64_t batch, int64_t tokens, const RequestArgs& args,
+                            const SplitArgs& split) {
+  check_count(op, "tokens", tokens);
+  check_split(op, split);
+  STD_TORCH_CHECK(args.order == "position" || args.order == "tome", op,
+                  ": expected order position or tome, got ", args.order);
+  Request ask = {};
+  ask.tokens = static_cast<int32_t>(tokens);
+  ask.r = clamp(args.r, 0, tokens > 0 ? tokens - 1 : 0);  // one token is left
+  ask.has_threshold = args.threshold || args.thresholds;
+  ask.outputs = ask.has_threshold ? ask.tokens : ask.tokens - ask.r;
+  ask.prefix = clamp(split.num_prefix, 0, tokens);
+  ask.tome_order = args.order == "tome" && ask.r > 0;  // if nothing merges, the identity
+  ask.threshold = args.threshold.value_or(0);
+  ask.thresholds = make_view(op, "thresholds", args.thresholds, batch, ScalarType::Float,
+                             ScalarType::Double, batch);
+  ask.protected_tokens = make_mask(op, "protected", split.protected_tokens, batch, tokens);
+  ask.pattern = {static_cast<uint32_t>(clamp(split.stride, 1, tokens + 1))};
+  ask.num_dst = ask.pattern.dst_before(ask.tokens);
+  ask.num_src = ask.tokens - ask.num_dst;
+  ask.listed = split.src_index.has_value();
+  if (ask.listed) {
+    ask.src_index = make_list(op, "src_index", split.src_index, batch);
+    ask.dst_index = make_list(op, "dst_index", split.dst_index, batch);
+    const auto count = [&](const Tensor& t) { return tokens == 0 ? 0 : t.size(t.dim() - 1); };
+    ask.num_src = static_cast<int32_t>(count(*split.src_index));
+    ask.num_dst = static_cast<int32_t>(count(*split.dst_index));
+  }
+  return ask;
+}
+
+// ---- token maps ----
+
+// A token map of all images or of one.
+struct TokenMap {
+  int32_t* assign;   // [N]
+  int32_t* offsets;  // [M + 1]
+  int32_t* members;  // [N]
+  int32_t* count;    // [1] live output tokens
+
+  TOKENOPS_HOST_DEVICE TokenMap image(const Request& ask, int64_t i) const {
+    return {assign + i * ask.tokens, offsets + i * (ask.outputs + int64_t{1}),
+            members + i * ask.tokens, count + i};
+  }
+};
+
+// New tensors of a token map, as the operators return them.
+using MapTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Device>
+MapTensors new_map(const Device& device, const Request& ask, int64_t batch) {
+  const auto ints = [&](std::initializer_list<int64_t> sizes) {
+    return device.empty(sizes, ScalarType::Int);
+  };
+  return {ints({batch, ask.tokens}), ints({batch, ask.outputs + int64_t{1}}),
+          ints({batch, ask.tokens}), ints({batch})};
+}
+
+inline TokenMap pointers(const MapTensors& tensors) {
+  const auto data = [](const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
+  return {data(std::get<0>(tensors)), data(std::get<1>(tensors)), data(std::get<2>(tensors)),
+          data(std::get<3>(tensors))};
+}
 
 }  // namespace tokenops::matching

@@ -1,143 +1,165 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA operator tokenops::match: one launch for small images; for others tokenops::search, which
-// Triton serves, and tokenops::select.
-#include "match_cuda.cuh"
-
-#include "arguments.h"
-#include "select_op.cuh"
-
-#include <array>
-#include <tuple>
+// CUDA operators tokenops::match_image, a match of small images in one launch by a block for each,
+// and tokenops::match_fits, whether a block can do that.
+#include "search_cuda.cuh"
+#include "select_cuda.cuh"
 
 namespace tokenops::matching {
 namespace {
 
-using cuda::Target;
-
 // Larger images are for many blocks.
-constexpr int64_t kMostBlockTokens = 1056;
+constexpr int64_t kMaxImageTokens = 1056;
 
-// A kernel for an image by one block; none where the function is null.
-struct BlockMatch {
-  void (*kernel)(MetricRows, Choice, bool, ChosenMap) = nullptr;
+// ---- the kernel ----
+
+// Bytes of both lists, node_max and node_idx, and of all shared memory of a block. The selection
+// and the listing take the place of the search.
+TOKENOPS_HOST_DEVICE int64_t pair_bytes(const Request& ask) {
+  return (4 * (3 * int64_t{ask.num_src} + ask.num_dst + 1) + 15) / 16 * 16;
+}
+TOKENOPS_HOST_DEVICE int64_t block_bytes(const Request& ask, int steps, int tiles) {
+  const int64_t search = search_bytes(ask.num_dst, steps, tiles);
+  const int64_t select = shared_bytes<float>(ask);
+  const int64_t lists = ask.listed ? (ask.tokens + kMaxThreads / 32 + 1) * int64_t{4} : 0;
+  const int64_t most = search > select ? search : select;
+  return pair_bytes(ask) + (most > lists ? most : lists);
+}
+
+// List the tokens of both sides. Returns the number of distinct destinations.
+__device__ __forceinline__ int list_tokens(const Request& ask, int32_t* src, int32_t* dst,
+                                           int* scratch) {
+  const Block block = {scratch};
+  if (!ask.listed) {
+    block.for_each(ask.num_src, [&](int i) { src[i] = ask.pattern.src(i); });
+    block.for_each(ask.num_dst, [&](int i) { dst[i] = ask.pattern.dst(i); });
+    return ask.num_dst;
+  }
+  int* const is_dst = scratch + kMaxThreads / kWarpSize + 1;  // [tokens]
+  block.for_each(ask.tokens, [&](int t) { is_dst[t] = 0; });
+  __syncthreads();
+  block.for_each(ask.num_src, [&](int i) { src[i] = ask.src_index.index(i, ask.tokens); });
+  block.for_each(ask.num_dst, [&](int i) { is_dst[ask.dst_index.index(i, ask.tokens)] = 1; });
+  __syncthreads();
+  const int found = enumerate(
+      block, ask.tokens, [&](int t) { return is_dst[t] != 0; }, [&](int t, int n) { dst[n] = t; });
+  __syncthreads();
+  return found;
+}
+
+// Blocks that share a multiprocessor. Compiled for sm_80, rows of 64 elements in two parts would
+// spill if there were two.
+template <bool Exact, int Steps, int Tiles>
+constexpr int resident_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (!Exact && Steps == 8) return 1;
+#endif
+  return in_pairs(Steps, Tiles) ? 2 : 1;
+}
+
+template <bool Exact, int Steps, int Tiles>
+__global__ void __launch_bounds__(search_warps(Steps, Tiles) * kWarpSize,
+                                  resident_blocks<Exact, Steps, Tiles>())
+    match_image(MetricRows x, Request all, bool cosine, TokenMap maps) {
+  const int64_t image = blockIdx.x;
+  const Request ask = all.image(image);
+  char* const memory = cuda::shared_memory();
+  char* const rest = memory + pair_bytes(ask);
+  int32_t* const src = reinterpret_cast<int32_t*>(memory);
+  int32_t* const dst = src + ask.num_src;
+  float* const node_max = reinterpret_cast<float*>(dst + ask.num_dst);
+  int32_t* const node_idx = reinterpret_cast<int32_t*>(node_max + ask.num_src);
+
+  const int num_dst = list_tokens(ask, src, dst, reinterpret_cast<int*>(rest));
+  const SearchMemory arrays = {src, dst, node_max, node_idx, node_idx + ask.num_src, rest};
+  const auto takes_part = [&](int t) { return t >= ask.prefix && !ask.is_protected(t); };
+  search_image<Exact, Steps, Tiles>(x, image, ask.num_src, num_dst, cosine, arrays, takes_part);
+  select_in_shared(ask, node_max, node_idx, rest, maps.image(ask, image));
+}
+
+// ---- its launch ----
+
+// A kernel for an image by one block. The function is null if no kernel fits.
+struct ImageKernel {
+  void (*function)(MetricRows, Request, bool, TokenMap) = nullptr;
   int threads = 0;
   int64_t shared_bytes = 0;
+
+  bool fits(const Target& target) const {
+    return function != nullptr && shared_bytes <= target.max_shared_bytes();
+  }
 };
 
 template <bool Exact, int Steps, int Tiles>
-BlockMatch block_match(const Choice& ask) {
-  return {match_image<Exact, Steps, Tiles>, search_warps(Steps, Tiles) * cuda::kWarpSize,
-          MatchLayout(ask, Steps, Tiles).bytes};
+ImageKernel image_kernel(const Request& ask) {
+  return {match_image<Exact, Steps, Tiles>, search_warps(Steps, Tiles) * kWarpSize,
+          block_bytes(ask, Steps, Tiles)};
 }
 
-// What is not exact in half precision takes more registers: such rows may be less wide.
-BlockMatch choose_kernel(const Choice& ask, const MetricRows& x) {
-  if (ask.tokens == 0 || ask.tokens > kMostBlockTokens) return {};
-  const bool few = ask.sources <= search_warps(8, 1) * 16;
+// Rows that tf32 does not hold exactly take more registers: they may be less wide.
+ImageKernel choose_kernel(const Request& ask, const MetricRows& x) {
+  if (x.type < 0 || ask.tokens == 0 || ask.tokens > kMaxImageTokens) return {};
+  const bool few = ask.num_src <= search_warps(8, 1) * 16;
   if (x.heads == 1 && x.type != 0) {
     if (x.width > 128) return {};
-    if (x.width > 64) return block_match<true, 16, 1>(ask);
-    return few ? block_match<true, 8, 1>(ask) : block_match<true, 8, 2>(ask);
+    if (x.width > 64) return image_kernel<true, 16, 1>(ask);
+    return few ? image_kernel<true, 8, 1>(ask) : image_kernel<true, 8, 2>(ask);
   }
   if (x.width > 80) return {};
-  if (x.width > 64) return block_match<false, 10, 1>(ask);
-  if (!few) return block_match<false, 8, 2>(ask);
-  return x.width > 32 ? block_match<false, 8, 1>(ask) : block_match<false, 4, 1>(ask);
+  if (x.width > 64) return image_kernel<false, 10, 1>(ask);
+  if (!few) return image_kernel<false, 8, 2>(ask);
+  return x.width > 32 ? image_kernel<false, 8, 1>(ask) : image_kernel<false, 4, 1>(ask);
 }
 
-// The rows of a metric, and whether a block knows their dtype.
-bool describe(const Tensor& metric, MetricRows* x) {
-  const int64_t dims = metric.dim();
-  switch (metric.scalar_type()) {
-    case ScalarType::Float: x->type = 0; break;
-    case ScalarType::Half: x->type = 1; break;
-    case ScalarType::BFloat16: x->type = 2; break;
-    default: return false;
-  }
-  x->data = metric.const_data_ptr();
-  x->heads = static_cast<int32_t>(dims == 4 ? metric.size(1) : 1);
-  x->width = static_cast<int32_t>(metric.size(dims - 1));
-  x->batch_stride = metric.stride(0);
-  x->head_stride = dims == 4 ? metric.stride(1) : 0;
-  x->token_stride = metric.stride(dims - 2);
-  x->stride = metric.stride(dims - 1);
-  const int64_t pair = x->type == 0 ? 8 : 4;  // bytes
-  x->paired = x->stride == 1 && x->width % 2 == 0 && x->batch_stride % 2 == 0 &&
-              x->head_stride % 2 == 0 && x->token_stride % 2 == 0 &&
-              reinterpret_cast<uintptr_t>(x->data) % pair == 0;
-  return metric.size(dims - 1) <= INT32_MAX;
+const char* const kOp = "tokenops::match";
+
+// Whether the images of a metric fit; a grid must have become two lists.
+bool match_fits(const Tensor& metric, const OptionalTensor& src_index,
+                const OptionalTensor& dst_index, int64_t stride) {
+  const Metric x(kOp, metric);
+  const Request ask = make_request(kOp, x.batch, x.tokens, {0, {}, {}, "position"},
+                                   {0, {}, src_index, dst_index, stride, 0, 1, {}});
+  return choose_kernel(ask, MetricRows(x)).fits(Target(kOp, metric));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> match(
-    const Tensor& metric, const Text& similarity, int64_t r, const std::optional<double>& threshold,
-    const std::optional<Tensor>& thresholds, const Text& order, int64_t num_prefix,
-    const std::optional<Tensor>& is_protected, const std::optional<Tensor>& source_index,
-    const std::optional<Tensor>& destination_index, int64_t stride, int64_t grid_width,
-    int64_t cell_height, const std::optional<Tensor>& cell) {
-  const char* const op = "tokenops::match";
-  check_metric(op, metric);
-  const bool cosine = is_cosine(op, similarity);
-  const int64_t batch = metric.size(0), tokens = metric.size(metric.dim() - 2);
-  const Target target(op, metric);
-  target.expect("protected", is_protected);
-  target.expect("source_index", source_index);
-  target.expect("destination_index", destination_index);
-  target.expect("thresholds", thresholds);
-  const Lists lists = make_lists(target, op, batch, tokens, num_prefix, source_index,
-                                 destination_index, stride, grid_width, cell_height, cell);
-  const Choice ask = make_choice(op, batch, tokens, r, num_prefix, is_protected, lists.source,
-                                 lists.destination, stride, threshold, thresholds, order);
-  MetricRows x;
-  if (describe(metric, &x)) {
-    const BlockMatch block = choose_kernel(ask, x);
-    if (block.kernel != nullptr && block.shared_bytes <= target.max_shared_bytes()) {
-      const NewMaps maps(target, ask, batch);
-      target.launch(block.kernel, {batch, block.threads, block.shared_bytes}, x, ask, cosine,
-                    maps.data());
-      return maps.tensors;
-    }
-  }
-  const int64_t no_grid = 0, no_height = 1;
-  const std::optional<Tensor> no_cell;
-  std::array<StableIValue, 10> stack{torch::stable::detail::from(metric),
-                                     torch::stable::detail::from(std::string(similarity)),
-                                     torch::stable::detail::from(num_prefix),
-                                     torch::stable::detail::from(is_protected),
-                                     torch::stable::detail::from(lists.source),
-                                     torch::stable::detail::from(lists.destination),
-                                     torch::stable::detail::from(stride),
-                                     torch::stable::detail::from(no_grid),
-                                     torch::stable::detail::from(no_height),
-                                     torch::stable::detail::from(no_cell)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("tokenops::search", "", stack.data(), TORCH_ABI_VERSION));
-  const Tensor score = torch::stable::detail::to<Tensor>(stack[0]);
-  const Tensor choice = torch::stable::detail::to<Tensor>(stack[1]);
-  return select(score, choice, tokens, r, threshold, thresholds, order, num_prefix, is_protected,
-                lists.source, lists.destination, stride, 0, 1, std::nullopt);
+MapTensors match_images(const Tensor& metric, const Text& similarity, const RequestArgs& args,
+                        const SplitArgs& split) {
+  const Metric x(kOp, metric);
+  const bool cosine = is_cosine(kOp, similarity);
+  const Target target(kOp, metric);
+  const DeviceRequest ask(target, kOp, x.batch, x.tokens, args, split);
+  const MetricRows rows(x);
+  const ImageKernel kernel = choose_kernel(ask, rows);
+  STD_TORCH_CHECK(kernel.fits(target), "tokenops::match_image: an image of ", x.tokens, " tokens, ",
+                  x.heads, " heads and width ", x.width, " in ", x.dtype,
+                  " does not fit one block of this device");
+  const MapTensors maps = new_map(target, ask, x.batch);
+  target.launch(kernel.function, {x.batch, kernel.threads, kernel.shared_bytes}, rows,
+                static_cast<const Request&>(ask), cosine, pointers(maps));
+  return maps;
 }
 
-// Images of ViT-B/16 and, by two tiles a warp, of ViT-L/16 at 512 pixels.
+// The reported shared memory is that of ViT-B/16 and, of two tiles a warp, ViT-L/16 at 512 pixels.
 template <bool Exact, int Steps, int Tiles>
 cuda::Reported report(const char* name) {
-  Choice ask = {};
+  Request ask = {};
   ask.tokens = Tiles == 1 ? 197 : 1025;
-  ask.destinations = ask.tokens / 2;
-  ask.sources = ask.tokens - ask.destinations;
-  const BlockMatch block = block_match<Exact, Steps, Tiles>(ask);
-  return {name, block.kernel, block.threads, block.shared_bytes};
+  ask.num_dst = ask.tokens / 2;
+  ask.num_src = ask.tokens - ask.num_dst;
+  const ImageKernel kernel = image_kernel<Exact, Steps, Tiles>(ask);
+  return {name, kernel.function, kernel.threads, kernel.shared_bytes};
 }
-const cuda::Reported reported[] = {report<true, 8, 1>("match_image<true, 8, 1>"),
-                                   report<true, 8, 2>("match_image<true, 8, 2>"),
-                                   report<true, 16, 1>("match_image<true, 16, 1>"),
-                                   report<false, 4, 1>("match_image<false, 4, 1>"),
-                                   report<false, 8, 1>("match_image<false, 8, 1>"),
-                                   report<false, 8, 2>("match_image<false, 8, 2>"),
-                                   report<false, 10, 1>("match_image<false, 10, 1>")};
+const cuda::Reported reported_match[] = {report<true, 8, 1>("match_image<true, 8, 1>"),
+                                         report<true, 8, 2>("match_image<true, 8, 2>"),
+                                         report<true, 16, 1>("match_image<true, 16, 1>"),
+                                         report<false, 4, 1>("match_image<false, 4, 1>"),
+                                         report<false, 8, 1>("match_image<false, 8, 1>"),
+                                         report<false, 8, 2>("match_image<false, 8, 2>"),
+                                         report<false, 10, 1>("match_image<false, 10, 1>")};
 
 }  // namespace
 }  // namespace tokenops::matching
 
 STABLE_TORCH_LIBRARY_IMPL(tokenops, TOKENOPS_DEVICE, m) {
-  m.impl("match", TORCH_BOX(&tokenops::matching::match));
+  m.impl("match_fits", TORCH_BOX(&tokenops::matching::match_fits));
+  m.impl("match_image", TOKENOPS_BOX(&tokenops::matching::match_images));
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Nearest destination of each source: included once per instruction set, in its namespace, with
-// TOKENOPS_PAIRS saying whether that one multiplies pairs of bfloat16.
+// The best destination of each source. isa_kernels.h includes this file once for each instruction
+// set.
 //
-// Destinations lie in panels [depth][columns], a few vectors wide; sources are rows. A register
-// tile of kTile sources by one panel accumulates similarities, and its epilogue keeps the best one
-// and its place for each source and lane: similarities never reach memory, and lanes are compared
-// with each other only once, at the end. Places count vectors of columns, as floating-point
-// numbers, so that they blend like values.
+// Destinations are packed in panels [depth][columns], a few vectors wide; sources are rows. A
+// register tile of kTile sources by one panel accumulates scores. For each source and lane it keeps
+// the best score and the index of its vector of columns: scores never reach memory, and lanes are
+// compared only once, at the end. The index is a floating-point number, so that it blends like a
+// score.
 
 #include "../tile_kernels.h"
 
@@ -24,8 +24,8 @@ TOKENOPS_INLINE V load_strided(const T* p, int64_t stride, int n) {
   return V::load(lanes);
 }
 
-// Write the metric of one token as `words` words, zeros at the end. Returns the factor that is
-// still to be multiplied in: of pairs, which go in unchanged, the inverse of the length.
+// Write the metric of one token as `words` words, zeros at the end. Returns the factor that its
+// scores still need: 1 / length of pairs, which are written unchanged, else 1.
 template <class T>
 inline acc_t<T> load_row(const Tokens<T>& tokens, int64_t i, bool cosine, int64_t words,
                          acc_t<T>* row) {
@@ -43,7 +43,7 @@ inline acc_t<T> load_row(const Tokens<T>& tokens, int64_t i, bool cosine, int64_
   } else {
     const V mean = V::set1(A(1) / static_cast<A>(tokens.heads));
     int64_t d = 0;
-    // A few vectors at a time, so that heads that lie one behind the other are read in one go.
+    // A few vectors at a time, so that heads that are contiguous are read together.
     constexpr int K = 4;
     for (; tokens.stride == 1 && d + K * V::W <= tokens.width; d += K * V::W) {
       V sum[K];
@@ -81,14 +81,14 @@ inline acc_t<T> load_row(const Tokens<T>& tokens, int64_t i, bool cosine, int64_
   return 1;
 }
 
-// Pack blocks [begin, end) of kBlock destinations as panels. The columns that fill up the last
-// vector repeat the last destination: as similar, but behind it, they are never chosen.
+// Pack blocks [begin, end) of kBlock destinations as panels. The columns that fill the last vector
+// repeat the last destination: of equal scores the first one counts, so they are never the best.
 template <class T>
 void pack(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int kWidth = kVectors<A> * V::W;  // columns of a full panel, divides kBlock
-  const Tokens<T>& tokens = search.destinations;
+  const Tokens<T>& tokens = search.dst;
   const int64_t depth = depth_words<T>(tokens.width);
   const int64_t words = row_words(depth);
   const int64_t columns = (tokens.count + V::W - 1) / V::W * V::W;
@@ -114,15 +114,15 @@ void pack(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
 
 // ---- search ----
 
-// A group of sources on its way over the panels: its packed rows, and the best value of each row
-// and lane so far with its place.
+// A group of sources: its packed rows, and for each row and lane the best score so far with the
+// index of its vector.
 template <class A>
 struct Group {
   const A* rows;  // [tiles * kTile][words]
   int64_t words, tiles;
   A* partial;  // sums of rows longer than kDepth, [tiles][kTile][columns of a panel]
   A* best;     // [tiles * kTile][W]
-  A* place;
+  A* index;
 };
 
 template <class A>
@@ -130,11 +130,11 @@ struct Panel {
   const A* columns;  // [depth][N * W]
   const A* inverse;  // [N * W], factors of pairs
   int64_t depth;
-  int64_t first;  // place of the first vector
+  int64_t first;  // index of the first vector
 };
 
 // One tile of a group by one panel of N vectors, over words [k, end). A strict comparison keeps the
-// first of equals, and nothing that is NaN.
+// first of equal scores, and no NaN.
 template <class T, int N, class A>
 TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t t, int64_t k,
                           int64_t end) {
@@ -159,11 +159,11 @@ TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t 
     return;
   }
   A* const best = group.best + t * kTile * V::W;
-  A* const place = group.place + t * kTile * V::W;
+  A* const index = group.index + t * kTile * V::W;
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
     V top = V::set1(-infinity<A>()), at = V::zero();
-    if (panel.first > 0) top = V::load(best + i * V::W), at = V::load(place + i * V::W);
+    if (panel.first > 0) top = V::load(best + i * V::W), at = V::load(index + i * V::W);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       V s = sum[i][j];
@@ -172,7 +172,7 @@ TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t 
       top = max(s, top);
     }
     top.store(best + i * V::W);
-    at.store(place + i * V::W);
+    at.store(index + i * V::W);
   }
 }
 
@@ -190,48 +190,48 @@ void search_panel(const Group<A>& group, const Panel<A>& panel, int n) {
   } while (k < panel.depth);
 }
 
-// Best value over the lanes of W rows, [W][W], its place and lane: the first one of equals.
+// The best score over the lanes of W rows, [W][W], its vector and its lane; the first of equals.
 template <class V, class A>
-TOKENOPS_INLINE void reduce_lanes(const A* best, const A* place, A* top_out, A* at_out,
+TOKENOPS_INLINE void reduce_lanes(const A* best, const A* index, A* top_out, A* at_out,
                                   A* lane_out) {
-  V values[V::W], places[V::W];
+  V values[V::W], indices[V::W];
   for (int i = 0; i < V::W; ++i) values[i] = V::load(best + i * V::W);
   transpose<1>(values);
-  for (int i = 0; i < V::W; ++i) places[i] = V::load(place + i * V::W);
-  transpose<1>(places);
-  V top = values[0], at = places[0], lane = V::zero();
+  for (int i = 0; i < V::W; ++i) indices[i] = V::load(index + i * V::W);
+  transpose<1>(indices);
+  V top = values[0], at = indices[0], lane = V::zero();
   for (int i = 1; i < V::W; ++i) {
     const auto better =
-        mask_or(gt(values[i], top), mask_and(eq(values[i], top), gt(at, places[i])));
+        mask_or(gt(values[i], top), mask_and(eq(values[i], top), gt(at, indices[i])));
     top = blend(better, values[i], top);
-    at = blend(better, places[i], at);
+    at = blend(better, indices[i], at);
     lane = blend(better, V::set1(static_cast<A>(i)), lane);
   }
   top.store(top_out), at.store(at_out), lane.store(lane_out);
 }
 
-// Best destinations of the sources in groups [begin, end).
+// Find the best destinations of the sources in groups [begin, end).
 template <class T>
 void search(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const Tokens<T>& sources = search.sources;
-  const int64_t depth = depth_words<T>(sources.width);
+  const Tokens<T>& src = search.src;
+  const int64_t depth = depth_words<T>(src.width);
   const int64_t words = row_words(depth);
-  const int64_t vectors = (search.destinations.count + V::W - 1) / V::W;
-  alignas(64) A best[kGroup * V::W], place[kGroup * V::W];
+  const int64_t vectors = (search.dst.count + V::W - 1) / V::W;
+  alignas(64) A best[kGroup * V::W], index[kGroup * V::W];
   A* const rows = work;
   A inverse[kGroup];
 
   for (int64_t g = begin; g < end; ++g) {
     const int64_t from = search.tiles() * g / search.groups * kTile;
     const int64_t to = search.tiles() * (g + 1) / search.groups * kTile;
-    const int64_t count = to < sources.count ? to - from : sources.count - from;
+    const int64_t count = to < src.count ? to - from : src.count - from;
     for (int64_t i = 0; i < to - from; ++i) {
-      const int64_t row = from + (i < count ? i : count - 1);  // fills up the last tile
-      inverse[i] = load_row(sources, row, search.cosine, words, rows + i * words);
+      const int64_t row = from + (i < count ? i : count - 1);  // fills the last tile
+      inverse[i] = load_row(src, row, search.cosine, words, rows + i * words);
     }
-    const Group<A> group = {rows, words, (to - from) / kTile, rows + kGroup * words, best, place};
+    const Group<A> group = {rows, words, (to - from) / kTile, rows + kGroup * words, best, index};
     for (int64_t v = 0; v < vectors; v += kVectors<A>) {
       const Panel<A> panel = {search.panels + v * V::W * depth, search.inverse + v * V::W, depth,
                               v};
@@ -240,12 +240,12 @@ void search(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work)
     }
     for (int64_t i = 0; i < count; i += V::W) {
       A top[V::W], at[V::W], lane[V::W];
-      reduce_lanes<V>(best + i * V::W, place + i * V::W, top, at, lane);
+      reduce_lanes<V>(best + i * V::W, index + i * V::W, top, at, lane);
       for (int64_t l = 0; l < V::W && i + l < count; ++l) {
         const A score = top[l] * inverse[i + l];
-        const bool found = score > -infinity<A>();  // else all are NaN: the first candidate
-        search.score[from + i + l] = found ? score : -infinity<A>();
-        search.choice[from + i + l] =
+        const bool found = score > -infinity<A>();  // the first destination if all scores are NaN
+        search.node_max[from + i + l] = found ? score : -infinity<A>();
+        search.node_idx[from + i + l] =
             found ? static_cast<int32_t>(at[l]) * V::W + static_cast<int32_t>(lane[l]) : 0;
       }
     }

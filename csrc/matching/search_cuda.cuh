@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search for the best destinations of one small image, by one block and on tensor cores.
+// The search for the best destinations of one small image, by one block on tensor cores.
 //
-// Destinations lie in shared memory as float32; each warp holds the rows of some sources in
-// registers and goes over all destinations. Where rows are exact in 11 bits (one head in half
-// precision) a product is one multiplication of tf32; else three of them keep the precision of
-// float32. NaN marks what does not count: no comparison with it is true.
+// Destinations are in shared memory as float32. Each warp holds the rows of some sources in
+// registers and goes over all destinations. If the 11 bits of tf32 hold rows exactly (one head in
+// half precision), a product is one multiplication in tf32, else three, which keep the precision of
+// float32. The row of a destination that takes no part is NaN, so that no comparison is true.
 #pragma once
 
 #include <cmath>
 
 #include "../cuda.cuh"
+#include "arguments.h"
 
 namespace tokenops::matching {
 
 using cuda::kAllLanes;
 using cuda::kWarpSize;
 
-// Warps of a block. Where registers allow, two blocks run side by side: one's loads pass while the
-// other multiplies. Seven warps of 16 sources are what 197 to 224 tokens fill.
+// Warps of a block. If registers allow, two blocks share a multiprocessor: one loads while the
+// other multiplies. 197 to 224 tokens fill seven warps of 16 sources.
 TOKENOPS_HOST_DEVICE constexpr bool in_pairs(int steps, int tiles) {
   return tiles == 1 && steps <= 8;
 }
@@ -28,15 +29,32 @@ TOKENOPS_HOST_DEVICE constexpr int search_warps(int steps, int tiles) {
 // The rows of a metric [B, N, D] or [B, H, N, D], any strides.
 struct MetricRows {
   const void* data;
-  int32_t type;  // 0: float, 1: half, 2: bfloat16
+  int32_t type;  // 0: float, 1: half, 2: bfloat16, -1: not for this search
   int32_t heads, width;
-  bool paired;  // neighbouring elements, from an even one on, may be loaded at once
+  bool paired;  // two neighbouring elements, the first one even, may be loaded at once
   int64_t batch_stride, head_stride, token_stride, stride;
+
+  explicit MetricRows(const Metric& x)
+      : data(x.data),
+        type(-1),
+        heads(clamp(x.heads, 0, INT_MAX)),
+        width(clamp(x.width, 0, INT_MAX)),
+        batch_stride(x.batch_stride),
+        head_stride(x.head_stride),
+        token_stride(x.token_stride),
+        stride(x.stride) {
+    if (x.dtype == ScalarType::Float) type = 0;
+    if (x.dtype == ScalarType::Half) type = 1;
+    if (x.dtype == ScalarType::BFloat16) type = 2;
+    const int64_t pair = type == 0 ? 8 : 4;  // bytes
+    paired = stride == 1 && width % 2 == 0 && batch_stride % 2 == 0 && head_stride % 2 == 0 &&
+             token_stride % 2 == 0 && reinterpret_cast<uintptr_t>(data) % pair == 0;
+  }
 };
 
 // ---- products of matrices ----
 
-// The closest number of 11 bits, ties away from zero.
+// Round to tf32, which has 11 significant bits; ties away from zero.
 __device__ __forceinline__ float to_tf32(float x) {
 #if defined(TOKENOPS_EMULATE)
   uint32_t bits;
@@ -85,14 +103,14 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const float (&a)[4],
 
 // ---- rows ----
 
-// Rows of one warp: lane l holds elements 2 l, 2 l + 1 of every 64, averaged over heads; zero past
-// the width.
+// Rows of one warp, averaged over heads, zero past the width. Lane l holds elements 2 l and 2 l + 1
+// of every 64.
 template <int Steps, int kBatch>
 struct RowBatch {
   static constexpr int kPairs = (Steps * 8 + 63) / 64;
   float value[kBatch][kPairs][2];
 
-  // The rows of the tokens that `token(i)` names, i < kBatch.
+  // Load the rows of tokens `token(i)`, i < kBatch.
   template <class F>
   __device__ __forceinline__ void load(const MetricRows& x, int64_t image, const F& token) {
     switch (x.type) {
@@ -102,7 +120,7 @@ struct RowBatch {
     }
   }
 
-  // All loads of a head are on their way before the first one is used.
+  // All loads of a head are in flight before the first one is used.
   template <class T, class F>
   __device__ __forceinline__ void load_as(const MetricRows& x, int64_t image, const F& token) {
     const T* base = static_cast<const T*>(x.data) + image * x.batch_stride;
@@ -147,7 +165,7 @@ struct RowBatch {
     }
   }
 
-  // One over the length of row i, 0 where that is 0, in all lanes.
+  // 1 / length of row i, or 0 for a length of 0, in all lanes.
   __device__ __forceinline__ float inverse_length(int i) const {
     float squares = 0;
     TOKENOPS_UNROLL
@@ -173,40 +191,39 @@ struct RowBatch {
 
 // ---- the search ----
 
-// What a block needs in shared memory: the sides come in, score and choice of the sources come out.
-// The rest is its own meanwhile.
+// Shared memory of a block. The lists of both sides are inputs, node_max and node_idx outputs.
 struct SearchMemory {
-  const int32_t* source;       // [sources] tokens
-  const int32_t* destination;  // [destinations] tokens, ascending
-  float* score;                // [sources]
-  int32_t* choice;             // [sources]
-  int* first;                  // [1]
-  char* rows;                  // search_bytes(...)
+  const int32_t* src;  // [num_src] tokens
+  const int32_t* dst;  // [num_dst] tokens, ascending
+  float* node_max;     // [num_src]
+  int32_t* node_idx;   // [num_src]
+  int* first;          // [1] the first destination that takes part
+  char* rows;          // search_bytes(...)
 };
 
-// Floats from a row to the next: four more than its elements, so that the rows of a fragment lie
-// in different banks.
+// Floats from one row to the next: four more than elements, so that the rows of a fragment are in
+// different banks.
 TOKENOPS_HOST_DEVICE int row_pitch(int steps) { return steps * 8 + 4; }
 
-TOKENOPS_HOST_DEVICE int64_t search_bytes(int64_t destinations, int steps, int tiles) {
-  const int64_t padded = (destinations + 7) / 8 * 8;
+TOKENOPS_HOST_DEVICE int64_t search_bytes(int64_t num_dst, int steps, int tiles) {
+  const int64_t padded = (num_dst + 7) / 8 * 8;
   return (padded * row_pitch(steps) + padded + search_warps(steps, tiles) * 16 * row_pitch(steps)) *
          static_cast<int64_t>(sizeof(float));
 }
 
-// Find the best destination of each source of an image; `counts(token)` says which destinations
-// count. Of equal ones the first is taken, and the first of all where nothing is similar.
-// Exact: rows are what tf32 holds, and lengths are divided by afterwards. Steps: of eight elements
-// of a row. Tiles: of 16 sources that a warp holds.
-template <bool Exact, int Steps, int Tiles, class Counts>
-__device__ __forceinline__ void search_image(const MetricRows& x, int64_t image, int sources,
-                                             int destinations, bool cosine,
-                                             const SearchMemory& memory, const Counts& counts) {
+// Find the best destination of each source of an image among those for which takes_part(token) is
+// true: of equal scores the first destination, and the first of all if every score is NaN.
+// Exact: tf32 holds the rows, and scores are divided by lengths afterwards. Steps: of eight
+// elements of a row. Tiles: of 16 sources that a warp holds.
+template <bool Exact, int Steps, int Tiles, class TakesPart>
+__device__ __forceinline__ void search_image(const MetricRows& x, int64_t image, int num_src,
+                                             int num_dst, bool cosine, const SearchMemory& memory,
+                                             const TakesPart& takes_part) {
   constexpr int kPitch = Steps * 8 + 4, kWarps = search_warps(Steps, Tiles);
-  constexpr int kBatch = in_pairs(Steps, Tiles) ? 4 : 8;  // rows of a warp on their way at a time
+  constexpr int kBatch = in_pairs(Steps, Tiles) ? 4 : 8;  // rows that a warp loads at a time
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int g = lane / 4, t = lane % 4;
-  const int padded = (destinations + 7) / 8 * 8;
+  const int padded = (num_dst + 7) / 8 * 8;
   float* const rows = reinterpret_cast<float*>(memory.rows);  // [padded, kPitch]
   float* const inverse = rows + padded * kPitch;              // [padded]
   float* const staging = inverse + padded + warp * 16 * kPitch;
@@ -217,16 +234,16 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
   RowBatch<Steps, kBatch> batch;
   for (int begin = warp * kBatch; begin < padded; begin += kWarps * kBatch) {
     const auto token = [&](int i) {
-      return memory.destination[begin + i < destinations ? begin + i : destinations - 1];
+      return memory.dst[begin + i < num_dst ? begin + i : num_dst - 1];
     };
     batch.load(x, image, token);
     TOKENOPS_UNROLL
     for (int i = 0; i < kBatch; ++i) {  // padded is a multiple of the batch
       const int j = begin + i;
       const float length = cosine ? batch.inverse_length(i) : 1;
-      const bool takes_part = j < destinations && counts(token(i));
-      if (takes_part && lane == 0) atomicMin(memory.first, j);
-      const float factor = takes_part ? length : nan;
+      const bool candidate = j < num_dst && takes_part(token(i));
+      if (candidate && lane == 0) atomicMin(memory.first, j);
+      const float factor = candidate ? length : nan;
       batch.store(i, rows + j * kPitch, Exact ? 1 : factor);
       if (Exact && lane == 0) inverse[j] = factor;
     }
@@ -234,16 +251,15 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
   __syncthreads();
 
   const int first = *memory.first == INT_MAX ? -1 : *memory.first;
-  for (int begin = warp * Tiles * 16; begin < sources; begin += kWarps * Tiles * 16) {
+  for (int begin = warp * Tiles * 16; begin < num_src; begin += kWarps * Tiles * 16) {
     float high[Tiles][Steps][4], low[Tiles][Exact ? 1 : Steps][4], scale[Tiles][2];
     TOKENOPS_UNROLL
     for (int tile = 0; tile < Tiles; ++tile) {
-      float lengths = 1;  // lane i holds that of row i
+      float lengths = 1;  // lane i holds the factor of row i
       for (int half = 0; half < 16; half += kBatch) {
-        const int place = begin + tile * 16 + half;
-        batch.load(x, image, [&](int i) {
-          return memory.source[place + i < sources ? place + i : sources - 1];
-        });
+        const int at = begin + tile * 16 + half;
+        batch.load(x, image,
+                   [&](int i) { return memory.src[at + i < num_src ? at + i : num_src - 1]; });
         TOKENOPS_UNROLL
         for (int i = 0; i < kBatch; ++i) {
           const float factor = cosine ? batch.inverse_length(i) : 1;
@@ -292,14 +308,14 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
       }
       TOKENOPS_UNROLL
       for (int i = 0; i < Tiles * 4; ++i) {
-        const int tile = i / 4, c = i % 4, place = column + 2 * t + c % 2;
+        const int tile = i / 4, c = i % 4, j = column + 2 * t + c % 2;
         float score = large[tile][c];
         if (Exact) {
-          score *= inverse[place];
-        } else if (small[tile][c] == small[tile][c]) {  // not so where a row is infinite
+          score *= inverse[j];
+        } else if (small[tile][c] == small[tile][c]) {  // NaN if a row has an infinite element
           score += small[tile][c];
         }
-        if (score > best[tile][c / 2]) best[tile][c / 2] = score, at[tile][c / 2] = place;
+        if (score > best[tile][c / 2]) best[tile][c / 2] = score, at[tile][c / 2] = j;
       }
     }
     // The four lanes of a row saw different columns.
@@ -312,11 +328,11 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
         const int there = __shfl_xor_sync(kAllLanes, where, bits);
         if (other > mine || (other == mine && there < where)) mine = other, where = there;
       }
-      const int place = begin + i / 2 * 16 + g + i % 2 * 8;
-      if (t == 0 && place < sources) {
+      const int row = begin + i / 2 * 16 + g + i % 2 * 8;
+      if (t == 0 && row < num_src) {
         const bool found = mine > -INFINITY;
-        memory.score[place] = found ? mine * (Exact ? scale[i / 2][i % 2] : 1) : -INFINITY;
-        memory.choice[place] = found ? where : first;
+        memory.node_max[row] = found ? mine * (Exact ? scale[i / 2][i % 2] : 1) : -INFINITY;
+        memory.node_idx[row] = found ? where : first;
       }
     }
   }

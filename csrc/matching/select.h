@@ -1,229 +1,216 @@
 // SPDX-License-Identifier: Apache-2.0
-// Around the search of one image: which tokens take part, which sources merge, and the token map
-// with its inverse. All of it is linear in N, but for selecting and sorting the candidates.
+// Which sources of an image merge and how its output tokens are ordered, written once for the CPU
+// and for CUDA. The teams supply loops, scans and sorts.
+//
+// Each source has a key; sources of smaller keys merge first, of equal keys the lowest token. A
+// group is the tokens that become one output token: a destination and what merges into it, or a
+// single token.
 #pragma once
 
-#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "arguments.h"
-#include "nearest.h"
+#include "team.h"
 
 namespace tokenops::matching {
 
-// What a token is in the split; prefix and protected tokens are taboo besides.
-enum Role : uint8_t { kNeither = 0, kSource = 1, kDestination = 2, kTaboo = 4 };
+// ---- keys ----
 
-// Row of an index tensor, int32 or int64. Values outside [0, tokens) read as -1.
-struct Indices {
-  const void* data = nullptr;
-  bool wide = false;
-  int64_t count = 0, stride = 0;
-
-  int64_t value(int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i * stride]
-                : static_cast<const int32_t*>(data)[i * stride];
-  }
-  int64_t at(int64_t i, int64_t tokens) const {
-    const int64_t token = value(i);
-    return token >= 0 && token < tokens ? token : -1;
-  }
-};
-
-// What `match` asks of an image of N tokens.
-struct Request {
-  int64_t tokens, outputs;  // N, M
-  int64_t r, prefix;
-  bool has_threshold, tome_order, listed;
-  double threshold;
-  int64_t stride;                 // the split, unless it is listed or a grid
-  Grid grid;                      // the split, if it has rows of tokens
-  Indices cell;                   // places of destinations in the cells of a grid, or nothing
-  Indices sources, destinations;  // the split, if it is listed
-  const uint8_t* is_protected;    // [N], or null
-  int64_t protected_stride;
-};
-
-// A source, its similarity and its destination (-1: none); the first to merge is the least.
 template <class A>
-struct Candidate {
-  A score;
-  int32_t token, target;
+using Key = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
 
-  bool operator<(const Candidate& other) const {
-    return score > other.score || (score == other.score && token < other.token);
+// The key of a score of -inf, the largest key that a score has.
+template <class A>
+constexpr Key<A> kUnscored = ~Key<A>{0} << (std::numeric_limits<A>::digits - 1);
+// The key of protected sources, which are a last resort.
+template <class A>
+constexpr Key<A> kProtected = kUnscored<A> + 1;
+// The key of tokens that never merge.
+template <class A>
+constexpr Key<A> kNever = ~Key<A>{0};
+
+// The key falls where the score rises. Both zeros have one key, and NaN has that of -inf.
+template <class A>
+TOKENOPS_HOST_DEVICE Key<A> key_of(A score) {
+  constexpr Key<A> kSign = Key<A>{1} << (8 * sizeof(A) - 1);
+  if (score != score) return kUnscored<A>;
+  if (score == 0) score = 0;
+  Key<A> bits;
+  memcpy(&bits, &score, sizeof(A));
+  return bits & kSign ? bits : ~(bits | kSign);
+}
+
+// A source in the order in which sources merge.
+template <class K>
+struct Rank {
+  K key;
+  int32_t token;
+
+  TOKENOPS_HOST_DEVICE bool operator<(const Rank& other) const {
+    return key < other.key || (key == other.key && token < other.token);
   }
 };
 
-// Working memory for one image, N elements each.
-template <class A>
-struct Selection {
-  uint8_t* role;
-  int32_t* sources;       // ascending; last resorts, ascending too, after the eligible ones
-  int32_t* destinations;  // ascending
-  int32_t* group;         // token whose output token this one shares
-  int32_t* number;        // output token of a group
-  Candidate<A>* candidates;
-  int64_t eligible, last_resorts, num_destinations;
-  int64_t left;  // eligible sources that do not merge, first among the candidates
+// Whether no source merges: of `mergeable` sources, with so many destinations.
+TOKENOPS_HOST_DEVICE bool none_merges(const Request& ask, int mergeable, int num_dst) {
+  const bool never = ask.has_threshold && ask.threshold != ask.threshold;
+  return ask.r <= 0 || mergeable == 0 || num_dst == 0 || never;
+}
+
+// ---- radix select: the n-th smallest of many numbers, by histograms of digits ----
+
+constexpr int kDigitBits = 9;
+
+TOKENOPS_HOST_DEVICE int bit_width(uint64_t x) {
+#if defined(__CUDA_ARCH__)
+  return 64 - __clzll(static_cast<long long>(x));
+#else
+  return x == 0 ? 0 : 64 - __builtin_clzll(x);
+#endif
+}
+
+// `count` numbers are in [low, high]. The wanted one is larger than `rank` of them.
+template <class K>
+struct Interval {
+  K low, high;
+  int rank, count;
+
+  // Whether the wanted number is the largest of the interval.
+  TOKENOPS_HOST_DEVICE bool found() const { return rank + 1 == count; }
+  TOKENOPS_HOST_DEVICE bool holds(K x) const { return low <= x && x <= high; }
+
+  // A digit is the distance from `low` without its lowest `shift` bits.
+  TOKENOPS_HOST_DEVICE int shift() const {
+    const int bits = bit_width(static_cast<uint64_t>(high - low));
+    return bits > kDigitBits ? bits - kDigitBits : 0;
+  }
+  TOKENOPS_HOST_DEVICE int digit(K x, int shift) const {
+    return static_cast<int>((x - low) >> shift);
+  }
+  // The `digit_count` numbers of one digit; `before` numbers have smaller digits.
+  TOKENOPS_HOST_DEVICE Interval of_digit(int digit, int shift, int before, int digit_count) const {
+    const K first = low + (static_cast<K>(digit) << shift);
+    const K width = (K{1} << shift) - 1;
+    return {first, high - first > width ? first + width : high, rank - before, digit_count};
+  }
 };
 
-// Find the roles of all tokens and the lists of those that take part.
-template <class A>
-void take_part(const Request& ask, Selection<A>& s) {
-  const int64_t n = ask.tokens;
+// ---- groups ----
+
+// The members of a group up to 2^bits are ordered by comparing each with each, which for half of
+// N / size such groups costs no more than a pass over all tokens for each larger group.
+TOKENOPS_HOST_DEVICE int compared_bits(int64_t tokens) {
+  int bits = 5;
+  while (bits < 10 && (int64_t{1} << (2 * bits)) < tokens) ++bits;
+  return bits;
+}
+
+// Arrays [N] of an image. A device adds `key` and
+//   src_index(t)  index of a token among the sources, -1 if it is none
+//   target(t)     the destination of a source, -1 for none
+//   put(i, t), sort(team, count), ranked(i)  tokens in the order of Rank
+struct Groups {
+  int32_t* group;   // the token that stands for a token's group: its destination, or itself
+  int32_t* size;    // members of a group
+  int32_t* first;   // the first member of a group
+  int32_t* number;  // the output token of a group
+  int32_t* slot;    // the sides of a listed split
+};
+
+// `slot` holds the index of each source as it is listed, INT_MIN + that of each destination, and
+// this for other tokens. Of a token that is listed more than once the first index counts, that of
+// a destination before that of a source.
+constexpr int32_t kNeitherSide = INT_MAX;
+
+// Make every token a group.
+template <class Team>
+TOKENOPS_TEAM void start_groups(const Team& team, const Request& ask, const Groups& groups) {
+  team.for_each(ask.tokens, [&](int t) {
+    groups.group[t] = groups.first[t] = t;
+    groups.size[t] = 1;
+    if (ask.listed) groups.slot[t] = kNeitherSide;
+  });
+  team.sync();
+  if (!ask.listed) return;
+  team.for_each(ask.num_dst, [&](int i) {
+    team.min(&groups.slot[ask.dst_index.index(i, ask.tokens)], INT_MIN + i);
+  });
+  team.for_each(ask.num_src,
+                [&](int i) { team.min(&groups.slot[ask.src_index.index(i, ask.tokens)], i); });
+  team.sync();
+}
+
+// Merge the sources up to `last` whose score reaches the threshold.
+template <class A, class Team, class Work>
+TOKENOPS_TEAM void merge_src(const Team& team, const Request& ask, const Rank<Key<A>>& last,
+                             const Work& work) {
+  const Key<A> limit = ask.has_threshold ? key_of(static_cast<A>(ask.threshold)) : kProtected<A>;
+  team.for_each(
+      ask.tokens,
+      [&](int t) {
+        const Key<A> key = work.key[t];
+        return key > limit || last < Rank<Key<A>>{key, t} ? -1 : work.target(t);
+      },
+      [&](int t, int32_t target) {
+        if (target < 0) return;
+        work.group[t] = target;
+        team.add(&work.size[target], 1);
+        if (!ask.tome_order) team.min(&work.first[target], t);
+      });
+  team.sync();
+}
+
+// Number the output tokens in the order of their first member. Returns how many they are.
+template <class Team>
+TOKENOPS_TEAM int number_by_position(const Team& team, const Request& ask, const Groups& groups) {
+  return enumerate(
+      team, ask.tokens, [&](int t) { return groups.first[groups.group[t]] == t; },
+      [&](int t, int n) { groups.number[groups.group[t]] = n; });
+}
+
+// Number the output tokens in ToMe's order: prefix, tokens of neither side, unmerged sources,
+// destinations as they are listed. Sources come by falling score, or by position if there is a
+// prefix.
+template <class A, class Team, class Work>
+TOKENOPS_TEAM int number_as_tome(const Team& team, const Request& ask, const Work& work) {
+  const auto own = [&](int t) { return t >= ask.prefix && work.group[t] == t; };
+  const auto is_sorted = [&](int t) { return work.key[t] < kUnscored<A>; };
+  int sorted = 0;
+  if (ask.by_score()) {
+    sorted = enumerate(
+        team, ask.tokens, [&](int t) { return own(t) && is_sorted(t); },
+        [&](int t, int n) { work.put(n, t); });
+    team.sync();
+    work.sort(team, sorted);
+  }
+  int next = ask.prefix;
+  const auto number = [&](int t, int n) { work.number[t] = next + n; };
+  team.for_each(ask.prefix, [&](int t) { work.number[t] = t; });
   if (ask.listed) {
-    std::fill_n(s.role, n, kNeither);
-    for (int64_t i = 0; i < ask.sources.count; ++i) {
-      const int64_t t = ask.sources.at(i, n);
-      if (t >= 0) s.role[t] = kSource;
-    }
-    for (int64_t i = 0; i < ask.destinations.count; ++i) {
-      const int64_t t = ask.destinations.at(i, n);
-      if (t >= 0) s.role[t] = kDestination;
-    }
-  } else if (ask.grid.width > 0) {
-    std::fill_n(s.role, ask.prefix, kNeither);
-    std::fill(s.role + ask.prefix, s.role + n, kSource);
-    for (int64_t i = 0, y = 0; y < ask.grid.rows; ++y) {
-      for (int64_t x = 0; x < ask.grid.columns; ++x, ++i) {
-        const int64_t place = ask.cell.data == nullptr ? 0 : ask.cell.value(i);
-        s.role[ask.prefix + ask.grid.destination(y, x, place)] = kDestination;
-      }
-    }
-  } else {
-    std::fill_n(s.role, n, kSource);
-    for (int64_t t = ask.stride - 1; t < n; t += ask.stride) s.role[t] = kDestination;
+    next += enumerate(
+        team, ask.tokens, [&](int t) { return own(t) && work.slot[t] == kNeitherSide; }, number);
   }
-  for (int64_t t = 0; t < ask.prefix; ++t) s.role[t] |= kTaboo;
-  if (ask.is_protected != nullptr) {
-    for (int64_t t = ask.prefix; t < n; ++t) {
-      if (ask.is_protected[t * ask.protected_stride]) s.role[t] |= kTaboo;
-    }
+  team.for_each(sorted, [&](int i) { number(work.ranked(i), i); });
+  next += sorted;
+  next += enumerate(
+      team, ask.tokens,
+      [&](int t) { return own(t) && work.src_index(t) >= 0 && !(ask.by_score() && is_sorted(t)); },
+      number);
+  if (ask.listed) {
+    return next + enumerate(
+                      team, ask.num_dst,
+                      [&](int i) {
+                        const int32_t t = ask.dst_index.index(i, ask.tokens);
+                        return t >= ask.prefix && work.slot[t] == INT_MIN + i;
+                      },
+                      [&](int i, int n) { number(ask.dst_index.index(i, ask.tokens), n); });
   }
-
-  s.eligible = s.last_resorts = s.num_destinations = 0;
-  for (int64_t t = 0; t < n; ++t) {
-    s.sources[s.eligible] = s.destinations[s.num_destinations] = static_cast<int32_t>(t);
-    s.eligible += s.role[t] == kSource;
-    s.num_destinations += s.role[t] == kDestination;
-  }
-  if (ask.has_threshold) return;
-  for (int64_t t = ask.prefix; t < n && s.eligible + s.last_resorts < ask.r; ++t) {
-    if (s.role[t] == (kSource | kTaboo)) {
-      s.sources[s.eligible + s.last_resorts++] = static_cast<int32_t>(t);
-    }
-  }
-}
-
-// Decide which sources merge, given the similarity and the destination (a position in the list, or
-// -1) of each: `group` says the result, and candidates[0, left) which eligible ones are left.
-template <class A>
-void select_best(const Request& ask, const A* score, const int32_t* choice, Selection<A>& s) {
-  for (int64_t t = 0; t < ask.tokens; ++t) s.group[t] = static_cast<int32_t>(t);
-  // Where nothing is similar, a pair that has to merge takes the first destination there is.
-  int32_t fallback = -1;
-  if (s.num_destinations == 0 && !ask.has_threshold) {
-    for (int64_t t = ask.tokens - 1; t >= 0; --t) {
-      if (s.role[t] & kDestination) fallback = static_cast<int32_t>(t);
-    }
-  }
-  for (int64_t i = 0; i < s.eligible + s.last_resorts; ++i) {
-    const int32_t target = choice[i] >= 0 ? s.destinations[choice[i]] : fallback;
-    s.candidates[i] = {score[i], s.sources[i], target};
-  }
-
-  Candidate<A>* const end = s.candidates + s.eligible;
-  const int64_t wanted = std::min(ask.r, s.eligible);
-  if (0 < wanted && wanted < s.eligible) {
-    std::nth_element(s.candidates, s.candidates + wanted, end);
-  }
-  const A threshold = ask.has_threshold ? static_cast<A>(ask.threshold) : -infinity<A>();
-  s.left = 0;
-  for (int64_t i = 0; i < s.eligible + s.last_resorts; ++i) {
-    const Candidate<A> c = s.candidates[i];
-    const bool chosen = i < wanted || i >= s.eligible;
-    if (chosen && c.target >= 0 && c.score >= threshold) {
-      s.group[c.token] = c.target;
-    } else if (i < s.eligible) {
-      s.candidates[s.left++] = c;
-    }
-  }
-}
-
-// Output tokens in the order of their first member.
-template <class A>
-int64_t number_by_position(const Request& ask, Selection<A>& s) {
-  int32_t next = 0;
-  for (int64_t t = 0; t < ask.tokens; ++t) {
-    int32_t& number = s.number[s.group[t]];
-    if (number < 0) number = next++;
-  }
-  return next;
-}
-
-// ToMe's order: prefix, tokens of neither side, unmerged sources, destinations as they are listed.
-// Sources come by similarity, or in place where there is a prefix.
-template <class A>
-int64_t number_as_tome(const Request& ask, Selection<A>& s) {
-  const int64_t n = ask.tokens;
-  int32_t next = 0;
-  for (int64_t t = 0; t < ask.prefix; ++t) s.number[t] = next++;
-  for (int64_t t = ask.prefix; t < n; ++t) {
-    if (!(s.role[t] & (kSource | kDestination))) s.number[t] = next++;
-  }
-  if (ask.prefix > 0) {
-    for (int64_t t = ask.prefix; t < n; ++t) {
-      if ((s.role[t] & kSource) && s.group[t] == t) s.number[t] = next++;
-    }
-  } else {
-    for (int64_t t = 0; t < n; ++t) {
-      if (s.role[t] == (kSource | kTaboo) && s.group[t] == t) {
-        s.candidates[s.left++] = {-infinity<A>(), static_cast<int32_t>(t), -1};
-      }
-    }
-    std::sort(s.candidates, s.candidates + s.left);
-    for (int64_t i = 0; i < s.left; ++i) s.number[s.candidates[i].token] = next++;
-  }
-  const int64_t count = ask.listed ? ask.destinations.count : n;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t t = ask.listed ? ask.destinations.at(i, n) : i;
-    if (t >= 0 && (s.role[t] & kDestination) && s.number[t] < 0) s.number[t] = next++;
-  }
-  return next;
-}
-
-// Write the map of one image: assign [N], offsets [M + 1], members [N], the number of live outputs.
-template <class A>
-void write_map(const Request& ask, Selection<A>& s, int32_t* assign, int32_t* offsets,
-               int32_t* members, int32_t* live) {
-  const int64_t n = ask.tokens, m = ask.outputs;
-  std::fill_n(s.number, n, -1);
-  // Where nothing is to merge the map is the identity, in either order.
-  const int64_t numbered =
-      ask.tome_order && ask.r > 0 ? number_as_tome(ask, s) : number_by_position(ask, s);
-  *live = static_cast<int32_t>(std::min(numbered, m));
-  std::fill_n(offsets, m + 1, 0);
-  for (int64_t t = 0; t < n; ++t) {
-    const int32_t a = s.number[s.group[t]];
-    assign[t] = a < m ? a : -1;  // more tokens are left than asked for only if arguments disagree
-    if (a < m) ++offsets[a + 1];
-  }
-  int32_t* const cursor = s.number;
-  for (int64_t i = 0; i < m; ++i) {
-    cursor[i] = offsets[i];
-    offsets[i + 1] += offsets[i];
-  }
-  std::fill(members + offsets[m], members + n, -1);
-  for (int64_t t = 0; t < n; ++t) {
-    if (assign[t] >= 0) members[cursor[assign[t]]++] = static_cast<int32_t>(t);
-  }
-}
-
-// The map that changes nothing.
-inline void write_identity(int64_t n, int32_t* assign, int32_t* offsets, int32_t* members,
-                           int32_t* live) {
-  for (int64_t t = 0; t < n; ++t) assign[t] = offsets[t] = members[t] = static_cast<int32_t>(t);
-  offsets[n] = *live = static_cast<int32_t>(n);
+  const int in_prefix = ask.pattern.dst_before(ask.prefix), rest = ask.num_dst - in_prefix;
+  team.for_each(rest, [&](int i) { number(ask.pattern.dst(in_prefix + i), i); });
+  return next + rest;
 }
 
 }  // namespace tokenops::matching

@@ -1,112 +1,137 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA operator tokenops::select: the token map of the best pairs, in one launch.
+// CUDA operators tokenops::select, the token map of the best pairs in one launch, and
+// tokenops::grid_sides, the sides of a grid as lists.
 #include "select_cuda.cuh"
-
-#include "select_op.cuh"
 
 namespace tokenops::matching {
 namespace {
 
-using cuda::Target;
+// ---- sides ----
 
-// A block for an image. Arrays are in shared memory where there are none in global memory; then
-// sorting may still be in shared memory.
+constexpr int kListThreads = 256;
+constexpr int64_t kListBytes = (kMaxThreads / cuda::kWarpSize + 1) * sizeof(int);
+
+// A block for a band of an image.
+__global__ void __launch_bounds__(kListThreads) list_grid(Grid grid) {
+  const Block block = {reinterpret_cast<int*>(cuda::shared_memory())};
+  grid.list(block, blockIdx.x / grid.bands(), blockIdx.x % grid.bands());
+}
+
+const cuda::Reported reported_grid("list_grid", list_grid, kListThreads, kListBytes);
+
+Lists list_sides(const Target& target, const char* op, int64_t batch, int64_t tokens,
+                 const SplitArgs& split) {
+  target.expect("protected", split.protected_tokens);
+  target.expect("src_index", split.src_index);
+  target.expect("dst_index", split.dst_index);
+  target.expect("cell", split.cell);
+  return make_lists(op, target, batch, tokens, split, [&](const Grid& grid, int64_t images) {
+    target.launch(list_grid, {images * grid.bands(), kListThreads, kListBytes}, grid);
+  });
+}
+
+std::tuple<Tensor, Tensor> grid_sides(const Tensor& metric, const SplitArgs& split) {
+  const char* const op = "tokenops::match";
+  const Metric x(op, metric);
+  const Lists lists = list_sides(Target(op, metric), op, x.batch, x.tokens, split);
+  STD_TORCH_CHECK(split.grid_width > 0 && !split.src_index, op, ": expected a grid");
+  return {*lists.src, *lists.dst};
+}
+
+// ---- selection ----
+
+// A block for an image. Arrays are in shared memory if there are none in global memory; a sort may
+// still be in shared memory then.
 template <class A, bool kShared>
-__global__ void __launch_bounds__(kMostThreads, 1)
-    select_images(Choice all, const A* __restrict__ score, const int32_t* __restrict__ choice,
-                  char* arrays, int64_t array_bytes, bool sorts_in_shared, ChosenMap out) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    select_images(Request all, const A* __restrict__ node_max, const int32_t* __restrict__ node_idx,
+                  char* arrays, int64_t array_bytes, bool sort_in_shared, TokenMap out) {
   const int64_t image = blockIdx.x;
-  const Choice ask = all.row(image);
+  const Request ask = all.image(image);
   char* const counters = cuda::shared_memory();
-  char* const behind = counters + kCounterBytes;
-  const Work<A> work(ask, counters, kShared ? behind : arrays + image * array_bytes,
-                     !kShared && sorts_in_shared ? behind : nullptr);
-  select_image(ask, score + image * all.sources, choice + image * all.sources, work,
-               out.row(all, image));
+  char* const rest = counters + kCounterBytes;
+  const Work<A> work(ask, node_idx + image * all.num_src, counters,
+                     kShared ? rest : arrays + image * array_bytes,
+                     !kShared && sort_in_shared ? rest : nullptr);
+  select_image(ask, node_max + image * all.num_src, work, out.image(all, image));
 }
 
 int threads_for(int64_t tokens) {
-  return tokens <= 128 ? 128 : tokens <= 1056 ? 256 : tokens <= 2112 ? 512 : kMostThreads;
+  return tokens <= 128 ? 128 : tokens <= 1056 ? 256 : tokens <= 2112 ? 512 : kMaxThreads;
 }
 
 template <class A>
-void launch_select(const Target& target, const Choice& ask, int64_t batch, const Tensor& score,
-                   const Tensor& choice, const ChosenMap& out) {
-  const A* const scores = static_cast<const A*>(score.const_data_ptr());
-  const int32_t* const choices = static_cast<const int32_t*>(choice.const_data_ptr());
+void launch_select(const Target& target, const Request& ask, int64_t batch, const Tensor& node_max,
+                   const Tensor& node_idx, const TokenMap& out) {
+  const A* const score = static_cast<const A*>(node_max.const_data_ptr());
+  const int32_t* const index = static_cast<const int32_t*>(node_idx.const_data_ptr());
   const int threads = threads_for(ask.tokens);
-  if (few_bytes<A>(ask) <= target.max_shared_bytes()) {
-    target.launch(select_images<A, true>, {batch, threads, few_bytes<A>(ask)}, ask, scores, choices,
+  if (shared_bytes<A>(ask) <= target.max_shared_bytes()) {
+    target.launch(select_images<A, true>, {batch, threads, shared_bytes<A>(ask)}, ask, score, index,
                   nullptr, 0, false, out);
     return;
   }
-  const int64_t bytes = array_bytes<A>(ask), sorting = kCounterBytes + sorting_bytes<A>(ask);
+  const int64_t bytes = array_bytes<A>(ask), with_sort = kCounterBytes + sort_bytes<A>(ask);
   const Tensor arrays = target.empty({batch, bytes}, ScalarType::Byte);
-  const bool sorts_in_shared = sorting <= target.max_shared_bytes();
+  const bool sort_in_shared = with_sort <= target.max_shared_bytes();
   target.launch(select_images<A, false>,
-                {batch, threads, sorts_in_shared ? sorting : kCounterBytes}, ask, scores, choices,
-                static_cast<char*>(arrays.mutable_data_ptr()), bytes, sorts_in_shared, out);
+                {batch, threads, sort_in_shared ? with_sort : kCounterBytes}, ask, score, index,
+                static_cast<char*>(arrays.mutable_data_ptr()), bytes, sort_in_shared, out);
 }
 
-// An image of 1024 tokens, for the shared memory that the list of kernels tells.
-Choice usual_image() {
-  Choice ask = {};
+// The reported shared memory is that of an image of 1024 tokens.
+template <class A, bool kShared>
+cuda::Reported report(const char* name) {
+  Request ask = {};
   ask.tokens = 1024;
-  return ask;
+  return {name, select_images<A, kShared>, kShared ? threads_for(ask.tokens) : kMaxThreads,
+          kShared ? shared_bytes<A>(ask) : kCounterBytes};
 }
-const cuda::Reported reported_floats("select_images<float, true>", select_images<float, true>,
-                                     threads_for(1024), few_bytes<float>(usual_image()));
-const cuda::Reported reported_doubles("select_images<double, true>", select_images<double, true>,
-                                      threads_for(1024), few_bytes<double>(usual_image()));
-const cuda::Reported reported_many_floats("select_images<float, false>",
-                                          select_images<float, false>, kMostThreads, kCounterBytes);
-const cuda::Reported reported_many_doubles("select_images<double, false>",
-                                           select_images<double, false>, kMostThreads,
-                                           kCounterBytes);
+const cuda::Reported reported_select[] = {report<float, true>("select_images<float, true>"),
+                                          report<double, true>("select_images<double, true>"),
+                                          report<float, false>("select_images<float, false>"),
+                                          report<double, false>("select_images<double, false>")};
+
+MapTensors select(const Tensor& node_max, const Tensor& node_idx, int64_t num_tokens,
+                  const RequestArgs& args, const SplitArgs& split) {
+  const char* const op = "tokenops::select";
+  STD_TORCH_CHECK(node_max.dim() == 2 && node_idx.dim() == 2, op,
+                  ": expected node_max and node_idx [B, Ns]");
+  const int64_t batch = node_max.size(0);
+  const Target target(op, node_max);
+  target.expect("node_idx", node_idx);
+  const DeviceRequest ask(target, op, batch, num_tokens, args, split);
+  STD_TORCH_CHECK(node_idx.size(0) == batch && node_idx.size(1) == node_max.size(1) &&
+                      (node_max.size(1) == ask.num_src || num_tokens == 0),
+                  op, ": expected node_max and node_idx [", batch, ", ", ask.num_src, "], got [",
+                  batch, ", ", node_max.size(1), "] and [", node_idx.size(0), ", ",
+                  node_idx.size(1), "]");
+  const bool is_double = node_max.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(is_double || node_max.scalar_type() == ScalarType::Float, op,
+                  ": expected node_max of dtype float32 or float64, got ", node_max.scalar_type());
+  STD_TORCH_CHECK(node_idx.scalar_type() == ScalarType::Int, op,
+                  ": expected node_idx of dtype int32, got ", node_idx.scalar_type());
+  const Tensor score = as_contiguous(node_max), index = as_contiguous(node_idx);
+  const MapTensors maps = new_map(target, ask, batch);
+  const auto launch = is_double ? launch_select<double> : launch_select<float>;
+  launch(target, ask, batch, score, index, pointers(maps));
+  return maps;
+}
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> select(
-    const Tensor& score, const Tensor& choice, int64_t num_tokens, int64_t r,
-    const std::optional<double>& threshold, const std::optional<Tensor>& thresholds,
-    const Text& order, int64_t num_prefix, const std::optional<Tensor>& is_protected,
-    const std::optional<Tensor>& source_index, const std::optional<Tensor>& destination_index,
-    int64_t stride, int64_t grid_width, int64_t cell_height, const std::optional<Tensor>& cell) {
-  const char* const op = "tokenops::select";
-  STD_TORCH_CHECK(score.dim() == 2 && choice.dim() == 2, op, ": expected score and choice [B, Ns]");
-  const int64_t batch = score.size(0);
-  const Target target(op, score);
-  target.expect("choice", choice);
-  target.expect("protected", is_protected);
-  target.expect("source_index", source_index);
-  target.expect("destination_index", destination_index);
-  target.expect("thresholds", thresholds);
-  const Lists lists = make_lists(target, op, batch, num_tokens, num_prefix, source_index,
-                                 destination_index, stride, grid_width, cell_height, cell);
-  const Choice ask = make_choice(op, batch, num_tokens, r, num_prefix, is_protected, lists.source,
-                                 lists.destination, stride, threshold, thresholds, order);
-  STD_TORCH_CHECK(choice.size(0) == batch && choice.size(1) == score.size(1) &&
-                      (score.size(1) == ask.sources || num_tokens == 0),
-                  op, ": expected score and choice [", batch, ", ", ask.sources, "], got [", batch,
-                  ", ", score.size(1), "] and [", choice.size(0), ", ", choice.size(1), "]");
-  const bool is_double = score.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(is_double || score.scalar_type() == ScalarType::Float, op,
-                  ": expected score of dtype float32 or float64, got ", score.scalar_type());
-  STD_TORCH_CHECK(choice.scalar_type() == ScalarType::Int, op,
-                  ": expected choice of dtype int32, got ", choice.scalar_type());
-  const Tensor scores = as_contiguous(score), choices = as_contiguous(choice);
-
-  const NewMaps maps(target, ask, batch);
-  if (is_double) {
-    launch_select<double>(target, ask, batch, scores, choices, maps.data());
-  } else {
-    launch_select<float>(target, ask, batch, scores, choices, maps.data());
-  }
-  return maps.tensors;
+DeviceRequest::DeviceRequest(const Target& target, const char* op, int64_t batch, int64_t tokens,
+                             const RequestArgs& args, const SplitArgs& split)
+    : lists_(list_sides(target, op, batch, tokens, split)) {
+  target.expect("thresholds", args.thresholds);
+  SplitArgs listed = split;
+  listed.src_index = lists_.src, listed.dst_index = lists_.dst;
+  static_cast<Request&>(*this) = make_request(op, batch, tokens, args, listed);
 }
 
 }  // namespace tokenops::matching
 
 STABLE_TORCH_LIBRARY_IMPL(tokenops, TOKENOPS_DEVICE, m) {
-  m.impl("select", TORCH_BOX(&tokenops::matching::select));
+  m.impl("grid_sides", TOKENOPS_BOX(&tokenops::matching::grid_sides));
+  m.impl("select", TOKENOPS_BOX(&tokenops::matching::select));
 }

@@ -1,167 +1,88 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which sources merge, and the map that they make: an image by one block, its arrays in shared
-// memory as far as they fit there.
+// The selection on CUDA: an image by one block, its arrays in shared memory as far as they fit.
 //
-// The last source to merge is found digit by digit, by histograms of 512 bins around what is left;
-// two of them do mostly. The rest is linear in N, but for a sort of the unmerged sources in ToMe's
-// order. Atomics are of integers, and nothing depends on the order they come in.
+// All steps are linear in N, except for the sort of the unmerged sources in ToMe's order. Atomics
+// are of integers, and no result depends on their order.
 #pragma once
 
-#include <tuple>
-
 #include "../cuda.cuh"
-#include "order.h"
+#include "select.h"
+#include "split.h"
 
 namespace tokenops::matching {
 
-// ---- working memory ----
+constexpr int kMaxThreads = 1024;
 
-constexpr int kMostThreads = 1024;
+// ---- a block as a team ----
+
+// Indices whose loads a thread has in flight at a time.
+constexpr int kUnroll = 4;
+
+// The functions of Serial in team.h.
+struct Block {
+  int* sums;  // [kMaxThreads / kWarpSize + 1], of the scans
+
+  template <class Use>
+  __device__ __forceinline__ void for_each(int count, const Use& use) const {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) use(i);
+  }
+  template <class Load, class Use>
+  __device__ __forceinline__ void for_each(int count, const Load& load, const Use& use) const {
+    for (int i = threadIdx.x; i < count; i += kUnroll * blockDim.x) {
+      decltype(load(0)) loaded[kUnroll];
+      TOKENOPS_UNROLL
+      for (int k = 0; k < kUnroll; ++k) {
+        const int at = i + k * blockDim.x;
+        if (at < count) loaded[k] = load(at);
+      }
+      TOKENOPS_UNROLL
+      for (int k = 0; k < kUnroll; ++k) {
+        const int at = i + k * blockDim.x;
+        if (at < count) use(at, loaded[k]);
+      }
+    }
+  }
+  template <class Value, class Use>
+  __device__ __forceinline__ int scan(int count, const Value& value, const Use& use) const {
+    // Each thread takes consecutive indices. Their number is odd, so that in shared memory the
+    // threads of a warp access different banks.
+    const int threads = blockDim.x, each = (count + threads - 1) / threads | 1;
+    int begin = static_cast<int>(threadIdx.x) * each;
+    if (begin > count) begin = count;
+    const int end = count - begin < each ? count : begin + each;
+    int sum = 0, total;
+    TOKENOPS_UNROLL_4
+    for (int i = begin; i < end; ++i) sum += value(i);
+    int before = cuda::exclusive_sum(sum, sums, &total);
+    for (int i = begin; i < end; ++i) {
+      const int mine = value(i);
+      use(i, mine, before);
+      before += mine;
+    }
+    return total;
+  }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+  __device__ __forceinline__ void add(int32_t* to, int32_t value) const { atomicAdd(to, value); }
+  __device__ __forceinline__ void min(int32_t* to, int32_t value) const { atomicMin(to, value); }
+};
+
+// ---- memory ----
 
 // What a block always has in shared memory.
 struct Counters {
-  int digits[1 << kDigitBits];  // how many numbers have each digit; zero between uses
-  int sums[kMostThreads / cuda::kWarpSize + 1];
-  int digit, before, digit_count;  // the digit of the number that is looked for
-  unsigned lowest, highest;        // the leading bits of the words of finite scores
+  int digits[1 << kDigitBits];  // the histogram, zero between uses
+  int sums[kMaxThreads / cuda::kWarpSize + 1];
+  int digit, before, digit_count;  // the digit of the wanted number
+  unsigned lowest, highest;        // the leading bits of the keys of finite scores
   int scored, mergeable;           // sources with a finite score, and all that may merge
   int crowded;                     // groups of very many members
 };
 constexpr int64_t kCounterBytes = (sizeof(Counters) + 15) / 16 * 16;
 
-// Arrays of an element per token. Some take the place of others that are no longer needed.
-template <class A>
-struct Work {
-  Counters* counters;
-  Word<A>* words;         // by which sources merge
-  int32_t* start;         // where the members of an output token begin; in place of the words
-  Word<A>* sorted_words;  // of sources; in place of the numbers where they are small enough
-  int32_t* size;          // members of a group
-  int32_t* group;         // the token that stands for a token's group: its destination, or itself
-  int32_t* number;        // the output token of a group
-  int32_t* ascending;     // listed destinations; in place of the numbers
-  int32_t* first;         // the first member of a group
-  int32_t* sorted;        // sources; in place of the first members
-  int32_t* staged;        // members, not yet in order; in place of the first ones
-  int32_t* crowded;       // groups of very many members
-  int32_t* slot;          // the sides of a listed split, see list_sides
-
-  // Sorting may have memory of its own.
-  __device__ __forceinline__ Work(const Choice& ask, char* of_counters, char* arrays,
-                                  char* for_sorting)
-      : counters(reinterpret_cast<Counters*>(of_counters)) {
-    const int64_t n = ask.tokens;
-    words = reinterpret_cast<Word<A>*>(arrays);
-    start = reinterpret_cast<int32_t*>(arrays);
-    size = reinterpret_cast<int32_t*>(words + (sizeof(A) == 8 ? 2 * n : n));
-    group = size + n;
-    number = ascending = group + n;
-    first = sorted = staged = number + n;
-    crowded = first + n;
-    slot = crowded + n / 32 + 1;
-    sorted_words = sizeof(A) == 8 ? words + n : reinterpret_cast<Word<A>*>(number);
-    if (for_sorting != nullptr) {
-      sorted_words = reinterpret_cast<Word<A>*>(for_sorting);
-      sorted = reinterpret_cast<int32_t*>(sorted_words + ask.most_sorted());
-    }
-  }
-};
-
-// Bytes of the arrays, of what sorting needs if it has memory of its own, and of all that
-// select_few needs.
-template <class A>
-TOKENOPS_HOST_DEVICE int64_t array_bytes(const Choice& ask) {
-  const int64_t n = ask.tokens;
-  const int64_t words = (sizeof(A) == 8 ? 16 : 4) * n;
-  return (words + (4 * n + n / 32 + 1 + (ask.listed ? n : 0)) * 4 + 15) / 16 * 16;
-}
-template <class A>
-TOKENOPS_HOST_DEVICE int64_t sorting_bytes(const Choice& ask) {
-  return ask.most_sorted() * static_cast<int64_t>(sizeof(A) + sizeof(int32_t));
-}
-template <class A>
-TOKENOPS_HOST_DEVICE int64_t few_bytes(const Choice& ask) {
-  return kCounterBytes + array_bytes<A>(ask);
-}
-
-// ---- steps that all threads of a block take together ----
-
-// The consecutive items that are this thread's. Their number is odd, so that in shared memory the
-// threads of a warp come to different banks.
-struct Share {
-  int begin, end;
-
-  __device__ __forceinline__ explicit Share(int count) {
-    const int threads = blockDim.x, each = (count + threads - 1) / threads | 1;
-    begin = static_cast<int>(threadIdx.x) * each;
-    if (begin > count) begin = count;
-    end = count - begin < each ? count : begin + each;
-  }
-};
-
-// Number those of `count` items that `among(i)` is true of from 0 on, in order: `give(i, number)`.
-// Returns how many they are.
-template <class Among, class Give>
-__device__ __forceinline__ int enumerate(int count, int* sums, const Among& among,
-                                         const Give& give) {
-  const Share share(count);
-  int mine = 0, total;
-  TOKENOPS_UNROLL_4
-  for (int i = share.begin; i < share.end; ++i) mine += among(i);
-  int next = cuda::exclusive_sum(mine, sums, &total);
-  for (int i = share.begin; i < share.end; ++i) {
-    if (among(i)) give(i, next++);
-  }
-  return total;
-}
-
-// Items whose loads a thread has on their way at a time.
-constexpr int kAtOnce = 4;
-
-// Narrow an interval until it ends with the number that is looked for, or is that alone;
-// `number(i)` are the numbers, i < count, and none is the largest one that there is.
-template <class W, class Number>
-__device__ __forceinline__ Interval<W> narrow(Interval<W> among, int count, Counters* counters,
-                                              const Number& number) {
-  while (!among.found() && among.low < among.high) {
-    const int shift = among.shift();
-    for (int i = threadIdx.x; i < count; i += kAtOnce * blockDim.x) {
-      W x[kAtOnce];
-      TOKENOPS_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int at = i + k * blockDim.x;
-        x[k] = at < count ? number(at) : ~W{0};
-      }
-      TOKENOPS_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) {
-        if (among.holds(x[k])) atomicAdd(&counters->digits[among.digit(x[k], shift)], 1);
-      }
-    }
-    __syncthreads();
-    const Share share(1 << kDigitBits);
-    int mine = 0, total;
-    for (int i = share.begin; i < share.end; ++i) mine += counters->digits[i];
-    int before = cuda::exclusive_sum(mine, counters->sums, &total);
-    for (int i = share.begin; i < share.end; ++i) {
-      const int here = counters->digits[i];
-      counters->digits[i] = 0;
-      if (before <= among.rank && among.rank < before + here) {
-        counters->digit = i;
-        counters->before = before;
-        counters->digit_count = here;
-      }
-      before += here;
-    }
-    __syncthreads();
-    among = among.of_digit(counters->digit, shift, counters->before, counters->digit_count);
-  }
-  return among;
-}
-
-// Bitonic sort of pairs, ascending, with neighbours of all distances compared in one direction:
-// what would be beyond the end would be larger than all else and stay there.
-template <class W>
-__device__ __forceinline__ void sort_pairs_by_word(W* words, int32_t* tokens, int count) {
+// Bitonic sort of `count` pairs by key and then token, ascending. All compare-exchanges go in one
+// direction, so that elements past the end, which count as the largest, need not exist.
+template <class K>
+__device__ __forceinline__ void sort_pairs(K* keys, int32_t* tokens, int count) {
   const unsigned end = count;
   for (unsigned run = 2; run / 2 < end; run *= 2) {  // runs of half the length are sorted
     for (unsigned by = run / 2; by > 0; by /= 2) {
@@ -171,11 +92,10 @@ __device__ __forceinline__ void sort_pairs_by_word(W* words, int32_t* tokens, in
         if (left >= end) break;
         const unsigned right = mirrored ? left - 2 * within + run - 1 : left + by;
         if (right >= end) continue;
-        const W a = words[left], b = words[right];
-        const int32_t s = tokens[left], t = tokens[right];
-        if (b < a || (b == a && t < s)) {
-          words[left] = b, words[right] = a;
-          tokens[left] = t, tokens[right] = s;
+        const Rank<K> a = {keys[left], tokens[left]}, b = {keys[right], tokens[right]};
+        if (b < a) {
+          keys[left] = b.key, keys[right] = a.key;
+          tokens[left] = b.token, tokens[right] = a.token;
         }
       }
       __syncthreads();
@@ -183,87 +103,128 @@ __device__ __forceinline__ void sort_pairs_by_word(W* words, int32_t* tokens, in
   }
 }
 
-// ---- sides ----
-
-// In `slot`, the place of each source as it is listed, INT_MIN + that of each destination, and this
-// for others. Of a token that is listed more than once the first place counts, that of a
-// destination before that of a source.
-constexpr int32_t kNeitherSide = INT_MAX;
-
-// Lists destinations in ascending order. Returns how many tokens they are.
+// Arrays [N] of an image. Some take the place of others that are no longer needed.
 template <class A>
-__device__ __forceinline__ int list_sides(const Choice& ask, const Work<A>& work) {
-  for (int i = threadIdx.x; i < ask.destinations; i += blockDim.x) {
-    atomicMin(&work.slot[ask.destination_index.at(i, ask.tokens)], INT_MIN + i);
+struct Work : Groups {
+  const Request& ask;
+  const int32_t* node_idx;
+  int num_dst;  // distinct destinations
+  Counters* counters;
+  Key<A>* key;
+  int32_t* start;       // where the members of an output token begin; in place of the keys
+  Key<A>* sorted_keys;  // in place of the numbers if they are small enough
+  int32_t* sorted;      // sources by rank; in place of `first`
+  int32_t* ascending;   // listed destinations; in place of the numbers
+  int32_t* staged;      // members, not yet in order; in place of `first`
+  int32_t* crowded;     // groups of very many members
+
+  // A sort may have memory of its own.
+  __device__ __forceinline__ Work(const Request& request, const int32_t* best, char* of_counters,
+                                  char* arrays, char* for_sort)
+      : ask(request), node_idx(best), counters(reinterpret_cast<Counters*>(of_counters)) {
+    const int64_t n = ask.tokens;
+    key = reinterpret_cast<Key<A>*>(arrays);
+    start = reinterpret_cast<int32_t*>(arrays);
+    size = reinterpret_cast<int32_t*>(key + (sizeof(A) == 8 ? 2 * n : n));
+    group = size + n;
+    number = ascending = group + n;
+    first = sorted = staged = number + n;
+    crowded = first + n;
+    slot = crowded + n / 32 + 1;
+    sorted_keys = sizeof(A) == 8 ? key + n : reinterpret_cast<Key<A>*>(number);
+    if (for_sort != nullptr) {
+      sorted_keys = reinterpret_cast<Key<A>*>(for_sort);
+      sorted = reinterpret_cast<int32_t*>(sorted_keys + ask.max_sorted());
+    }
   }
-  for (int i = threadIdx.x; i < ask.sources; i += blockDim.x) {
-    atomicMin(&work.slot[ask.source_index.at(i, ask.tokens)], i);
+
+  __device__ __forceinline__ int32_t src_index(int t) const {
+    if (!ask.listed) return ask.pattern.src_index(t);
+    return slot[t] < 0 || slot[t] == kNeitherSide ? -1 : slot[t];
   }
-  __syncthreads();
-  const int found = enumerate(
-      ask.tokens, work.counters->sums, [&](int t) { return work.slot[t] < 0; },
-      [&](int t, int place) { work.ascending[place] = t; });
-  __syncthreads();
-  return found;
+  __device__ __forceinline__ int32_t target(int t) const {
+    const int32_t best = node_idx[src_index(t)];
+    if (ask.has_threshold && best < 0) return -1;
+    const int32_t i = clamped(best, num_dst);
+    return ask.listed ? ascending[i] : ask.pattern.dst(i);
+  }
+  __device__ __forceinline__ void put(int i, int t) const {
+    sorted_keys[i] = key[t];
+    sorted[i] = t;
+  }
+  __device__ __forceinline__ void sort(const Block&, int count) const {
+    sort_pairs(sorted_keys, sorted, count);
+  }
+  __device__ __forceinline__ int32_t ranked(int i) const { return sorted[i]; }
+};
+
+// Bytes of the arrays, of the memory of a sort that has its own, and of all that select_in_shared
+// needs.
+template <class A>
+TOKENOPS_HOST_DEVICE int64_t array_bytes(const Request& ask) {
+  const int64_t n = ask.tokens;
+  const int64_t keys = (sizeof(A) == 8 ? 16 : 4) * n;
+  return (keys + (4 * n + n / 32 + 1 + (ask.listed ? n : 0)) * 4 + 15) / 16 * 16;
 }
-
-// Place of a token among the sources, or -1.
 template <class A>
-__device__ __forceinline__ int32_t source_place(const Choice& ask, const Work<A>& work, int t) {
-  if (!ask.listed) return ask.rule.source_place(t);
-  return work.slot[t] < 0 || work.slot[t] == kNeitherSide ? -1 : work.slot[t];
+TOKENOPS_HOST_DEVICE int64_t sort_bytes(const Request& ask) {
+  return ask.max_sorted() * static_cast<int64_t>(sizeof(A) + sizeof(int32_t));
+}
+template <class A>
+TOKENOPS_HOST_DEVICE int64_t shared_bytes(const Request& ask) {
+  return kCounterBytes + array_bytes<A>(ask);
 }
 
 // ---- which sources merge ----
 
-// Every token is a group of its own; returns how many are destinations.
-template <class A>
-__device__ __forceinline__ int begin_choice(const Choice& ask, const Work<A>& work) {
-  Counters& counters = *work.counters;
-  __syncthreads();  // whoever needed the memory before
-  for (int i = threadIdx.x; i < 1 << kDigitBits; i += blockDim.x) counters.digits[i] = 0;
-  for (int t = threadIdx.x; t < ask.tokens; t += blockDim.x) {
-    work.group[t] = work.first[t] = t;
-    work.size[t] = 1;
-    if (ask.listed) work.slot[t] = kNeitherSide;
+// Narrow an interval until the wanted number is its largest or its only one. `number(i)` is the
+// i-th number, i < count; all numbers are less than ~K{0}.
+template <class K, class Number>
+__device__ __forceinline__ Interval<K> narrow(Interval<K> among, int count, const Block& block,
+                                              Counters* counters, const Number& number) {
+  while (!among.found() && among.low < among.high) {
+    const int shift = among.shift();
+    block.for_each(count, number, [&](int, K x) {
+      if (among.holds(x)) atomicAdd(&counters->digits[among.digit(x, shift)], 1);
+    });
+    __syncthreads();
+    block.scan(
+        1 << kDigitBits, [&](int i) { return counters->digits[i]; },
+        [&](int i, int here, int before) {
+          counters->digits[i] = 0;
+          if (before <= among.rank && among.rank < before + here) {
+            counters->digit = i;
+            counters->before = before;
+            counters->digit_count = here;
+          }
+        });
+    __syncthreads();
+    among = among.of_digit(counters->digit, shift, counters->before, counters->digit_count);
   }
-  if (threadIdx.x == 0) {
-    counters.lowest = ~0u;
-    counters.highest = 0;
-    counters.scored = counters.mergeable = counters.crowded = 0;
-  }
-  __syncthreads();
-  return ask.listed ? list_sides(ask, work) : ask.destinations;
+  return among;
 }
 
-// The words of all tokens, and what there is of them.
+// Find the keys of all tokens, and count them.
 template <class A>
-__device__ __forceinline__ void weigh_sources(const Choice& ask, const A* score,
-                                              const Work<A>& work) {
+__device__ __forceinline__ void find_keys(const Request& ask, const A* node_max, const Block& block,
+                                          const Work<A>& work) {
   unsigned lowest = ~0u, highest = 0, scored = 0, mergeable = 0;
-  for (int i = threadIdx.x; i < ask.tokens; i += kAtOnce * blockDim.x) {
-    Word<A> word[kAtOnce];
-    TOKENOPS_UNROLL
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int t = i + k * blockDim.x;
-      const int32_t place = ask.prefix <= t && t < ask.tokens ? source_place(ask, work, t) : -1;
-      word[k] = place >= 0 ? word_of(score[place]) : kNever<A>;
-      if (place >= 0 && ask.is_protected != nullptr && ask.is_protected[t * ask.protected_stride]) {
-        word[k] = kProtected<A>;
-      }
-    }
-    TOKENOPS_UNROLL
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int t = i + k * blockDim.x;
-      if (t < ask.tokens) work.words[t] = word[k];
-      mergeable += word[k] < kNever<A>;
-      if (word[k] >= kUnscored<A>) continue;
-      const unsigned leading = static_cast<unsigned>(word[k] >> (8 * sizeof(A) - 32));
-      ++scored;
-      if (leading < lowest) lowest = leading;
-      if (leading > highest) highest = leading;
-    }
-  }
+  block.for_each(
+      ask.tokens,
+      [&](int t) {
+        const int32_t i = ask.prefix <= t ? work.src_index(t) : -1;
+        if (i < 0) return kNever<A>;
+        return ask.is_protected(t) ? kProtected<A> : key_of(node_max[i]);
+      },
+      [&](int t, Key<A> key) {
+        work.key[t] = key;
+        mergeable += key < kNever<A>;
+        if (key >= kUnscored<A>) return;
+        const unsigned leading = static_cast<unsigned>(key >> (8 * sizeof(A) - 32));
+        ++scored;
+        if (leading < lowest) lowest = leading;
+        if (leading > highest) highest = leading;
+      });
   lowest = __reduce_min_sync(cuda::kAllLanes, lowest);
   highest = __reduce_max_sync(cuda::kAllLanes, highest);
   scored = __reduce_add_sync(cuda::kAllLanes, scored);
@@ -277,198 +238,97 @@ __device__ __forceinline__ void weigh_sources(const Choice& ask, const A* score,
   __syncthreads();
 }
 
-// The last source that merges, if there are so many destinations.
+// The last source that merges.
 template <class A>
-__device__ __forceinline__ Last<Word<A>> last_to_merge(const Choice& ask, int destinations,
-                                                       const Work<A>& work) {
-  using W = Word<A>;
+__device__ __forceinline__ Rank<Key<A>> last_to_merge(const Request& ask, const Block& block,
+                                                      const Work<A>& work) {
+  using K = Key<A>;
   const Counters& counters = *work.counters;
   const int scored = counters.scored, mergeable = counters.mergeable;
-  const bool never = ask.limited && ask.threshold != ask.threshold;
-  if (ask.r <= 0 || mergeable == 0 || destinations == 0 || never) return {0, -1};
+  if (none_merges(ask, mergeable, work.num_dst)) return {0, -1};
   if (ask.r >= mergeable) return {kProtected<A>, INT_MAX};
   constexpr int kRest = 8 * sizeof(A) - 32;
-  Interval<W> words = {static_cast<W>(counters.lowest) << kRest,
-                       (static_cast<W>(counters.highest) << kRest) | ((W{1} << kRest) - 1),
-                       ask.r - 1, scored};
+  Interval<K> keys = {static_cast<K>(counters.lowest) << kRest,
+                      (static_cast<K>(counters.highest) << kRest) | ((K{1} << kRest) - 1),
+                      ask.r - 1, scored};
   if (ask.r > scored) {
-    words = {kUnscored<A>, kProtected<A>, ask.r - 1 - scored, mergeable - scored};
+    keys = {kUnscored<A>, kProtected<A>, ask.r - 1 - scored, mergeable - scored};
   }
-  words = narrow(words, ask.tokens, work.counters, [&](int t) { return work.words[t]; });
-  if (words.found()) return {words.high, INT_MAX};
-  // Of equal ones some merge, those of the lowest tokens.
-  const auto token = [&](int t) {
-    return work.words[t] == words.low ? static_cast<unsigned>(t) : ~0u;
-  };
-  const Interval<unsigned> all = {0, static_cast<unsigned>(ask.tokens - 1), words.rank,
-                                  words.count};
-  const Interval<unsigned> tokens = narrow(all, ask.tokens, work.counters, token);
-  return {words.low, static_cast<int32_t>(tokens.high)};
-}
-
-// Merge the sources up to `last`, as far as they are similar enough.
-template <class A>
-__device__ __forceinline__ void merge_sources(const Choice& ask, const int32_t* choice,
-                                              int destinations, Last<Word<A>> last,
-                                              const Work<A>& work) {
-  const Word<A> limit = ask.limited ? word_of(static_cast<A>(ask.threshold)) : kProtected<A>;
-  for (int i = threadIdx.x; i < ask.tokens; i += kAtOnce * blockDim.x) {
-    int32_t target[kAtOnce];  // -1 for none
-    TOKENOPS_UNROLL
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int t = i + k * blockDim.x;
-      const Word<A> word = t < ask.tokens ? work.words[t] : kNever<A>;
-      target[k] = -1;
-      if (word > limit || !last.includes(word, t)) continue;
-      const int32_t chosen = choice[source_place(ask, work, t)];
-      if (ask.limited && chosen < 0) continue;
-      const int32_t place = clamped(chosen, destinations);
-      target[k] = ask.listed ? work.ascending[place] : ask.rule.destination(place);
-    }
-    TOKENOPS_UNROLL
-    for (int k = 0; k < kAtOnce; ++k) {
-      if (target[k] < 0) continue;
-      const int t = i + k * blockDim.x;
-      work.group[t] = target[k];
-      atomicAdd(&work.size[target[k]], 1);
-      if (!ask.tome) atomicMin(&work.first[target[k]], t);
-    }
-  }
-  __syncthreads();
-}
-
-// ---- the order of the groups ----
-
-// Output tokens in the order of their first member; returns how many they are.
-template <class A>
-__device__ __forceinline__ int number_by_position(const Choice& ask, const Work<A>& work) {
-  return enumerate(
-      ask.tokens, work.counters->sums, [&](int t) { return work.first[work.group[t]] == t; },
-      [&](int t, int number) { work.number[work.group[t]] = number; });
-}
-
-// ToMe's order: prefix, tokens of neither side, unmerged sources, destinations as they are listed.
-// Sources come by similarity, or in place where there is a prefix.
-template <class A>
-__device__ __forceinline__ int number_as_tome(const Choice& ask, const Work<A>& work) {
-  const int n = ask.tokens;
-  int* const sums = work.counters->sums;
-  const auto own = [&](int t) { return t >= ask.prefix && work.group[t] == t; };
-  const auto is_by_score = [&](int t) { return work.words[t] < kUnscored<A>; };
-
-  int by_score = 0;
-  if (ask.by_score()) {
-    by_score = enumerate(
-        n, sums, [&](int t) { return own(t) && is_by_score(t); },
-        [&](int t, int i) {
-          work.sorted_words[i] = work.words[t];
-          work.sorted[i] = t;
-        });
-    __syncthreads();
-    sort_pairs_by_word(work.sorted_words, work.sorted, by_score);
-  }
-  int next = ask.prefix;
-  for (int t = threadIdx.x; t < ask.prefix; t += blockDim.x) work.number[t] = t;
-  const auto number = [&](int t, int i) { work.number[t] = next + i; };
-  if (ask.listed) {
-    const int others =
-        enumerate(n, sums, [&](int t) { return own(t) && work.slot[t] == kNeitherSide; }, number);
-    next += others;
-  }
-  for (int i = threadIdx.x; i < by_score; i += blockDim.x) work.number[work.sorted[i]] = next + i;
-  next += by_score;
-  const int in_place = enumerate(
-      n, sums,
-      [&](int t) {
-        return own(t) && source_place(ask, work, t) >= 0 && !(ask.by_score() && is_by_score(t));
-      },
-      number);
-  next += in_place;
-  if (ask.listed) {
-    const int listed = enumerate(
-        ask.destinations, sums,
-        [&](int i) {
-          const int32_t t = ask.destination_index.at(i, n);
-          return t >= ask.prefix && work.slot[t] == INT_MIN + i;
-        },
-        [&](int i, int place) { number(ask.destination_index.at(i, n), place); });
-    return next + listed;
-  }
-  const int in_prefix = ask.rule.destinations_before(ask.prefix);
-  for (int i = in_prefix + threadIdx.x; i < ask.destinations; i += blockDim.x) {
-    number(ask.rule.destination(i), i - in_prefix);
-  }
-  return next + ask.destinations - in_prefix;
+  keys = narrow(keys, ask.tokens, block, work.counters, [&](int t) { return work.key[t]; });
+  if (keys.found()) return {keys.high, INT_MAX};
+  // Of several sources with the last key, those of the lowest tokens merge.
+  const Interval<unsigned> all = {0, static_cast<unsigned>(ask.tokens - 1), keys.rank, keys.count};
+  const Interval<unsigned> tokens = narrow(all, ask.tokens, block, work.counters, [&](int t) {
+    return work.key[t] == keys.low ? static_cast<unsigned>(t) : ~0u;
+  });
+  return {keys.low, static_cast<int32_t>(tokens.high)};
 }
 
 // ---- the map ----
 
 // Write the map of `live` groups.
 template <class A>
-__device__ __forceinline__ void write_map(const Choice& ask, int live, const Work<A>& work,
-                                          const ChosenMap& out) {
+__device__ __forceinline__ void write_map(const Request& ask, int live, const Block& block,
+                                          const Work<A>& work, const TokenMap& out) {
   const int n = ask.tokens, outputs = ask.outputs;
-  const int bits = compared_bits(n), taken = 2 << bits;
+  const int bits = compared_bits(n), one_staged = 2 << bits;
   __syncthreads();
-  // Crowded groups are listed, and their size becomes negative; what others have in `size` counts
-  // from `taken` on how many members are staged.
-  for (int t = threadIdx.x; t < n; t += blockDim.x) {
-    if (work.group[t] != t) continue;
+  // The size of a crowded group becomes negative. That of another group counts its staged members
+  // from bit `bits + 1` on.
+  block.for_each(n, [&](int t) {
+    if (work.group[t] != t) return;
     const int size = work.size[t];
     work.start[work.number[t]] = size;
     if (size > 1 << bits) {
       work.crowded[atomicAdd(&work.counters->crowded, 1)] = t;
       work.size[t] = -size;
     }
-  }
+  });
   __syncthreads();
-  const Share share(live);
-  int mine = 0, total;
-  for (int m = share.begin; m < share.end; ++m) mine += work.start[m];
-  int at = cuda::exclusive_sum(mine, work.counters->sums, &total);
-  for (int m = share.begin; m < share.end; ++m) {
-    const int size = work.start[m];
-    work.start[m] = at;
-    if (m <= outputs) out.offsets[m] = at;
-    at += size;
-  }
+  block.scan(
+      live, [&](int m) { return work.start[m]; },
+      [&](int m, int, int before) {
+        work.start[m] = before;
+        if (m <= outputs) out.offsets[m] = before;
+      });
   for (int m = live + threadIdx.x; m <= outputs; m += blockDim.x) out.offsets[m] = n;
   if (threadIdx.x == 0) *out.count = live < outputs ? live : outputs;
   __syncthreads();
 
-  // Groups beyond the outputs are dropped: there are such where too few sources could merge.
-  for (int i = threadIdx.x; i < n; i += kAtOnce * blockDim.x) {
-    int32_t group[kAtOnce], m[kAtOnce], size[kAtOnce], begin[kAtOnce];
-    TOKENOPS_UNROLL
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int t = i + k * blockDim.x;
-      group[k] = work.group[t < n ? t : i];
-      m[k] = work.number[group[k]];
-      size[k] = atomicAdd(&work.size[group[k]], 0);  // others add to it meanwhile
-      begin[k] = work.start[m[k]];
-    }
-    TOKENOPS_UNROLL
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int t = i + k * blockDim.x;
-      if (t >= n) break;
-      const bool kept = m[k] < outputs;
-      out.assign[t] = kept ? m[k] : -1;
-      if (size[k] == 1) {
-        out.members[begin[k]] = kept ? t : -1;
-      } else if (size[k] > 0) {
-        work.staged[begin[k] + (atomicAdd(&work.size[group[k]], taken) >> (bits + 1))] = t;
-      }
-    }
-  }
+  struct Place {
+    int32_t group, m, size, begin;
+  };
+  block.for_each(
+      n,
+      [&](int t) {
+        Place place;
+        place.group = work.group[t];
+        place.m = work.number[place.group];
+        place.size = atomicAdd(&work.size[place.group], 0);  // other threads add to it meanwhile
+        place.begin = work.start[place.m];
+        return place;
+      },
+      [&](int t, const Place& place) {
+        // More groups than outputs are left if too few sources could merge: those are dropped.
+        const bool kept = place.m < outputs;
+        out.assign[t] = kept ? place.m : -1;
+        if (place.size == 1) {
+          out.members[place.begin] = kept ? t : -1;
+        } else if (place.size > 0) {
+          const int staged = atomicAdd(&work.size[place.group], one_staged) >> (bits + 1);
+          work.staged[place.begin + staged] = t;
+        }
+      });
   __syncthreads();
-  for (int t = threadIdx.x; t < n; t += blockDim.x) {
+  block.for_each(n, [&](int t) {
     const int group = work.group[t], size = work.size[group];
-    if (size <= 1) continue;
-    const int m = work.number[group], begin = work.start[m], end = begin + (size & (taken - 1));
-    int place = begin;
-    for (int i = begin; i < end; ++i) place += work.staged[i] < t;
-    out.members[place] = m < outputs ? t : -1;
-  }
+    if (size <= 1) return;
+    const int m = work.number[group], begin = work.start[m];
+    const int end = begin + (size & (one_staged - 1));
+    int at = begin;
+    for (int i = begin; i < end; ++i) at += work.staged[i] < t;
+    out.members[at] = m < outputs ? t : -1;
+  });
   // A warp for a crowded group goes over all tokens.
   const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
   for (int i = warp; i < work.counters->crowded; i += blockDim.x / cuda::kWarpSize) {
@@ -484,25 +344,54 @@ __device__ __forceinline__ void write_map(const Choice& ask, int live, const Wor
   }
 }
 
-// The map of one image from score and choice [sources], for `ask`, `out` of that image.
+// The map of one image from node_max [num_src].
 template <class A>
-__device__ __forceinline__ void select_image(const Choice& ask, const A* score,
-                                             const int32_t* choice, const Work<A>& work,
-                                             const ChosenMap& out) {
-  const int destinations = begin_choice(ask, work);
-  weigh_sources(ask, score, work);
-  const Last<Word<A>> last = last_to_merge(ask, destinations, work);
-  merge_sources(ask, choice, destinations, last, work);
-  const int live = ask.tome ? number_as_tome(ask, work) : number_by_position(ask, work);
-  write_map(ask, live, work, out);
+__device__ __forceinline__ void select_image(const Request& ask, const A* node_max, Work<A> work,
+                                             const TokenMap& out) {
+  Counters& counters = *work.counters;
+  const Block block = {counters.sums};
+  __syncthreads();  // the memory may have been in use
+  block.for_each(1 << kDigitBits, [&](int i) { counters.digits[i] = 0; });
+  if (threadIdx.x == 0) {
+    counters.lowest = ~0u;
+    counters.highest = 0;
+    counters.scored = counters.mergeable = counters.crowded = 0;
+  }
+  start_groups(block, ask, work);
+  work.num_dst = ask.num_dst;
+  if (ask.listed) {
+    work.num_dst = enumerate(
+        block, ask.tokens, [&](int t) { return work.slot[t] < 0; },
+        [&](int t, int n) { work.ascending[n] = t; });
+    __syncthreads();
+  }
+  find_keys(ask, node_max, block, work);
+  merge_src<A>(block, ask, last_to_merge(ask, block, work), work);
+  const int live =
+      ask.tome_order ? number_as_tome<A>(block, ask, work) : number_by_position(block, ask, work);
+  write_map(ask, live, block, work, out);
 }
 
-// The same with everything in shared memory: few_bytes<A>(ask) from `scratch` on, a multiple of 16.
-// The block has any number of whole warps. It waits for its threads before anything is read.
+// The same with everything in shared memory: shared_bytes<A>(ask) from `memory` on, a multiple of
+// 16. The block has any number of whole warps.
 template <class A>
-__device__ __forceinline__ void select_few(const Choice& ask, const A* score, const int32_t* choice,
-                                           char* scratch, const ChosenMap& out) {
-  select_image(ask, score, choice, Work<A>(ask, scratch, scratch + kCounterBytes, nullptr), out);
+__device__ __forceinline__ void select_in_shared(const Request& ask, const A* node_max,
+                                                 const int32_t* node_idx, char* memory,
+                                                 const TokenMap& out) {
+  select_image(ask, node_max, Work<A>(ask, node_idx, memory, memory + kCounterBytes, nullptr), out);
 }
+
+// ---- requests ----
+
+using cuda::Target;
+
+// What a match asks for; a grid has become two lists. In select_cuda.cu.
+struct DeviceRequest : Request {
+  DeviceRequest(const Target& target, const char* op, int64_t batch, int64_t tokens,
+                const RequestArgs& args, const SplitArgs& split);
+
+ private:
+  Lists lists_;
+};
 
 }  // namespace tokenops::matching

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The index arithmetic of the CUDA kernels, on the CPU: random cases against plain loops.
+// Tests the index arithmetic of the CUDA kernels on the CPU: random cases against plain loops.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "matching/order.h"
+#include "matching/select.h"
 #include "merging/merging.h"
 #include "merging/route.h"
 
@@ -31,18 +31,18 @@ int64_t number(int64_t low, int64_t high) {
     }                                                                     \
   } while (false)
 
-void sides_by_rule() {
+void sides_of_a_pattern() {
   for (uint32_t stride = 1; stride <= 9; ++stride) {
-    const Alternation rule = {stride};
-    int32_t sources = 0, destinations = 0;
+    const Strided pattern = {stride};
+    int32_t num_src = 0, num_dst = 0;
     for (uint32_t token = 0; token < 100; ++token) {
-      const bool is_destination = token % stride == stride - 1;
-      CHECK(rule.destinations_before(token) == destinations);
-      CHECK(rule.source_place(token) == (is_destination ? -1 : sources));
-      if (is_destination) {
-        CHECK(rule.destination(destinations++) == static_cast<int32_t>(token));
+      const bool is_dst = token % stride == stride - 1;
+      CHECK(pattern.dst_before(token) == num_dst);
+      CHECK(pattern.src_index(token) == (is_dst ? -1 : num_src));
+      if (is_dst) {
+        CHECK(pattern.dst(num_dst++) == static_cast<int32_t>(token));
       } else {
-        CHECK(rule.source(sources++) == static_cast<int32_t>(token));
+        CHECK(pattern.src(num_src++) == static_cast<int32_t>(token));
       }
     }
   }
@@ -66,15 +66,15 @@ A any_score() {
 }
 
 template <class A>
-void words_order_scores() {
+void keys_order_scores() {
   for (int i = 0; i < 20000; ++i) {
     const A a = any_score<A>(), b = any_score<A>();
-    CHECK((word_of(a) < word_of(b)) == (a > b));
-    CHECK((word_of(a) == word_of(b)) == (a == b));
-    CHECK(word_of(a) <= kUnscored<A>);
-    CHECK((word_of(a) == kUnscored<A>) == (a == -std::numeric_limits<A>::infinity()));
+    CHECK((key_of(a) < key_of(b)) == (a > b));
+    CHECK((key_of(a) == key_of(b)) == (a == b));
+    CHECK(key_of(a) <= kUnscored<A>);
+    CHECK((key_of(a) == kUnscored<A>) == (a == -std::numeric_limits<A>::infinity()));
   }
-  CHECK(word_of(std::numeric_limits<A>::quiet_NaN()) == kUnscored<A>);
+  CHECK(key_of(std::numeric_limits<A>::quiet_NaN()) == kUnscored<A>);
   CHECK(kUnscored<A> < kProtected<A> && kProtected<A> < kNever<A>);
 }
 
@@ -117,10 +117,13 @@ void intervals_find_the_nth_smallest() {
   }
 }
 
-void last_source_includes_the_ones_before() {
-  const Last<uint32_t> last = {10, 4};
-  CHECK(last.includes(9, 100) && last.includes(10, 4) && last.includes(10, 0));
-  CHECK(!last.includes(10, 5) && !last.includes(11, 0));
+void ranks_go_by_key_then_token() {
+  using R = Rank<uint32_t>;
+  const R last = {10, 4};
+  const R others[] = {{9, 100}, {10, 4}, {10, 0}};
+  for (const R& other : others) CHECK(!(last < other));
+  const R behind[] = {{10, 5}, {11, 0}};
+  CHECK(last < behind[0] && last < behind[1]);
 }
 
 void wild_indices_stay_inside() {
@@ -172,12 +175,12 @@ void comparing_members_stays_cheap() {
 }  // namespace
 
 int main() {
-  sides_by_rule();
-  words_order_scores<float>();
-  words_order_scores<double>();
+  sides_of_a_pattern();
+  keys_order_scores<float>();
+  keys_order_scores<double>();
   intervals_find_the_nth_smallest<uint32_t>();
   intervals_find_the_nth_smallest<uint64_t>();
-  last_source_includes_the_ones_before();
+  ranks_go_by_key_then_token();
   wild_indices_stay_inside();
   comparing_members_stays_cheap();
   std::printf("passed\n");

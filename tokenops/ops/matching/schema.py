@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import _backend
 from ..._library import acc_dtype, register
 from ..merging import schema as _merging  # noqa: F401 - registers what the backward calls
-from . import common, composed, reference
+from . import common, composed, cuda, reference
 from .arguments import Best, Map, Request, SplitArgs
 
 # ---- nearest ----
@@ -151,4 +151,5 @@ register(
 )
 register(reference.select, composed=composed.select, fake=_select_fake, shared=_SHARED)
 
+_backend.serve_by_parts("match", cuda.match, "grid_sides", "match_fits", "match_image", "select")
 _backend.serve_by_triton(__package__, "nearest", "match", "search", "select")

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sides of a grid as two lists, for kernels that take lists.
+#pragma once
+
+#include "arguments.h"
+#include "team.h"
+
+namespace tokenops::matching {
+
+// The tokens behind the prefix are rows of `width`. Each whole cell has one destination, all other
+// tokens are sources. Both lists are ascending.
+struct Grid {
+  int32_t tokens, prefix;
+  int32_t width, cell_height, cell_width;
+  int32_t rows, columns;  // of whole cells
+  View cell;              // index of each destination in its cell; no data if that is 0
+  int32_t *src, *dst;     // [num_src], [num_dst] of each image
+
+  TOKENOPS_HOST_DEVICE int32_t num_dst() const { return rows * columns; }
+  TOKENOPS_HOST_DEVICE int32_t num_src() const { return tokens - prefix - num_dst(); }
+  // Rows of cells, and one band for the tokens below the last one.
+  TOKENOPS_HOST_DEVICE int32_t bands() const { return rows + 1; }
+
+  // List the tokens of one band of an image.
+  template <class Team>
+  TOKENOPS_TEAM void list(const Team& team, int64_t image, int32_t band) const {
+    const int32_t begin = band * cell_height * width, dst_before = band * columns;
+    const int32_t columns_here = band < rows ? columns : 0;
+    const int32_t count = band < rows ? cell_height * width : tokens - prefix - begin;
+    const View places = cell.image(image);
+    int32_t* const to_src = src + image * num_src() + begin - dst_before;
+    int32_t* const to_dst = dst + image * num_dst() + dst_before;
+    team.scan(
+        count,
+        [&](int i) {
+          const int32_t y = i / width, x = i % width, column = x / cell_width;
+          if (column >= columns_here) return 0;
+          const int32_t place = cell.data == nullptr
+                                    ? 0
+                                    : places.index(dst_before + column, cell_height * cell_width);
+          return static_cast<int>(y * cell_width + x % cell_width == place);
+        },
+        [&](int i, int is_dst, int before) {
+          (is_dst ? to_dst[before] : to_src[i - before]) = prefix + begin + i;
+        });
+  }
+};
+
+// A split as two lists: those that were given, those of a grid, or none if it is strided.
+struct Lists {
+  OptionalTensor src, dst;
+};
+
+// `device` makes tensors; list(grid, images) calls grid.list for each band of so many images.
+template <class Device, class List>
+Lists make_lists(const char* op, const Device& device, int64_t batch, int64_t tokens,
+                 const SplitArgs& split, const List& list) {
+  check_split(op, split);
+  if (split.src_index || split.grid_width == 0) return {split.src_index, split.dst_index};
+  check_count(op, "tokens", tokens);
+  constexpr int64_t kMost = int64_t{1} << 30;
+  Grid grid = {};
+  grid.tokens = static_cast<int32_t>(tokens);
+  grid.prefix = clamp(split.num_prefix, 0, tokens);
+  grid.width = clamp(split.grid_width, 1, kMost);
+  grid.cell_height = clamp(split.cell_height, 1, kMost);
+  grid.cell_width = clamp(split.stride, 1, kMost);
+  grid.rows = (grid.tokens - grid.prefix) / grid.width / grid.cell_height;
+  grid.columns = grid.rows > 0 ? grid.width / grid.cell_width : 0;
+  grid.cell = make_list(op, "cell", split.cell, batch, grid.num_dst());
+  const int64_t images = grid.cell.batch_stride != 0 ? batch : 1;
+  const Tensor src = device.empty({images, grid.num_src()}, ScalarType::Int);
+  const Tensor dst = device.empty({images, grid.num_dst()}, ScalarType::Int);
+  grid.src = static_cast<int32_t*>(src.mutable_data_ptr());
+  grid.dst = static_cast<int32_t*>(dst.mutable_data_ptr());
+  list(grid, images);
+  return {src, dst};
+}
+
+}  // namespace tokenops::matching
