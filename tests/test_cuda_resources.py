@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas says of compiled CUDA kernels: how it is read, and the budget that is kept."""
+"""Resources of the compiled CUDA kernels: the output of ptxas, and the budget."""
 
 import shutil
 
 import pytest
 
-from benchmarks import cuda_resources
+from benchmarks import budget, cuda_resources
 
 ARCHS = ("sm_80", "sm_90a", "sm_100", "sm_120")
+COLUMNS = ("kernel", "arch", *budget.NUMBERS)
 
 MATCH = "_ZN8tokenops8matching12_GLOBAL__N_111match_imageILb1ELi8ELi2EEEvPKfPi"
 MERGE = "_ZN8tokenops7merging5mergeIN3c108BFloat16EEEvPKT_PS4_"
@@ -33,7 +34,7 @@ ptxas info    : Used 38 registers, used 1 barriers, 32768 bytes smem, 429 bytes 
 
 def row(kernel, arch, registers, stack=0, spills=0, shared=0):
     numbers = map(str, (registers, stack, spills, shared))
-    return dict(zip(cuda_resources.COLUMNS, (kernel, arch, *numbers), strict=True))
+    return dict(zip(COLUMNS, (kernel, arch, *numbers), strict=True))
 
 
 #: By kernel, and then by number of the architecture.
@@ -53,22 +54,22 @@ def test_parse():
 
 
 def test_within_the_budget():
-    assert cuda_resources.excesses(ROWS[1:], ROWS[1:]) == []
+    assert budget.excesses(ROWS[1:], ROWS[1:]) == []
     fewer = [row("merge<BFloat16>", "sm_100", 39)]
-    assert cuda_resources.excesses(fewer, ROWS) == []
+    assert budget.excesses(fewer, ROWS) == []
 
 
 def test_beyond_the_budget():
     more = [row("merge<BFloat16>", "sm_90a", 39, shared=32769)]
-    assert cuda_resources.excesses(more, ROWS) == [
+    assert budget.excesses(more, ROWS) == [
         "merge<BFloat16> sm_90a: 39 registers, at most 38 allowed",
         "merge<BFloat16> sm_90a: 32769 shared, at most 32768 allowed",
     ]
 
 
 def test_no_budget_allows_a_stack():
-    """Not even one that has it."""
-    assert cuda_resources.excesses(ROWS[:1], ROWS) == [
+    """Not even a budget with a stack."""
+    assert budget.excesses(ROWS[:1], ROWS) == [
         "match_image<true, 8, 2> sm_80: 24 stack, at most 0 allowed",
         "match_image<true, 8, 2> sm_80: 32 spills, at most 0 allowed",
     ]
@@ -76,7 +77,7 @@ def test_no_budget_allows_a_stack():
 
 def test_kernels_that_the_budget_does_not_know():
     unknown = [row("merge<BFloat16>", "sm_120", 40, spills=4)]
-    assert cuda_resources.excesses(unknown, ROWS) == [
+    assert budget.excesses(unknown, ROWS) == [
         "merge<BFloat16> sm_120: not in the budget",
         "merge<BFloat16> sm_120: 4 spills, at most 0 allowed",
     ]
@@ -96,7 +97,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     without_spills = LOG[LOG.rindex("ptxas info    : Compiling") :]
     log.write_text(without_spills)
     assert cuda_resources.main([*files, "--write"]) == 0
-    assert cuda_resources.read_budget() == ROWS[1:2]
+    assert budget.read(cuda_resources.BUDGET) == ROWS[1:2]
     assert cuda_resources.main(files) == 0
     assert "1 kernels for sm_90a" in capsys.readouterr().out
     log.write_text(LOG)
@@ -115,8 +116,8 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 
 def test_the_budget_knows_each_kernel_on_each_architecture():
-    rows = cuda_resources.read_budget()
-    assert all(tuple(r) == cuda_resources.COLUMNS for r in rows)
+    rows = budget.read(cuda_resources.BUDGET)
+    assert all(tuple(r) == COLUMNS for r in rows)
     pairs = [(r["kernel"], r["arch"]) for r in rows]
     assert len(set(pairs)) == len(pairs)
     assert {arch for _, arch in pairs} == set(ARCHS)
@@ -126,8 +127,8 @@ def test_the_budget_knows_each_kernel_on_each_architecture():
 
 
 def test_the_budget_has_no_stack_and_no_spills():
-    rows = cuda_resources.read_budget()
+    rows = budget.read(cuda_resources.BUDGET)
     assert rows
     assert {(r["stack"], r["spills"]) for r in rows} == {("0", "0")}
     assert all(0 < int(r["registers"]) <= 255 for r in rows)
-    assert cuda_resources.excesses(rows, rows) == []
+    assert budget.excesses(rows, rows) == []
