@@ -51,19 +51,12 @@ def record(arch: str) -> Iterator[list[Recorded]]:
 
 
 class Resources(NamedTuple):
-    """Resources of a compiled kernel.
+    """Resources of a compiled kernel."""
 
-    Attributes:
-        registers: Registers of a thread.
-        stack: Bytes of a thread's stack, spilled registers included.
-        spills: Instructions that load from or store to that stack.
-        shared: Bytes of shared memory of a program.
-    """
-
-    registers: int
-    stack: int
-    spills: int
-    shared: int
+    registers: int  # of a thread
+    stack: int  # bytes of a thread, spilled registers included
+    spills: int  # instructions that load from or store to the stack
+    shared: int  # bytes of shared memory of a program
 
 
 class Source(NamedTuple):
@@ -80,25 +73,24 @@ def source(recorded: Recorded) -> Source:
 
     An integer 1 becomes a constant. Pointers, and integers that 16 divides, are marked as aligned.
     """
-    launch = recorded.launch
-    names = launch.kernel.arg_names
-    values = (*recorded.tensors, *launch.numbers, *launch.constants.values())
-    if len(values) != len(names) or [*launch.constants] != names[-len(launch.constants) :]:
-        raise ValueError(f"{launch.kernel.__name__}: parameters {names} for {launch.constants}")
-    found = Source({}, {}, {}, {"num_warps": launch.settings.num_warps,
-                                "num_stages": launch.settings.num_stages})  # fmt: skip
+    made, names = recorded.launch, recorded.launch.kernel.arg_names
+    values = (*recorded.tensors, *made.numbers, *made.constants.values())
+    if len(values) != len(names) or [*made.constants] != names[-len(made.constants) :]:
+        raise ValueError(f"{made.kernel.__name__}: parameters {names} for {made.constants}")
+    options = {name: getattr(made.settings, name) for name in ("num_warps", "num_stages")}
+    found = Source({}, {}, {}, options)
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
-        if value is None or name in launch.constants or (type(value) is int and value == 1):
+        if value is None or name in made.constants or (type(value) is int and value == 1):
             found.signature[name], found.constants[name] = "constexpr", value
             continue
-        aligned = True
         if isinstance(value, Tensor):
-            found.signature[name] = "*" + _TYPES[value.dtype]
+            kind, aligned = "*" + _TYPES[value.dtype], True
         elif isinstance(value, float):
-            found.signature[name], aligned = "fp32", False
+            kind, aligned = "fp32", False
         else:
-            found.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned = value % ALIGNMENT == 0
+        found.signature[name] = kind
         if aligned:
             found.attributes[(index,)] = [["tt.divisibility", ALIGNMENT]]
     return found

@@ -19,20 +19,12 @@ NAN = float("nan")
 
 
 class Ceilings(NamedTuple):
-    """The most that a device can do.
+    """The most that a device can do."""
 
-    Attributes:
-        bytes: Bytes per second, read and written together.
-        flops: Operations per second of bfloat16 products.
-        exps: Exponentials per second.
-        launch: Seconds of a launch in a replayed graph.
-        name: The device.
-    """
-
-    bytes: float
-    flops: float
-    exps: float
-    launch: float
+    bytes: float  # per second, read and written together
+    flops: float  # operations per second of bfloat16 products
+    exps: float  # exponentials per second
+    launch: float  # seconds of a launch in a replayed graph
     name: str = ""
 
 
@@ -97,21 +89,13 @@ def ratio(a: float, b: float) -> float:
 
 
 class Bar(NamedTuple):
-    """A limit.
+    """A limit for a measured value."""
 
-    Attributes:
-        text: Name of the measured quantity, with its unit.
-        value: Measured value; NaN without a measurement.
-        relation: ``"<="`` or ``">="``: relation of the value to the limit.
-        limit: The limit on a device.
-        by: What the limit comes from.
-    """
-
-    text: str
-    value: float
-    relation: str
-    limit: Callable[[Ceilings], float]
-    by: str
+    text: str  # name of the value, with its unit
+    value: float  # NaN without a measurement
+    relation: str  # "<=" or ">=": of the value to the limit
+    limit: Callable[[Ceilings], float]  # on a device
+    by: str  # source of the limit
 
     def verdict(self, device: Ceilings) -> str:
         """``"reached"``, ``"MISSED"``, or nothing without a measurement."""

@@ -19,20 +19,12 @@ GOOD = ("passed", "skipped")
 
 
 class Row(NamedTuple):
-    """A case and its result.
+    """A case and its result."""
 
-    Attributes:
-        case: Name, unique within a file.
-        result: ``"passed"``, ``"skipped"``, ``"failed"``, or ``"started"`` while it runs. A case
-            during which the process was killed stays ``"started"``.
-        seconds: Time that it took.
-        message: The error.
-    """
-
-    case: str
-    result: str
+    case: str  # unique within a file
+    result: str  # "passed", "skipped", "failed"; "started" until then, or if the process was killed
     seconds: float = 0.0
-    message: str = ""
+    message: str = ""  # of the error
 
 
 def append(path: Path, row: Row) -> None:

@@ -25,53 +25,32 @@ from typing import Any, NamedTuple
 
 from .record import LEFT_OUT, POISONED
 
-#: Largest part of a file, in bytes, that the archive takes: half of it from each end.
-LARGEST = 1 << 20
-#: Largest number of starts of a step that goes on after CUDA errors.
-STARTS = 32
-#: Seconds after which the archive is written again while steps write results.
-RENEW = 0.5
-
-#: Suffixes of files that steps write.
-WRITTEN = (".log", ".csv", ".jsonl")
+LARGEST = 1 << 20  # most bytes of a file that the archive takes, half of them from each end
+STARTS = 32  # most starts of a step that goes on after CUDA errors
+RENEW = 0.5  # seconds between archives while steps write results
+WRITTEN = (".log", ".csv", ".jsonl")  # suffixes of files that steps write
 
 _process = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command.
+    """A command to run."""
 
-    Attributes:
-        name: Names its log.
-        command: Program and arguments.
-        seconds: Time limit.
-        environment: Variables besides those of all steps.
-        left_out: Why it does not run; empty if it does.
-        goes_on: Whether another start continues after the case that ended the process.
-    """
-
-    name: str
+    name: str  # also of its log
     command: list[str]
-    seconds: float
-    environment: Mapping[str, str] = field(default_factory=dict)
-    left_out: str = ""
-    goes_on: bool = False
+    seconds: float  # time limit
+    environment: Mapping[str, str] = field(default_factory=dict)  # besides that of all steps
+    left_out: str = ""  # why it does not run, if so
+    goes_on: bool = False  # whether another start continues after the case that ended the process
 
 
 class Outcome(NamedTuple):
-    """How a step ended.
+    """How a step ended, if it has."""
 
-    Attributes:
-        result: ``"ok"``, ``"failed (status)"``, ``"left out: reason"``, ``"interrupted"``,
-            ``"stopped after its time"``, ``"running"`` or ``"not reached"``.
-        seconds: Time that it took.
-        last: The last line of its log.
-    """
-
-    result: str
+    result: str  # ok, failed (1), left out: why, interrupted, stopped ..., running, not reached
     seconds: float = 0.0
-    last: str = ""
+    last: str = ""  # last line of its log
 
     @property
     def done(self) -> bool:
@@ -81,39 +60,26 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Run:
-    """Phases of steps: the steps of a phase run side by side, the phases one after the other.
+    """Phases of steps: the steps of a phase run side by side, the phases one after the other."""
 
-    Attributes:
-        phases: Steps with unique names.
-        folder: Folder of logs, results, state and summary.
-        archive: The folder as a ``.tar.gz`` file, outside of the folder.
-        deadline: Seconds after which everything has ended, the archive included.
-        summarise: Makes the summary's text from the outcomes.
-        environment: Variables of all steps.
-        cwd: Working directory of all steps.
-        label: For example the device; a run resumes one with the same label only.
-        resume: Whether to skip what an earlier run in this folder has done.
-        grace: Seconds between asking a step to stop and killing it.
-    """
-
-    phases: list[list[Step]]
-    folder: Path
-    archive: Path
-    deadline: float
-    summarise: Callable[[dict[str, Outcome]], str]
+    phases: list[list[Step]]  # names of steps are unique
+    folder: Path  # of logs, results, state and summary
+    archive: Path  # the folder as a .tar.gz file, outside of the folder
+    deadline: float  # seconds after which everything has ended, the archive included
+    summarise: Callable[[dict[str, Outcome]], str]  # makes the summary's text
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     cwd: Path | None = None
-    label: str = ""
-    resume: bool = False
-    grace: float = 5.0
+    label: str = ""  # a run resumes one with the same label only
+    resume: bool = False  # whether to skip what an earlier run in this folder has done
+    grace: float = 5.0  # seconds between asking a step to stop and killing it
 
     def __post_init__(self) -> None:
         self.start = time.monotonic()
         self.grace = min(self.grace, self.deadline / 20)
-        #: Time at which steps have to stop: ending them, summary and archive take a while.
+        # Steps have to stop early: stopping them, summary and archive take some time.
         self.end = self.deadline - min(10.0, self.deadline / 10) - self.grace
         self.interrupted = False
-        self.saved, self.written = 0.0, 0
+        self.saved, self.written = 0.0, 0  # time of the last archive, and bytes that steps wrote
         names = [step.name for steps in self.phases for step in steps]
         if len(set(names)) < len(names):
             raise ValueError(f"names of steps must differ, got {names}")
@@ -151,12 +117,11 @@ class Run:
         try:
             self._save()
             for steps in self.phases:
-                running = [self._run(s) for s in steps if not self.outcomes[s.name].done]
-                while running:
-                    running = [step for step in running if next(step, True) is None]
-                    if running and time.monotonic() - self.saved > RENEW:
+                running = [self._run(step) for step in steps]
+                while running := [step for step in running if next(step, True) is None]:
+                    if time.monotonic() - self.saved > RENEW:
                         self._save(if_new=True)
-                    time.sleep(0.05 if running else 0)
+                    time.sleep(0.05)
         finally:
             self._save()
             for number, handler in before.items():
@@ -166,39 +131,37 @@ class Run:
     def _clock(self) -> float:
         return time.monotonic() - self.start
 
-    # ---- one step: yields None until it has ended ----
+    # ---- one step, as a generator that yields until the step has ended ----
 
     def _run(self, step: Step) -> Iterator[None]:
-        begun, starts, why = self._clock(), 0, ""
-        if self.interrupted:
+        begun, starts = self._clock(), 0
+        if self.interrupted or self.outcomes[step.name].done:
             return
         if step.left_out:
-            self._ended(step, Outcome(f"left out: {step.left_out}"))
+            self._end(step, Outcome(f"left out: {step.left_out}"))
             return
         if begun > self.end:
             return
-        limit = min(begun + step.seconds, self.end)
         again = True
         while again:
             starts += 1
             try:
                 process = self._start(step)
             except OSError as error:
-                why = f"left out: cannot start {step.command[0]}: {error.strerror}"
-                self._ended(step, Outcome(why))
+                result = f"left out: cannot start {step.command[0]}: {error.strerror}"
+                self._end(step, Outcome(result))
                 return
-            yield
-            why = yield from self._wait(process, limit)
+            stopped = yield from self._wait(process, min(begun + step.seconds, self.end))
             code = process.returncode or 0
             crashed = code == POISONED or code < 0
-            again = step.goes_on and crashed and not why and starts < STARTS
+            again = step.goes_on and crashed and not stopped and starts < STARTS
         last = _last_line(self.folder / f"{step.name}.log")
         result = "ok" if code == 0 else f"failed ({code})"
         if code == LEFT_OUT:
             result = f"left out: {last}"
         if starts > 1:
             result += f", {starts} starts"
-        self._ended(step, Outcome(why or result, self._clock() - begun, last))
+        self._end(step, Outcome(stopped or result, self._clock() - begun, last))
 
     def _start(self, step: Step) -> subprocess.Popen[bytes]:
         with (self.folder / f"{step.name}.log").open("ab") as log:
@@ -218,12 +181,12 @@ class Run:
         return process
 
     def _wait(self, process: subprocess.Popen[bytes], limit: float) -> Iterator[None]:
-        """Wait for a process, and stop it at its limit; returns why it was stopped."""
-        why = ""
+        """Wait for a process, and stop it at its limit; returns why it was stopped, if so."""
+        stopped = ""
         while process.poll() is None and not (self.interrupted or self._clock() > limit):
             yield
         if process.returncode is None:
-            why = "interrupted" if self.interrupted else "stopped after its time"
+            stopped = "interrupted" if self.interrupted else "stopped after its time"
             # SIGINT lets pytest print a summary. A process that the driver holds may not even die.
             for number, seconds in ((signal.SIGINT, self.grace), (signal.SIGKILL, self.grace / 2)):
                 _signal_group(process, number)
@@ -231,9 +194,9 @@ class Run:
                 while process.poll() is None and self._clock() < patience:
                     yield
         _signal_group(process, signal.SIGKILL)  # its children
-        return why
+        return stopped
 
-    def _ended(self, step: Step, outcome: Outcome) -> None:
+    def _end(self, step: Step, outcome: Outcome) -> None:
         self.outcomes[step.name] = outcome
         self._save()
         text = f"{outcome.result} ({outcome.seconds:.0f} s) {outcome.last[:110]}"
@@ -242,7 +205,7 @@ class Run:
     # ---- files ----
 
     def _save(self, if_new: bool = False) -> None:
-        """Write state, summary and archive; with ``if_new`` only after steps have written."""
+        """Write state, summary and archive; with ``if_new`` only if steps have written."""
         self.saved = time.monotonic()
         files = (path for path in self.folder.rglob("*") if path.suffix in WRITTEN)
         written = sum(path.stat().st_size for path in files)

@@ -32,25 +32,16 @@ VARIABLES = "CUDA|NVIDIA|OMP_|PYTORCH|TOKENOPS|TORCH|TRITON"
 
 @dataclass(frozen=True)
 class Plan:
-    """How to run.
+    """How to run."""
 
-    Attributes:
-        device: ``"cuda"``, or ``"cpu"`` for a rehearsal.
-        folder: Folder for results.
-        cache: Archive of compiled Triton kernels, if there is one.
-        share: Triton's tests that run, for example ``"1/6"``.
-        patience: Factor for all time limits.
-    """
-
-    device: str
-    folder: Path
-    cache: Path | None = None
-    share: str = "1/6"
-    patience: float = 1.0
+    device: str  # "cuda", or "cpu" for a rehearsal
+    folder: Path  # for results
+    cache: Path | None = None  # archive of compiled Triton kernels
+    share: str = "1/6"  # of Triton's tests
+    patience: float = 1.0  # factor for all time limits
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this is not a rehearsal."""
         return self.device == "cuda"
 
     def step(self, name: str, seconds: float, module: str, *arguments: str, **options: str) -> Step:
