@@ -20,7 +20,7 @@ from benchmarks import gpu_cache, gpu_check, machine, measure, smoke, store
 from benchmarks.gpu import bars, library, prefill, record, steps
 from benchmarks.gpu.runner import LARGEST, Outcome, Run, Step, pack
 from benchmarks.registry import find
-from tokenops import _library, _native
+from tokenops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -490,12 +490,13 @@ def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
 
 
 def test_the_cache_is_of_the_calls_that_the_check_makes(tmp_path):
-    assert {*steps.OPERATORS} == {*_library.operators}
     assert {*steps.DTYPES} == {*smoke.DTYPES}
     names = [name for name, _ in prefill._calls()]
     assert len(set(names)) == len(names)
-    for operator in steps.OPERATORS:
-        assert {f"smoke {operator} {dtype}" for dtype in steps.DTYPES} <= {*names}
+    for case in smoke.cases():
+        assert sum(operator in case.operator for operator in steps.OPERATORS) == 1
+        for dtype in steps.DTYPES:
+            assert f"smoke {case.operator} {case.name} {case.sizes.tokens} {dtype}" in names
     assert {"ceilings", "launches layer", "times model vit-b tokenops"} <= {*names}
     for step in (step for group in steps.phases(steps.Plan("cuda", tmp_path)) for step in group):
         if "benchmarks.measure" in step.command:
@@ -591,10 +592,15 @@ def test_rehearsal_from_a_bare_copy(tmp_path):
         "ok",
         f"left out: {steps.NO_GPU}",
         "left out: no archive was named",
-        *(o["result"] for n, o in state.items() if n in ("library", "tests-native")),
+        *(
+            o["result"]
+            for n, o in state.items()
+            if n in ("library", "smoke-native", "tests-native")
+        ),
     }
     assert "no C++ compiler" in state["library"]["result"]
     assert "no compiled library" in state["tests-native"]["result"]
+    assert "no compiled library" in state["smoke-native"]["result"]
     assert "No case failed so far." in summary
     missing = [line for line in summary.splitlines() if "not measured" in line]
     # Kernels are counted on a GPU. Times of tiny sizes may have a negative difference.

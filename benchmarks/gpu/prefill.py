@@ -8,6 +8,7 @@ are on the CPU, a stand-in for libcuda takes the launches, and all results are z
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from tokenops import _library
 
 from .. import host, smoke
 from ..cases import Case
@@ -54,15 +53,13 @@ def use_stand_in(library: Path) -> None:
 def start(library: Path) -> None:
     """Prepare a process for :func:`make`.
 
-    Kernels leave outputs as they are: zeros, which are valid indices for the next kernel. Nobody
-    verifies results.
+    Kernels leave outputs as they are: zeros, which are valid indices for the next kernel.
     """
     torch.set_num_threads(1)
     use_stand_in(library)
     host.serve_by_triton()
     torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
     torch.Tensor.new_empty = torch.Tensor.new_zeros
-    smoke.verify = lambda call, got: None
 
 
 def make(name: str) -> tuple[int, int, bool]:
@@ -85,9 +82,9 @@ def calls() -> dict[str, Callable[[], object]]:
 
 
 def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    for operator in _library.operators:
-        for dtype in smoke.DTYPES:
-            yield f"smoke {operator} {dtype}", partial(_smoke, operator, dtype)
+    for case, dtype in itertools.product(smoke.cases(), smoke.DTYPES):
+        name = f"smoke {case.operator} {case.name} {case.sizes.tokens} {dtype}"
+        yield name, partial(_smoke, case, smoke.DTYPES[dtype])
     yield "ceilings", partial(ceilings.exponentials, torch.zeros(ceilings.BLOCK))
     for name, call in host.calls(CPU).items():
         yield f"launches {name}", torch.inference_mode()(call)
@@ -96,10 +93,8 @@ def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"times {case.operator} {case.name} {rival}", partial(_time, case, rival)
 
 
-def _smoke(operator: str, dtype: str) -> None:
-    for name, problem in smoke.run(CPU, [dtype], [operator]):
-        if problem is not None:
-            print(f"  {name}: {type(problem).__name__}: {str(problem)[:150]}", flush=True)
+def _smoke(case: smoke.Case, dtype: torch.dtype) -> None:
+    smoke.outcome(case.call(dtype, CPU))
 
 
 def _time(case: Case, which: str) -> None:

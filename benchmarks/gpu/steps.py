@@ -9,19 +9,21 @@ need a GPU.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from .runner import Step
 
-#: Public operators, those first whose kernels take long to compile.
-OPERATORS = (
-    "attention_scores", "policy_attention", "match", "merge", "merge_wavg", "nearest", "unmerge",
-)  # fmt: skip
-MERGING = ("merge", "merge_wavg", "unmerge")
-TRITON = ("nearest", "attention_scores", "policy_attention")  # have no compiled CUDA kernel
-DTYPES = ("float32", "float16", "bfloat16")
+#: Expressions for the names of smoke tests, which run side by side: those first whose kernels take
+#: long to compile. "merge" is also in the names of merge_wavg and unmerge.
+OPERATORS = ("attention_scores", "policy_attention", "match", "merge", "nearest")
+DTYPES = {
+    "float32": "float32", "bfloat16": "bfloat16", "float16": "(float16 and not bfloat16)",
+}  # fmt: skip
+#: Smoke tests under compute-sanitizer, by backend. Native tests without a kernel are skipped.
+KERNELS = {"native": "", "triton": " and (attention or nearest)"}
 #: Cases for rivals by torch.compile: one of each operator, for compiling is slow.
 COMPILED = ("vit-b-256", "vit-b-256-class")
 
@@ -75,7 +77,6 @@ def phases(plan: Plan) -> list[list[Step]]:
     """What to run, one phase after the other; the steps of a phase run side by side."""
     tiny = () if plan.on_gpu else ("--seconds", "0.01")
     device, left_out = ("--device", plan.device), "" if plan.on_gpu else NO_GPU
-
     cases = COMPILED if plan.on_gpu else COMPILED[1:]
 
     def out(name: str) -> tuple[str, str]:
@@ -95,7 +96,7 @@ def phases(plan: Plan) -> list[list[Step]]:
     ]
     return [
         _preparations(plan),
-        _smoke(plan),
+        _all_smoke(plan),
         _tests(plan),
         *([step] for step in alone),
         _sanitizers(plan, left_out),
@@ -115,41 +116,35 @@ def _preparations(plan: Plan) -> list[Step]:
     ]
 
 
-def _smoke(plan: Plan) -> list[Step]:
-    info, smoke = plan.step("info", 30, "tokenops.info"), "benchmarks.smoke"
+def _smoke(plan: Plan, name: str, backend: str, names: str = "", *options: str) -> Step:
+    arguments = ("--backend", backend, "-k", names, *options, "tests/test_smoke.py")
+    return plan.cases(name, 70, "benchmarks.gpu.suite", *arguments)
+
+
+def _all_smoke(plan: Plan) -> list[Step]:
+    steps = [plan.step("info", 30, "tokenops.info"), _smoke(plan, "smoke-native", "native")]
     if not plan.on_gpu:
-        return [info, plan.cases("smoke-float32", 70, smoke, "--dtype", "float32")]
-    return [
-        info,
-        *(
-            plan.cases(f"smoke-{name}-{dtype}", 70, smoke, "--only", name, "--dtype", dtype)
-            for name in OPERATORS
-            for dtype in DTYPES
-        ),
-    ]
+        return [*steps, _smoke(plan, "smoke-reference", "reference")]
+    for operator, dtype in itertools.product(OPERATORS, DTYPES):
+        names = f"{operator} and {DTYPES[dtype]}"
+        steps.append(_smoke(plan, f"smoke-{operator}-{dtype}", "triton", names))
+    return steps
 
 
 def _tests(plan: Plan) -> list[Step]:
-    def test(name: str, backend: str, share: str, *paths: str) -> Step:
+    def test(name: str, backend: str, share: str) -> Step:
+        path = "tests/ops" if plan.on_gpu else "tests/ops/test_token_map.py"
+        paths = (path, "tests/test_cuda.py") if backend == "default" else (path,)
         arguments = ("--backend", backend, "--share", share, *paths)
         return plan.cases(f"tests-{name}", 90, "benchmarks.gpu.suite", *arguments)
 
-    everywhere = "tests/ops"
+    steps = [test("default", "default", "1/1")]
     if not plan.on_gpu:
-        everywhere = "tests/ops/test_token_map.py"
-        steps = [test(name, name, "1/8", everywhere) for name in ("native", "reference")]
-    else:
-        number, of = map(int, plan.share.split("/"))
-        steps = [test(f"native-{i}", "native", f"{i}/4", everywhere) for i in range(1, 5)]
-        for i in range(1, 10):
-            share = f"{(number - 1) * 9 + i}/{of * 9}"
-            steps.append(test(f"triton-{i}", "triton", share, everywhere))
-    steps.insert(0, test("default", "default", "1/1", everywhere, "tests/test_cuda.py"))
-    # Triton kernels of operators that the compiled library serves by default.
-    for name, only in (("match", ("match",)), ("merging", MERGING)):
-        arguments = ("benchmarks.smoke", "--backend", "triton", "--only", *only)
-        left_out = "" if plan.on_gpu else NO_GPU
-        steps.append(plan.cases(f"smoke-triton-{name}", 90, *arguments, left_out=left_out))
+        return [*steps, *(test(name, name, "1/8") for name in ("native", "reference"))]
+    number, of = map(int, plan.share.split("/"))
+    steps += [test(f"native-{i}", "native", f"{i}/4") for i in range(1, 5)]
+    first = 9 * (number - 1)
+    steps += [test(f"triton-{i}", "triton", f"{first + i}/{9 * of}") for i in range(1, 10)]
     return steps
 
 
@@ -157,13 +152,14 @@ def _sanitizers(plan: Plan, left_out: str) -> list[Step]:
     """Small shapes under compute-sanitizer: compiled kernels, then Triton's."""
     own_blocks = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor with bounds of its own
     steps = []
-    for tool in ("memcheck", "racecheck", "initcheck"):
+    for tool, backend in itertools.product(("memcheck", "racecheck", "initcheck"), KERNELS):
+        name = tool if backend == "native" else f"{tool}-{backend}"
+        names = DTYPES["float16"] + KERNELS[backend]
+        options = ("--unfilled",) if tool == "initcheck" else ()
+        suite = _smoke(plan, name, backend, names, *options)
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         if tool == "initcheck":  # PyTorch's own kernels read padding that nothing has written
             command += ["--kernel-name-exclude", "kernel_substring=2at6native"]
-        command += [sys.executable, "-m", "benchmarks.smoke", "--device", "cuda"]
-        command += ["--dtype", "float16", "--only"]
-        for name, only in ((tool, ("match", *MERGING)), (f"{tool}-triton", TRITON)):
-            seconds = 110 * plan.patience
-            steps.append(Step(name, [*command, *only], seconds, own_blocks, left_out))
+        seconds = 110 * plan.patience
+        steps.append(Step(name, [*command, *suite.command], seconds, own_blocks, left_out))
     return steps

@@ -75,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="default")
     parser.add_argument("--share", default="1/1", help="2/5: the second of five parts")
     parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("-k", default="", metavar="EXPRESSION", help="as for pytest")
+    parser.add_argument("--unfilled", action="store_true", help="leave new memory as it is")
     parser.add_argument("paths", nargs="+")
     options = parser.parse_args(arguments)
     if options.backend == "native":
@@ -90,7 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
         TOKENOPS_TEST_BACKENDS=options.backend.replace("default", "reference"),
         HYPOTHESIS_PROFILE="quick",
     )
-    settings = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider"]
+    if options.unfilled:  # by the tests' fixture, so that a checker sees reads of it
+        import torch
+
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    settings = ["-q", "-k", options.k, "-rf", "--tb=short", "-p", "no:cacheprovider"]
     # torch 2.11 warns under deterministic algorithms.
     settings += ["-W", "ignore:scatter_reduce_cuda_prod_"]
     plugin = Recorder(options.record, options.backend, options.device)
