@@ -90,9 +90,8 @@ sanitize: $(READY)/test
 emulate: $(READY)/test
 	TOKENOPS_BUILD=emulate TOKENOPS_SANITIZE=$(SANITIZE) CXX=g++ $(PY) setup.py --quiet build_ext \
 		--build-lib build/emulate --build-temp build/emulate/temp
-	$(call preload,$(EMULATED)) && TOKENOPS_TEST_BACKENDS=native TOKENOPS_TEST_PARTIAL=1 \
-		TOKENOPS_TEST_SHARE=$(SHARE) HYPOTHESIS_PROFILE=quick \
-		$(PY) -m pytest --capture=sys tests/ops tests/test_emulated.py \
+	$(call preload,$(EMULATED)) && $(PY) -m pytest --capture=sys --backends native --partial \
+		--share $(SHARE) --hypothesis-profile quick tests/ops tests/test_emulated.py \
 		--ignore-glob='*attention*' --ignore-glob='*_triton.py' $(ARGS)
 
 # CUDA kernels for GPUs, with any PyTorch: needs nvcc 12.8 or newer (the budget is of 13.0), no GPU.
@@ -105,8 +104,8 @@ cuda: $(READY)/test
 # Triton's kernels as Python on the CPU: right or wrong does not need a GPU, but time. SHARE=1/1 runs
 # all tests, SHARE=2/8 another eighth of them.
 interpret: $(READY)/test $(NATIVE)
-	TRITON_INTERPRET=1 TOKENOPS_TEST_BACKENDS=triton TOKENOPS_TEST_SHARE=$(SHARE) \
-		HYPOTHESIS_PROFILE=quick $(PY) -m pytest tests/ops tests/test_triton.py $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest --backends triton --share $(SHARE) \
+		--hypothesis-profile quick tests/ops tests/test_triton.py $(ARGS)
 
 # csrc/ against the headers of every PyTorch that it is for: ARGS="2.10.0 2.11.0" for some of them.
 headers: $(READY)/tools

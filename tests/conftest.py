@@ -1,18 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: the backends and devices they run on, poisoned memory, profiles.
+"""Fixtures and options of all tests: backends, devices, poisoned memory, profiles.
 
 A test with an argument ``backend`` runs once for each backend, which is then chosen explicitly, so
-that nothing falls back silently; ``device`` beside it adds each device that is there.
-
-``TOKENOPS_TEST_BACKENDS`` names the backends, ``native,reference`` if unset, and ``triton`` where
-there is a CUDA device. One that cannot be had on the CPU fails the run. ``default`` stands for no
-explicit choice. With ``TRITON_INTERPRET=1``, ``triton`` runs on the CPU too, slowly.
-``TOKENOPS_TEST_DEVICES`` names the devices, all that are there if unset.
-``TOKENOPS_TEST_SHARE=1/8`` runs one test in eight, always the same ones: Triton's interpreter takes
-minutes for what a kernel does in microseconds.
-``TOKENOPS_TEST_PARTIAL=1`` skips tests of operators that the native library does not have, as on
-CUDA devices, where Triton serves them; else they fail.
-``HYPOTHESIS_PROFILE=thorough`` searches longer and elsewhere each time, ``quick`` hardly at all.
+that nothing falls back silently; an argument ``device`` adds each device of this machine.
+``pytest --help`` lists the options (under "tokenops"). ``--hypothesis-profile=thorough`` searches
+longer and elsewhere each time, ``quick`` hardly at all.
 """
 
 import ctypes
@@ -31,12 +23,6 @@ from tokenops import _backend, _native
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 HAS_CUDA = torch.cuda.is_available()
-DEVICES = os.environ.get("TOKENOPS_TEST_DEVICES", "cpu,cuda" if HAS_CUDA else "cpu").split(",")
-BACKENDS = os.environ.get(
-    "TOKENOPS_TEST_BACKENDS", "native,triton,reference" if HAS_CUDA else "native,reference"
-).split(",")
-ON_CPU = [b for b in BACKENDS if b != "triton" or _backend._interpreting]
-PARTIAL = os.environ.get("TOKENOPS_TEST_PARTIAL", "0") == "1"
 #: Below the best level of this CPU, which all other tests run at.
 ISA_LEVELS = ["portable", "avx2", "avx512"]
 
@@ -57,41 +43,69 @@ settings.register_profile(
 settings.register_profile("quick", parent=settings.get_profile("default"), max_examples=15)
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=2000)
 settings.register_profile("thorough", settings.get_profile("thorough"), derandomize=False)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("tokenops")
+    group.addoption(
+        "--backends", type=lambda names: names.split(","),
+        default=["native", "triton", "reference"] if HAS_CUDA else ["native", "reference"],
+        help="backends to test: native,reference, and triton beside a CUDA device, by default. One "
+        "that is missing on the CPU fails the run. default: no explicit choice. With "
+        "TRITON_INTERPRET=1, triton runs on the CPU too, slowly",
+    )  # fmt: skip
+    group.addoption(
+        "--devices", type=lambda names: names.split(","),
+        default=["cpu", "cuda"] if HAS_CUDA else ["cpu"], help="cpu,cuda; all of them by default",
+    )  # fmt: skip
+    group.addoption(
+        "--share", default="1/1", help="1/8: one test in eight, always the same ones", metavar="K/N"
+    )
+    group.addoption(
+        "--partial", action="store_true",
+        help="skip tests of operators that the native library does not have, as always on CUDA "
+        "devices, where Triton serves them; else they fail",
+    )  # fmt: skip
 
 
 def pytest_configure(config):
+    former = [name for name in os.environ if name.startswith("TOKENOPS_TEST_")]
+    if former:
+        raise pytest.UsageError(
+            f"{former} are options now: --backends, --devices, --share, --partial"
+        )
     config.addinivalue_line("markers", "isa: runs again at each level of CPU vector instructions")
     config.addinivalue_line("markers", "native_only: about a promise that kernels alone make")
 
 
 def pytest_generate_tests(metafunc):
     names = metafunc.fixturenames
+    chosen, devices = metafunc.config.option.backends, metafunc.config.option.devices
     native_only = metafunc.definition.get_closest_marker("native_only") is not None
-    backends = [b for b in ON_CPU if b == "native" or not native_only]
+    backends = [b for b in chosen if b == "native" or not native_only]
+    on_cpu = [b for b in backends if b != "triton" or _backend._interpreting]
     if "backend" in names and "device" in names:
-        # On other devices: what is there. On the CPU: what was asked for, or the run fails.
-        pairs = [(b, "cpu") for b in backends if "cpu" in DEVICES]
-        if "cuda" in DEVICES:
+        # On other devices the backends that are there. On the CPU all, or the run fails.
+        pairs = [(b, "cpu") for b in on_cpu if "cpu" in devices]
+        if "cuda" in devices:
             there = tokenops.available_backends("cuda")
-            pairs += [
-                (b, "cuda") for b in BACKENDS if b in there and (b == "native" or not native_only)
-            ]
+            pairs += [(b, "cuda") for b in backends if b in there]
         ids = ["-".join(pair) for pair in pairs]
         metafunc.parametrize(("backend", "device"), pairs, ids=ids)
     elif "backend" in names:
-        metafunc.parametrize("backend", backends if "cpu" in DEVICES else [])
+        metafunc.parametrize("backend", on_cpu if "cpu" in devices else [])
     elif "device" in names:
-        metafunc.parametrize("device", DEVICES)
+        metafunc.parametrize("device", devices)
     if "isa_level" in names:
-        metafunc.parametrize("isa_level", ISA_LEVELS if "native" in BACKENDS else [])
+        metafunc.parametrize("isa_level", ISA_LEVELS if "native" in chosen else [])
 
 
 def pytest_collection_modifyitems(config, items):
-    number, of = map(int, os.environ.get("TOKENOPS_TEST_SHARE", "1/1").split("/"))
+    number, of = map(int, config.option.share.split("/"))
 
     def wanted_here(item):
-        if "cuda" not in DEVICES and item.get_closest_marker("cuda") is not None:
+        if "cuda" not in config.option.devices and item.get_closest_marker("cuda") is not None:
             return False
         return zlib.crc32(item.nodeid.encode()) % of == number - 1
 
@@ -106,7 +120,7 @@ def pytest_collection_modifyitems(config, items):
     if wanted and not _native.loaded:
         raise pytest.UsageError(
             f"the native backend is to be tested, but there is {_native.reason}\n"
-            "(TOKENOPS_TEST_BACKENDS=reference tests the reference alone)"
+            "(--backends=reference tests the reference alone)"
         )
 
 
@@ -116,10 +130,17 @@ def pytest_pyfunc_call(pyfuncitem):
         return (yield)
     except NotImplementedError as error:
         callspec = getattr(pyfuncitem, "callspec", None)
-        partial = PARTIAL or (callspec and callspec.params.get("device") == "cuda")
+        partial = pyfuncitem.config.option.partial
+        partial = partial or (callspec and callspec.params.get("device") == "cuda")
         if partial and "the compiled library has no" in str(error):
             pytest.skip(str(error))
         raise
+
+
+@pytest.fixture
+def quick():
+    """Whether Hypothesis is to be quick."""
+    return settings.default.max_examples < 100
 
 
 @pytest.fixture(autouse=True)

@@ -512,7 +512,6 @@ def test_each_level_of_vector_instructions(isa_level):
     environment = {
         **os.environ,
         "TOKENOPS_CPU_ISA": isa_level,
-        "TOKENOPS_TEST_BACKENDS": "native",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 
@@ -525,5 +524,18 @@ def test_each_level_of_vector_instructions(isa_level):
     selected = run("-c", "from tokenops import _native; print(_native.isa)").stdout.strip()
     assert selected in levels[: levels.index(isa_level) + 1]
     few = "not transposed and not expanded and not packed"
-    tests = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "isa", "-k", few, "tests/ops")
+    tests = run(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--backends",
+        "native",
+        "-m",
+        "isa",
+        "-k",
+        few,
+        "tests/ops",
+    )
     assert tests.returncode == 0, tests.stdout[-4000:] + tests.stderr[-1000:]

@@ -85,18 +85,15 @@ def main(arguments: list[str] | None = None) -> int:
         if not _native.loaded:
             print(_native.reason)
             return LEFT_OUT
-    os.environ.update(
-        TOKENOPS_TEST_DEVICES=options.device,
-        TOKENOPS_TEST_SHARE=options.share,
-        # Tests without a backend are collected beside those of some backend.
-        TOKENOPS_TEST_BACKENDS=options.backend.replace("default", "reference"),
-        HYPOTHESIS_PROFILE="quick",
-    )
     if options.unfilled:  # by the tests' fixture, so that a checker sees reads of it
         import torch
 
         torch.utils.deterministic.fill_uninitialized_memory = False
     settings = ["-q", "-k", options.k, "-rf", "--tb=short", "-p", "no:cacheprovider"]
+    # Tests without a backend are collected beside those of some backend.
+    settings += ["--backends", options.backend.replace("default", "reference")]
+    settings += ["--devices", options.device, "--share", options.share]
+    settings += ["--hypothesis-profile", "quick"]
     # torch 2.11 warns under deterministic algorithms.
     settings += ["-W", "ignore:scatter_reduce_cuda_prod_"]
     plugin = Recorder(options.record, options.backend, options.device)

@@ -2,7 +2,6 @@
 """Attention on rows and keys out of the ordinary: dropped, padded, empty, without a gradient."""
 
 import math
-import os
 
 import attention_oracle as oracle
 import pytest
@@ -394,9 +393,9 @@ EXTREME = (
 
 @pytest.mark.isa
 @pytest.mark.parametrize("options", EXTREME, ids=str)
-def test_many_awkward_images_without_a_nan(options, backend, device):
+def test_many_awkward_images_without_a_nan(options, backend, device, quick):
     """Logits up to 1e4 and beyond, dropped and padded keys, sizes from 1e-3 to 1e4, in float32."""
-    thorough = backend == "reference" or os.environ.get("HYPOTHESIS_PROFILE") != "quick"
+    thorough = backend == "reference" or not quick
     images, heads, tokens, width = 10_000 if thorough else 300, 2, 6, 4
     generator = torch.Generator().manual_seed(0)
 

@@ -234,8 +234,8 @@ print("survived")
 """
 
 
-def test_garbage_indices_never_crash(backend):
-    rounds = "3" if os.environ.get("HYPOTHESIS_PROFILE") == "quick" else "40"
+def test_garbage_indices_never_crash(backend, quick):
+    rounds = "3" if quick else "40"
     command = [sys.executable, "-c", GARBAGE, backend, rounds]
     path = os.pathsep.join(
         filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")])
