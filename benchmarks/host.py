@@ -6,8 +6,8 @@ outputs, and the way to the driver. Needs no GPU: the kernels' launches serve CP
 nothing, so that the driver's own one to two microseconds per launch are not counted.
 
 With ``--count``, counts the kernels that a call launches on a CUDA device instead, by the profiler,
-beside the recipe in PyTorch operators that it replaces. A *layer* is the token work of one layer of
-ToMe: match, merge_wavg, and compose to track sources.
+and those of the recipes in PyTorch operators. A *layer* is the token work of one layer of ToMe:
+match, merge_wavg, and compose to track sources.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from tokenops import _backend, _checks, _library
 from tokenops._triton import launch
 from tokenops.testing import samples
 
-from . import machine, rivals
+from . import machine
+from .registry import select
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -54,22 +55,13 @@ def calls(device: torch.device) -> Calls:
 
 
 def recipes(device: torch.device) -> Calls:
-    """PyTorch operators that do the same as some of the calls, by their names."""
-    x = torch.randn(1, 197, 768, device=device).half()
-    q, k, v = torch.randn(1, 197, 3, 12, 64, device=device).half().permute(2, 0, 3, 1, 4)
-    metric, policy = x[..., :64], torch.ones(1, 197, device=device)
-    own = torch.eye(197, device=device)
-    plan = rivals.tome_match(metric, 16, True)
-    size = torch.ones(1, 197, 1, device=device)
-    merged = rivals.tome_merge(x, plan, "mean")
-    return {
-        "match tome order": lambda: rivals.tome_match(metric, 16, True),
-        "merge mean": lambda: rivals.tome_merge(x, plan, "mean"),
-        "merge_wavg size": lambda: rivals.tome_merge_wavg(x, size, plan),
-        "unmerge plain": lambda: rivals.tome_unmerge(merged, plan),
-        "policy_attention soft": lambda: rivals.attention_with_policy(q, k, v, policy, own, 1e-6),
-        "attention_scores plain, class token": lambda: rivals.attention_of_rows(q[:, :, :1], k),
-    }
+    """The recipes in PyTorch operators that the operators replace; size does not matter."""
+    found = {}
+    for case in select(names=("vit-b-256", "vit-b-256-class"), device="cuda"):
+        if not case.operator.endswith("_backward"):
+            work = case.tiny().prepare(torch.bfloat16, device)
+            found[f"recipe of {case.operator}"] = work.rivals["eager"]().call
+    return found
 
 
 # ---- time of the host ----
@@ -77,8 +69,8 @@ def recipes(device: torch.device) -> Calls:
 
 def serve_by_triton() -> None:
     """Let the Triton kernels serve CPU tensors in this process."""
-    torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]
-    _backend._new_enough = lambda index: True  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: None
+    _backend._new_enough = lambda index: True
     _checks.values_visible = lambda value: False  # as for CUDA tensors, whose values are not read
     for name, kernel in _backend._in_triton.items():
         serve = _backend._on_cuda(name, kernel)
@@ -98,7 +90,7 @@ def launch_nothing() -> None:
         make(self, *arguments, **constants)
         self._ready = ready
 
-    launch.Launch.__init__ = make_ready  # type: ignore[method-assign]
+    launch.Launch.__init__ = make_ready
     launch._direct = True
 
 
@@ -125,9 +117,8 @@ def kernels(call: Callable[[], Any]) -> list[str]:
 
 def count(out: Path | None) -> int:
     """Print and write the number of kernels of each call; returns the number of failed calls."""
-    device = torch.device("cuda")
-    replaced, found, failures = recipes(device), {}, 0
-    for name, call in calls(device).items():
+    device, found, failures = torch.device("cuda"), {}, 0
+    for name, call in {**calls(device), **recipes(device)}.items():
         try:
             names = kernels(call)
         except Exception as error:
@@ -135,8 +126,7 @@ def count(out: Path | None) -> int:
             failures += 1
             continue
         found[name] = len(names)
-        recipe = f"   recipe {len(kernels(replaced[name])):3d}" if name in replaced else ""
-        print(f"{name:<40}{len(names):3d}{recipe}", *(n[:90] for n in names), sep="\n    ")
+        print(f"{name:<40}{len(names):3d}", *(n[:90] for n in names), sep="\n    ")
         if out:
             out.write_text(json.dumps(found), encoding="utf-8")
     return failures

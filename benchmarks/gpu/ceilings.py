@@ -10,22 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils import benchmark
 
-from .. import machine
+from .. import machine, timing
 
 #: Exponentials of an element, and elements of a program of :func:`repeat_exp`.
 ROUNDS, BLOCK = 256, 1024
-
-Call = Callable[[], Any]
 
 
 @triton.jit
@@ -42,13 +37,7 @@ def exponentials(x: Tensor) -> None:
     repeat_exp[(x.numel() // BLOCK,)](x, ROUNDS, BLOCK, num_warps=4)
 
 
-def best(call: Call, seconds: float) -> float:
-    """Seconds of a call in the fastest sample."""
-    timer = benchmark.Timer("call()", globals={"call": call})
-    return min(timer.blocked_autorange(min_run_time=seconds).times)
-
-
-def replays(call: Call, times: int) -> Call:
+def replays(call: timing.Call, times: int) -> timing.Call:
     """Several replays of a CUDA graph that makes a call."""
     call()
     graph = torch.cuda.CUDAGraph()
@@ -60,23 +49,26 @@ def replays(call: Call, times: int) -> Call:
 def measure(device: torch.device, seconds: float) -> dict[str, float]:
     """The ceilings: bytes, operations and exponentials per second, and seconds of a launch."""
     on_gpu = device.type == "cuda"
+    timer = timing.TIMERS["events" if on_gpu else "wall clock"]
     source = torch.ones((1 << 28) if on_gpu else (1 << 20), device=device)
     target = torch.empty_like(source)
     size = 8192 if on_gpu else 256
     a = torch.randn(size, size, device=device).bfloat16()
     x = torch.rand((1 << 24) if on_gpu else (1 << 16), device=device)
-    rounds, exp = (ROUNDS, lambda: exponentials(x)) if on_gpu else (1, x.exp)
     one, launches = torch.zeros(1, device=device), 100
+
+    def best(call: timing.Call) -> float:
+        return timing.best(call, timer, seconds)
 
     def add() -> None:
         one.add_(1)
 
-    launch = best(replays(add, launches), seconds) / launches if on_gpu else best(add, seconds)
+    rounds, exp = (ROUNDS, lambda: exponentials(x)) if on_gpu else (1, x.exp)
     return {
-        "bytes": 2 * source.nbytes / best(lambda: target.copy_(source), seconds),
-        "flops": 2 * size**3 / best(lambda: a @ a, seconds),
-        "exps": rounds * x.numel() / best(exp, seconds),
-        "launch": launch,
+        "bytes": 2 * source.nbytes / best(lambda: target.copy_(source)),
+        "flops": 2 * size**3 / best(lambda: a @ a),
+        "exps": rounds * x.numel() / best(exp),
+        "launch": best(replays(add, launches)) / launches if on_gpu else best(add),
     }
 
 
