@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches on Triton's real launcher without a GPU: ``python tests/stand_in.py FOLDER``.
 
-A stand-in for libcuda.so.1, compiled into the folder, takes launches and keeps what they were
-given. The launches of a few calls are made twice, by Triton's own launcher and past its binder, and
-must be the same; errors of the driver must pass, and after a refusal Triton's own launcher serves.
+A stand-in for libcuda.so.1, compiled into the folder, keeps the arguments of launches. The launches
+of a few calls are made twice, by Triton's own launcher and past its binder, and must be equal.
+Errors of the driver must be raised, and after a refusal Triton's own launcher must serve.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests" / "cpp" / "kept_launches.c"
 
 #: Launches with and without missing tensors, of one to three axes, with integers that are 1, that
-#: 16 divides and that it does not, with floats, with shared memory.
+#: are and are not multiples of 16, with floats, with shared memory.
 CASES = ("attention size bf16 N197 D64", "nearest bf16 D64", "merge sum factors f16 C768 B1024")
 
 _SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 
 
 class Stand:
-    """The stand-in, loaded before Triton asks for libcuda, and Triton's driver on it."""
+    """The stand-in, loaded before Triton loads libcuda, and Triton's driver on it."""
 
     def __init__(self, folder: Path) -> None:
         library = build_stand_in(folder, KEPT)
@@ -49,7 +49,7 @@ class Stand:
         triton.runtime.driver.active.get_current_stream = lambda device: 0xABC0
 
     def expect(self, sizes: list[int], error: int = 0) -> None:
-        """Say how many bytes the next launch's parameters have, and what it shall return."""
+        """Set the bytes of the next launch's parameters, and its result."""
         self._library.expect_launches(len(sizes), (ctypes.c_int * len(sizes))(*sizes), error)
 
     @property
@@ -69,7 +69,7 @@ def sizes(item: Recorded) -> list[int]:
 
 
 def recorded() -> list[tuple[Recorded, list[Any]]]:
-    """Launches of the cases with tensors that have memory, for it is its address that counts."""
+    """Launches of the cases, with tensors that have memory: launches pass its address."""
     found = []
     for case in CASES:
         with record("sm_90") as items:
@@ -81,7 +81,7 @@ def recorded() -> list[tuple[Recorded, list[Any]]]:
 
 
 def check_same(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
-    """Both ways launch the same."""
+    """Both ways make equal launches."""
     seen = []
     for _ in range(2):
         before = stand.launches
@@ -96,7 +96,7 @@ def check_same(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
 
 
 def check_errors(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
-    """The driver's error passes: one launch, no second try, no warning."""
+    """The driver's error is raised: one launch, no second try, no warning."""
     before = stand.launches
     stand.expect(sizes(item), error=700)
     with pytest.raises(RuntimeError, match="an error of the stand-in"):
@@ -106,7 +106,7 @@ def check_errors(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
 
 
 def check_refusal(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
-    """A launcher that takes other arguments: one launch, by Triton's own way, and one warning."""
+    """A launcher with other arguments: one launch by Triton's own launcher, and one warning."""
     ((kinds, ready),) = item.launch._ready.items()
     stand.expect(sizes(item))
     item.launch(*tensors)
@@ -132,7 +132,7 @@ def check_refusal(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
 
 def main() -> None:
     stand = Stand(Path(sys.argv[1]))
-    launch._direct = True  # shows what a version does that is not among the verified ones
+    launch._direct = True  # also under a version that is not verified
     found = recorded()
     for item, tensors in found:
         check_same(stand, item, tensors)

@@ -198,10 +198,10 @@ def test_a_kill_leaves_all_results_in_the_archive(tmp_path, number, after):
     assert (results["first"], results["last"]) == ("ok", "not reached")
     have = set(re.findall(r"case \d+", archived(archive, "rows.jsonl") or ""))
     rows = record.read(out / "rows.jsonl").values()
-    if number == signal.SIGTERM:  # it stops its steps, and packs once more
+    if number == signal.SIGTERM:  # the run stops its steps and packs again
         assert results["rows"] in ("interrupted", "not reached")
         assert have == {row.case for row in rows}
-    else:  # a busy machine may be slow to pack; nothing older is missing
+    else:  # a busy machine may pack late, but not by 2 s
         assert have >= {row.case for row in rows if row.seconds < killed - 2}
     time.sleep(0.2)
     written = len(rows)
@@ -209,7 +209,7 @@ def test_a_kill_leaves_all_results_in_the_archive(tmp_path, number, after):
 
     subprocess.run([*command, "--resume", "--short"], cwd=ROOT, check=True, timeout=30)
     assert archived(archive, "summary.md") == "first: ok\nrows: ok\nlast: ok\n"
-    assert archived(archive, "first.log").count("---") == 1  # what is done is not done again
+    assert archived(archive, "first.log").count("---") == 1  # not done again
     assert record.read(out / "rows.jsonl").keys() >= {row.case for row in rows}
 
 
@@ -286,7 +286,7 @@ def test_a_cuda_error_costs_a_test_and_no_name_is_lost(tmp_path):
     path = tmp_path / "record.jsonl"
     command = [sys.executable, "-m", "benchmarks.gpu.suite", "--device", "cpu"]
     command += ["--record", str(path), str(tmp_path / "test_some.py")]
-    for code in (record.POISONED, 1, 1):  # the third start has nothing left to do
+    for code in (record.POISONED, 1, 1):  # all tests are done before the third start
         assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == code
     rows = {re.search(r"test_\w+\[", c)[0]: row for c, row in record.read(path).items()}
     assert {name: row.result for name, row in rows.items()} == {
@@ -427,7 +427,7 @@ def test_exponentials_of_attention(tmp_path, heads, number):
 
 
 def test_bars_name_cases_that_exist(tmp_path):
-    """A bar about a case that is never timed would be missed by nobody."""
+    """A bar of a case that is never timed would never be missed."""
 
     class Everything(bars.Table):
         def __init__(self):
@@ -461,7 +461,7 @@ def test_names_of_steps(tmp_path, kind):
 
 
 def test_what_matters_comes_before_the_deadline(tmp_path):
-    """All but memory checks and slow compilers, even where each step takes all of its time."""
+    """All but memory checks and slow compilers, even if each step takes all of its time."""
     phases = steps.phases(steps.Plan("cuda", tmp_path))
     longest = [max(step.seconds for step in group) for group in phases]
     run = Run(phases, tmp_path / "out", tmp_path / "out.tar.gz", deadline=480, summarise=str)
@@ -469,7 +469,7 @@ def test_what_matters_comes_before_the_deadline(tmp_path):
 
 
 def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
-    """Of the steps that only a GPU can do, too."""
+    """Also of the steps that need a GPU."""
 
     class ParsedError(Exception):
         pass
@@ -509,7 +509,7 @@ def test_the_cache_is_of_the_calls_that_the_check_makes(tmp_path):
 
 
 def test_a_filled_cache_compiles_nothing(tmp_path):
-    """The kernels of two calls, for a GPU that is not there, as another process finds them."""
+    """Another process finds the kernels of two calls, compiled without a GPU."""
     folder, archive = tmp_path / "cache", tmp_path / "cache.tar.xz"
     command = [sys.executable, "-m", "benchmarks.gpu_cache", "--folder", str(folder), "--jobs", "1"]
     command += ["--out", str(archive), "--only", "ceilings", "launches merge_wavg"]
@@ -538,11 +538,11 @@ def test_an_archive_of_another_version_says_so(tmp_path, monkeypatch):
     assert text.startswith("1 kernels, made with Python 3.12.3, Triton 3.6.0; of no use here")
 
 
-# ---- all of it ----
+# ---- the whole run ----
 
 
 def copy_sources(target):
-    """Copy the files of the project that git does not ignore; all, where there is no git."""
+    """Copy the files that git does not ignore; without git, all files."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     if (ROOT / ".git").exists() and shutil.which("git"):
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
@@ -557,7 +557,7 @@ def copy_sources(target):
 
 @pytest.mark.slow
 def test_rehearsal_from_a_bare_copy(tmp_path):
-    """No library, compiler, tqdm or NumPy; killed on its way, then resumed to its end in time."""
+    """Without a library, compiler, tqdm or NumPy; killed, then resumed, and in time."""
     copy, blocked = tmp_path / "copy", tmp_path / "blocked"
     copy_sources(copy)
     blocked.mkdir()

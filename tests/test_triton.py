@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels as far as a machine without a GPU can tell: they compile, to what, for whom.
+"""Triton kernels without a GPU: launches, dispatch, and the resources of the compiled code.
 
-That they compute the right thing is shown by the tests of the operators, which run on this backend
-under Triton's interpreter (``make interpret``) and on CUDA devices.
+Whether results are right, the tests of the operators check: under Triton's interpreter
+(``make interpret``) and on CUDA devices.
 """
 
 import importlib
@@ -55,12 +55,12 @@ def test_a_recorded_launch_is_not_made():
         doubling()(x, x)
         assert launch.arch(x) == "sm_90"
     assert len(recorded) == 2
-    assert inner == []  # nothing to do, nothing launched
+    assert inner == []  # an empty grid
     assert recorded[0].tensors == (x, x)
 
 
 class Driver:
-    """Triton's driver, as a launch sees it."""
+    """The part of Triton's driver that a launch uses."""
 
     def get_current_device(self):
         return 3
@@ -70,7 +70,7 @@ class Driver:
 
 
 class Kernel:
-    """A kernel that launches nothing: it notes calls of Triton's own launcher and ones past it."""
+    """A kernel that launches nothing: it keeps calls of Triton's own launcher and direct ones."""
 
     __name__ = "kernel"
     function, packed_metadata = "function", "metadata"
@@ -117,7 +117,7 @@ def test_a_launch_that_is_ready_goes_straight_to_the_driver(kernel):
 
 
 def test_what_a_launch_was_not_compiled_for_takes_the_long_way(kernel):
-    """Vector loads, dtypes and missing tensors are compiled in; the rest is Triton's to see to."""
+    """Code depends on alignment, dtypes and missing tensors; Triton handles other kinds."""
     x = torch.zeros(104)
     made = prepared(kernel, x)
     others = (x[1:], None, x.double(), x.int())
@@ -125,7 +125,7 @@ def test_what_a_launch_was_not_compiled_for_takes_the_long_way(kernel):
         made(other)
     assert [arguments[0] for _, arguments, _ in kernel.own[1:]] == [*others]
     assert kernel.direct == []
-    for other in others:  # code for tensors that are not aligned serves no others
+    for other in others:  # code for unaligned tensors is not kept
         made(other)
     assert len(kernel.own) == 6
     assert len(kernel.direct) == 3
@@ -157,7 +157,7 @@ def test_the_versions_that_are_verified(monkeypatch):
 
 @pytest.mark.parametrize("error", [TypeError("takes 3"), AttributeError("no x"), ValueError("y")])
 def test_a_refused_launch_takes_the_ordinary_launcher(kernel, error):
-    """One launch, one warning that names version and error; then no launch goes past it again."""
+    """One launch, one warning with version and error; later launches take Triton's launcher."""
 
     def refuse(*arguments):
         raise error
@@ -181,7 +181,7 @@ def test_a_refused_launch_takes_the_ordinary_launcher(kernel, error):
 
 
 def test_an_error_of_the_driver_passes(kernel):
-    """It may be that of an earlier kernel, or this one may have begun: no second launch."""
+    """An earlier kernel may have caused it, or this one may run already: no second launch."""
     x = torch.zeros(100)
     made = prepared(kernel, x)
 
@@ -214,7 +214,7 @@ def test_arguments_that_no_launcher_takes_are_not_blamed_on_a_version(kernel):
 
 
 def test_code_that_is_not_as_known(kernel):
-    """It was launched, by Triton; that it cannot be launched another way is said once."""
+    """Triton has launched it; one warning says that direct launches are not possible."""
 
     class Other(Kernel):
         @property
@@ -233,7 +233,7 @@ def test_code_that_is_not_as_known(kernel):
 @compiled_here
 @pytest.mark.skipif(launch.VERSION not in VERIFIED, reason="Triton's own launcher serves")
 def test_launches_on_the_real_launcher(tmp_path):
-    """Past the binder as through it; errors pass; see ``stand_in``, a process of its own."""
+    """Direct launches equal Triton's own; ``stand_in`` is a process of its own."""
     program = Path(__file__).parent / "stand_in.py"
     environment = {**os.environ, "PYTHONPATH": str(program.parent.parent)}
     run = subprocess.run(
@@ -258,7 +258,7 @@ def test_power_of_two(number, power):
     assert launch.power_of_two(number, least=16) == max(16, power)
 
 
-# ---- who is served ----
+# ---- dispatch ----
 
 
 def test_every_operator_has_a_triton_kernel():
@@ -273,7 +273,7 @@ def test_the_kernels_are_there(name):
 
 
 def test_unserved_arguments(monkeypatch):
-    """They go to plain PyTorch, unless Triton was chosen."""
+    """Plain PyTorch serves them, unless Triton was chosen."""
 
     def unserved(*arguments):
         raise _backend.UnservedError("too strange")
@@ -298,7 +298,7 @@ def test_old_devices_take_plain_pytorch(monkeypatch):
     assert offsets.tolist() == [[0, 2]]
 
 
-# ---- how many launches ----
+# ---- number of launches ----
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_unknown_arguments_are_refused():
         launches.launch("merge", torch.bfloat16, {"B": 2, "C": 8, "weights": True})
 
 
-# ---- what the kernels compile to ----
+# ---- compiled code ----
 
 
 @compiled_here
@@ -351,7 +351,7 @@ def test_what_a_launch_is_compiled_from():
 
 
 def loop_instructions_per_score(code, settings):
-    """Machine instructions of a thread for each score, in the loop that multiplies matrices."""
+    """Machine instructions of a thread per score, in the loop with the matrix product."""
     lengths = []
     for at, text in enumerate(code):
         branch = re.match(r"(?:@!?U?P\d+ )?BRA\b.*?0x([0-9a-f]+)", text)
@@ -364,7 +364,7 @@ def loop_instructions_per_score(code, settings):
 
 @compiled_here
 def test_a_score_costs_few_instructions():
-    """Where the width is 64, finding the largest score costs more than the scores."""
+    """At width 64, finding the maximum costs more than the matrix product."""
     with record("sm_90") as recorded:
         launches.launch("nearest", torch.bfloat16, {"B": 2, "N": 65536, "D": 64})
     search = recorded[-1]
@@ -380,7 +380,7 @@ def budgeted(arch):
 
 @pytest.mark.parametrize("arch", [budgeted(arch) for arch in resources.ARCHS])
 def test_the_budget_is_complete(arch):
-    """Every kernel with every setting; ``benchmarks.resources --write`` makes it so."""
+    """It has every kernel with every setting; ``benchmarks.resources --write`` adds them."""
     known = {(*budget.key(row), row["tile"]) for row in budget.read(resources.BUDGET)}
     assert {job[:4] for job in resources.jobs([arch])} == {row for row in known if arch in row}
 
@@ -405,7 +405,7 @@ def test_there_is_no_budget_for_an_unknown_version(monkeypatch, capsys, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [budgeted(arch) for arch in resources.ARCHS])
 def test_resources(arch):
-    """Kernels compile within the budget, for each setting where they take the most registers."""
+    """Kernels stay in the budget; of each setting the launch with the most registers compiles."""
     known = budget.read(resources.BUDGET)
     jobs = resources.largest(resources.jobs([arch]), known)
     rows = resources.measure_all(jobs, os.cpu_count() or 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools for a GPU, as far as they run without one."""
+"""The search for faster launch settings, without a GPU."""
 
 import pytest
 
