@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_cache, gpu_check, machine, measure, smoke, store
-from benchmarks.gpu import bars, library, prefill, record, steps
+from benchmarks import gpu_check, machine, measure, store
+from benchmarks.gpu import bars, library, record, steps
 from benchmarks.gpu.runner import LARGEST, Outcome, Run, Step, pack
 from benchmarks.registry import find
 from tokenops import _native
@@ -264,6 +264,15 @@ def test_what_did_not_end_twice_is_passed_over(tmp_path):
     assert record.settled(tmp_path / "none.jsonl") == set()
 
 
+#: Options and profiles of the tests' own conftest.
+CONFTEST = """
+from hypothesis import settings
+settings.register_profile("quick")
+def pytest_addoption(parser):
+    for option in ("--backends", "--devices", "--share"):
+        parser.addoption(option)
+"""
+
 TESTS = """
 import pytest
 each = pytest.mark.parametrize("device", ["cpu"])
@@ -281,11 +290,16 @@ def test_is_of_the_host(): pass
 """
 
 
-def test_a_cuda_error_costs_a_test_and_no_name_is_lost(tmp_path):
-    (tmp_path / "test_some.py").write_text(TESTS)
-    path = tmp_path / "record.jsonl"
+def suite_of(tests, folder):
+    """A command that runs tests on the CPU and records them."""
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "test_some.py").write_text(tests)
     command = [sys.executable, "-m", "benchmarks.gpu.suite", "--device", "cpu"]
-    command += ["--record", str(path), str(tmp_path / "test_some.py")]
+    return [*command, "--record", str(folder / "record.jsonl"), str(folder / "test_some.py")]
+
+
+def test_a_cuda_error_costs_a_test_and_no_name_is_lost(tmp_path):
+    command, path = suite_of(TESTS, tmp_path), tmp_path / "record.jsonl"
     for code in (record.POISONED, 1, 1):  # all tests are done before the third start
         assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == code
     rows = {re.search(r"test_\w+\[", c)[0]: row for c, row in record.read(path).items()}
@@ -301,7 +315,7 @@ def test_a_cuda_error_costs_a_test_and_no_name_is_lost(tmp_path):
 
 def test_a_step_with_an_early_failure_is_not_ok(tmp_path):
     """A failure, a CUDA error, and a second start in which everything passes."""
-    (tmp_path / "test_some.py").write_text(
+    tests = (
         "import pytest\n"
         "@pytest.mark.parametrize('device', ['cpu'])\n"
         "@pytest.mark.parametrize('number', range(3))\n"
@@ -309,8 +323,7 @@ def test_a_step_with_an_early_failure_is_not_ok(tmp_path):
         "    if number == 1: raise RuntimeError('CUDA error: misaligned address')\n"
         "    assert number > 0\n"
     )
-    command = [sys.executable, "-m", "benchmarks.gpu.suite", "--device", "cpu"]
-    command += ["--record", str(tmp_path / "record.jsonl"), str(tmp_path / "test_some.py")]
+    command = suite_of(tests, tmp_path)
     found = go(tmp_path, [Step("tests", command, 200, goes_on=True)], cwd=ROOT, deadline=300)
     assert found["tests"].result == "failed (1), 2 starts"
     results = [row.result for row in record.read(tmp_path / "record.jsonl").values()]
@@ -487,55 +500,6 @@ def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
         if module not in ("torch.utils.collect_env", "tokenops.info"):  # have no arguments
             with pytest.raises(ParsedError):
                 importlib.import_module(module).main(arguments)
-
-
-def test_the_cache_is_of_the_calls_that_the_check_makes(tmp_path):
-    assert {*steps.DTYPES} == {*smoke.DTYPES}
-    names = [name for name, _ in prefill._calls()]
-    assert len(set(names)) == len(names)
-    for case in smoke.cases():
-        assert sum(operator in case.operator for operator in steps.OPERATORS) == 1
-        for dtype in steps.DTYPES:
-            assert f"smoke {case.operator} {case.name} {case.sizes.tokens} {dtype}" in names
-    assert {"ceilings", "launches layer", "times model vit-b tokenops"} <= {*names}
-    for step in (step for group in steps.phases(steps.Plan("cuda", tmp_path)) for step in group):
-        if "benchmarks.measure" in step.command:
-            arguments = step.command[step.command.index("benchmarks.measure") + 1 :]
-            for case in measure.cases_of(measure.parser().parse_args(arguments)):
-                assert f"times {case.operator} {case.name} tokenops" in names
-
-
-# ---- the cache ----
-
-
-def test_a_filled_cache_compiles_nothing(tmp_path):
-    """Another process finds the kernels of two calls, compiled without a GPU."""
-    folder, archive = tmp_path / "cache", tmp_path / "cache.tar.xz"
-    command = [sys.executable, "-m", "benchmarks.gpu_cache", "--folder", str(folder), "--jobs", "1"]
-    command += ["--out", str(archive), "--only", "ceilings", "launches merge_wavg"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    number = int(re.search(r"compiled (\d+), found 0, 0 calls stopped", done.stdout)[1])
-    assert number >= 2
-
-    shutil.rmtree(folder)
-    assert gpu_cache.main(["--unpack", str(archive), "--folder", str(folder)]) == 0
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert f"compiled 0, found {number}, 0 calls stopped" in done.stdout
-    assert gpu_cache.count(folder) == f"0 of {number} kernels were compiled here"
-    cubin = gpu_cache.kernels(folder)[0]
-    os.utime(cubin, (time.time() + 10, time.time() + 10))
-    assert gpu_cache.count(folder) == f"1 of {number} kernels were compiled here"
-
-
-def test_an_archive_of_another_version_says_so(tmp_path, monkeypatch):
-    (tmp_path / "cache" / "key").mkdir(parents=True)
-    (tmp_path / "cache" / "key" / "some.cubin").touch()
-    (tmp_path / "cache" / gpu_cache.VERSIONS).write_text("Python 3.12.3, Triton 3.6.0")
-    gpu_cache.pack(tmp_path / "cache", tmp_path / "cache.tar.xz")
-    monkeypatch.setattr(gpu_cache, "versions", lambda: "Python 3.12.3, Triton 3.7.1")
-    text = gpu_cache.unpack(tmp_path / "cache.tar.xz", tmp_path / "there")
-    assert text.startswith("1 kernels, made with Python 3.12.3, Triton 3.6.0; of no use here")
 
 
 # ---- the whole run ----
