@@ -26,7 +26,7 @@ extern "C" __attribute__((visibility("default"))) const char* tokenops_list_kern
                                                             kernel.threads, kernel.shared_bytes);
     }
     if (error != cudaSuccess) {
-      cudaGetLastError();  // it is told here, and must not meet the next launch
+      cudaGetLastError();  // clears the error, which the next launch would report again
       return cudaGetErrorString(error);
     }
     report(context, &kernel);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the operators' library tells about its CUDA kernels: tokenops_list_kernels, which is looked
-// up by name, since the module that asks is another library.
+// tokenops_list_kernels reports the resources of the library's CUDA kernels. inspect.cpp, which is
+// another library, looks it up by name.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@ extern "C" {
 
 struct TokenopsKernel {
   const char* name;
-  int threads;           // of a block
-  int64_t shared_bytes;  // of a block, for a usual shape where that depends on shapes
-  int registers;         // of a thread
-  int64_t local_bytes;   // of a thread: stack and spilled registers
-  int blocks;            // that a multiprocessor runs at a time
+  int threads;           // per block
+  int64_t shared_bytes;  // per block; for a usual shape, if it depends on shapes
+  int registers;         // per thread
+  int64_t local_bytes;   // per thread: stack and spilled registers
+  int blocks;            // per multiprocessor at a time
 };
 
-// Call `report` for the kernels that matter most, as they are compiled for the current device;
-// returns null, or what is wrong.
+// Call `report` for each Reported kernel (cuda.cuh), as compiled for the current device. Returns
+// null or an error message.
 typedef const char* (*TokenopsListKernels)(void (*report)(void* context, const TokenopsKernel*),
                                            void* context);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU operators share: instruction set dispatch, scratch memory, parallel loops.
+// Shared by the CPU operators: instruction sets, scratch memory, parallel loops.
 #pragma once
 
 #include <cstdint>
@@ -33,21 +33,21 @@ inline Isa detect_isa() {
     }
   }
 #endif
-  const char* wish = std::getenv("TOKENOPS_CPU_ISA");
-  if (wish == nullptr) return best;
+  const char* wanted = std::getenv("TOKENOPS_CPU_ISA");
+  if (wanted == nullptr) return best;
   for (int i = 0; i < static_cast<int>(best); ++i) {
-    if (std::strcmp(wish, kIsaNames[i]) == 0) return static_cast<Isa>(i);
+    if (std::strcmp(wanted, kIsaNames[i]) == 0) return static_cast<Isa>(i);
   }
   return best;
 }
 
-// Best instruction set of this CPU; the environment variable TOKENOPS_CPU_ISA lowers it.
+// The best instruction set of this CPU; the environment variable TOKENOPS_CPU_ISA asks for less.
 inline Isa isa() {
   static const Isa level = detect_isa();
   return level;
 }
 
-// The version of a kernel, which exists in each level's namespace, for this CPU.
+// The address of a function that each instruction set's namespace has, of the set of this CPU.
 #if TOKENOPS_X86
 #define TOKENOPS_KERNEL(...)                                           \
   (::tokenops::isa() >= ::tokenops::Isa::avx512 ? &avx512::__VA_ARGS__ \
@@ -64,19 +64,19 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty(sizes, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
-// Bytes of cache that a pass can hope for: what the cores of one die share on current servers.
-// (What sysconf says is not that on all of them.)
+// Bytes of last-level cache that the cores of one die share on current servers. (sysconf reports
+// other numbers on some of them.)
 constexpr int64_t kCacheBytes = int64_t{32} << 20;
 
-// Make what this thread stored past the caches visible to the others.
+// Make this thread's streaming stores visible to other threads.
 inline void stream_fence() {
 #if TOKENOPS_X86
   _mm_sfence();
 #endif
 }
 
-// Uninitialised memory, aligned to cache lines, that grows on demand; never null when made for a
-// number of elements, even for none.
+// Uninitialised memory, aligned to cache lines, that grows on demand. Not null if constructed with
+// a count, even 0.
 template <class T>
 class Scratch {
  public:
@@ -86,7 +86,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(data_); }
 
-  // Room for this many elements; what was there before is lost if it has to grow.
+  // Make room for this many elements; growing loses the old contents.
   T* reserve(int64_t count) {
     if (count > capacity_) {
       std::free(data_);
@@ -105,8 +105,8 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
-// Gives out arrays one after the other from a block of memory, each aligned to a cache line.
-// Without a block it only counts the bytes.
+// Arrays one after the other in a block of memory, each aligned to a cache line. With a null base,
+// only their bytes are counted.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}
@@ -123,7 +123,6 @@ class Arena {
   char* base_;
   int64_t used_ = 0;
 };
-using Layout = Arena;
 
 // A workspace W(arena, sizes...), whose arrays lie in `memory`.
 template <class W, class... Sizes>
@@ -134,11 +133,11 @@ W allocate(Scratch<char>& memory, Sizes... sizes) {
   return W(arena, sizes...);
 }
 
-// Call f(begin, end) on parts of [0, count) in parallel, where `cost` is about the number of bytes
-// that one index touches: small loops run on the calling thread, at no overhead.
+// Call f(begin, end) on parts of [0, count) in parallel. `cost` is about the number of bytes that
+// one index reads and writes; small loops run on the calling thread without overhead.
 template <class F>
 void parallel_for(int64_t count, int64_t cost, const F& f) {
-  constexpr int64_t kGrain = 64 * 1024;  // bytes, several times what waking a thread costs
+  constexpr int64_t kGrain = 64 * 1024;  // bytes; takes several times as long as waking a thread
   if (count <= 0) return;
   const int64_t grain = kGrain / (cost > 0 ? cost : 1) + 1;
   if (count <= grain) return f(0, count);

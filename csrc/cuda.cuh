@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA operators share: where they run, launches, shared memory, scans within a block.
+// Shared by the CUDA operators: device and stream, launches, shared memory, scans within a block.
 //
-// Kernels use the x axis alone, dynamic shared memory alone, and of the device's functions those
-// that emulate.h has too: under TOKENOPS_EMULATE they are plain C++ that runs on CPU tensors.
+// Kernels use only the x axis, dynamic shared memory, and the device functions that emulate.h has:
+// with TOKENOPS_EMULATE they are compiled as C++ and run on CPU tensors.
 #pragma once
 
 #include <atomic>
@@ -35,7 +35,7 @@ struct Grid {
   int64_t shared_bytes = 0;
 };
 
-// Where the kernels of one call run: the device of its first tensor and its current stream.
+// The device and stream of one call's kernels: those of its first tensor, and the current stream.
 class Target {
  public:
   Target(const char* op, const Tensor& first) : op_(op), first_(first) {
@@ -57,7 +57,7 @@ class Target {
   }
 #endif
 
-  // All tensors must be on this device.
+  // Check that a tensor is on this device.
   void expect(const char* name, const Tensor& t) const {
 #if !defined(TOKENOPS_EMULATE)
     STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device_, op_, ": expected ", name,
@@ -79,13 +79,13 @@ class Target {
 #endif
   }
 
-  // Bytes of shared memory that a block can have.
+  // The most bytes of shared memory that a block can have.
   int64_t max_shared_bytes() const {
 #if defined(TOKENOPS_EMULATE)
     return int64_t{227} << 10;
 #else
     constexpr int kDevices = 64;
-    static std::atomic<int> known[kDevices];  // zero until asked for
+    static std::atomic<int> known[kDevices];  // 0 until queried
     int bytes = device_ < kDevices ? known[device_].load() : 0;
     if (bytes == 0) {
       check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
@@ -100,7 +100,7 @@ class Target {
 
   void check(cudaError_t error, const Grid* grid = nullptr) const {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // it is told here, and must not meet the next launch
+    cudaGetLastError();  // clears the error, which the next launch would report again
     const bool unknown =
         error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
     STD_TORCH_CHECK(!unknown, op_, ": the library was not compiled for this device; ",
@@ -113,7 +113,7 @@ class Target {
   }
 #endif
 
-  // Set memory on this device to zero bytes, on the stream.
+  // Set memory on this device to zero, on the stream.
   void zero(void* memory, int64_t bytes) const {
 #if defined(TOKENOPS_EMULATE)
     std::memset(memory, 0, static_cast<size_t>(bytes));
@@ -122,7 +122,7 @@ class Target {
 #endif
   }
 
-  // Launch a kernel; nothing where the grid is empty. Errors name the operator and its first
+  // Launch a kernel, unless the grid is empty. Errors name the operator and the shape of its first
   // tensor.
   template <class... P, class... A>
   void launch(void (*kernel)(P...), Grid grid, A... args) const {
@@ -132,7 +132,8 @@ class Target {
 #if defined(TOKENOPS_EMULATE)
     emulate::launch<P...>(kernel, grid.blocks, grid.threads, grid.shared_bytes, P(args)...);
 #else
-    if (grid.shared_bytes > 48 << 10) {  // always the same limit: threads may do so side by side
+    if (grid.shared_bytes >
+        48 << 10) {  // the same limit in every call, so threads can set it at once
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(max_shared_bytes())));
     }
@@ -157,7 +158,8 @@ class Target {
   const char* op_;
   const Tensor& first_;
 #if !defined(TOKENOPS_EMULATE)
-  // Of PyTorch's own CUDA library, which a library for any PyTorch cannot be linked with.
+  // Looked up in PyTorch's CUDA library: this library, which works with any PyTorch, is not linked
+  // to it.
   using StreamFunction = AOTITorchError (*)(int32_t device_index, void** stream);
   StreamFunction current_stream_function() const {
     static const StreamFunction found = [] {
@@ -174,8 +176,8 @@ class Target {
 #endif
 };
 
-// A kernel that `python -m tokenops.info` reports, made once for the whole run of the program:
-// `const Reported reported("name", kernel, threads, shared_bytes);` beside the kernel.
+// A kernel that `python -m tokenops.info` reports, as a global constant beside the kernel:
+// `const Reported reported("name", kernel, threads, shared_bytes);`
 struct Reported {
   const char* name;
   const void* function;
@@ -213,22 +215,23 @@ __device__ __forceinline__ char* shared_memory() {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
-// V elements that are loaded and stored at once; 16 bytes where the layout allows.
+// V elements that one instruction loads or stores: 16 bytes where the strides allow it.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T item[V];
 };
 
-// Sum of the values of all threads before this one, and of all of them in `total`. Every thread of
-// the block calls it, and the block is whole warps; `scratch` holds one int per warp, and one more.
-__device__ __forceinline__ int exclusive_sum(int value, int* scratch, int* total) {
+// Exclusive scan: returns the sum of the values of all threads before this one; `total` is the sum
+// of all. All threads of the block call it, which is whole warps; `scratch` holds one int per warp,
+// and one more.
+__device__ __forceinline__ int exclusive_scan(int value, int* scratch, int* total) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   int sum = value;
   for (int by = 1; by < kWarpSize; by *= 2) {
     const int other = __shfl_up_sync(kAllLanes, sum, by);
     if (lane >= by) sum += other;
   }
-  __syncthreads();  // whoever read the scratch before
+  __syncthreads();  // after the last reads of scratch
   if (lane == kWarpSize - 1) scratch[warp] = sum;
   __syncthreads();
   const int warps = blockDim.x / kWarpSize;

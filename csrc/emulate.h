@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernels as plain C++ on the CPU, thread by thread: what Triton's interpreter is to its
-// kernels. It proves what a kernel computes, that every barrier is reached by all, and, under
-// AddressSanitizer, that nothing is read or written beyond tensors and a block's shared memory.
-// Threads run in ever other orders, which shows many a missing barrier, but not all: between two
-// barriers a thread runs alone. It knows nothing of time.
+// CUDA kernels as C++ on the CPU, thread by thread, as Triton's interpreter runs Triton's kernels.
+// Tests check the results, that all threads reach each barrier, and, with AddressSanitizer, that no
+// kernel reads or writes out of bounds of tensors and shared memory. Threads run in a new random
+// order after each barrier, which finds many missing barriers but not all: between two barriers a
+// thread runs alone.
 //
-// The threads of a block are coroutines, blocks run one after the other. Only the x axis exists,
+// The threads of a block are coroutines; blocks run one after the other. There is only the x axis,
 // and warps are whole.
 #pragma once
 
@@ -35,13 +35,13 @@ namespace tokenops::emulate {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 << 10;
-constexpr size_t kSlot = 128;  // bytes that a thread can show to others of its warp
+constexpr size_t kSlot = 128;  // bytes that a thread can exchange with its warp
 
 struct Axis {
   unsigned x;
 };
 
-// Threads that wait for one another.
+// A barrier for the threads of a block or a warp.
 struct Barrier {
   int arrived = 0;
   int expected = 0;  // threads that have not returned
@@ -88,8 +88,8 @@ struct Block {
   Warp& warp_of(const Thread& t) { return warps[t.thread.x / kWarp]; }
 };
 
-inline void fail(const char* what) {
-  std::fprintf(stderr, "tokenops: emulated kernel: %s\n", what);
+inline void fail(const char* message) {
+  std::fprintf(stderr, "tokenops: emulated kernel: %s\n", message);
   std::abort();
 }
 
@@ -115,7 +115,7 @@ inline void enter() {
   swapcontext(&self.context, &block.scheduler);
 }
 
-// Run one block to its end, its threads in an order that `seed` shuffles.
+// Run one block to its end; `seed` shuffles the order of its threads.
 inline void run_block(Block& block, std::vector<Thread>& threads, uint64_t& seed) {
   const unsigned count = block.threads.x;
   block.warps = std::vector<Warp>((count + kWarp - 1) / kWarp);
@@ -154,14 +154,14 @@ inline void run_block(Block& block, std::vector<Thread>& threads, uint64_t& seed
   current() = nullptr;
 }
 
-// Kernels called since the program began.
+// The number of kernels launched since the program began.
 inline int64_t& launches() {
   static int64_t count = 0;
   return count;
 }
 
-// Call a kernel for a grid of blocks. Shared memory is a fresh piece of the heap for each block,
-// filled with ones: as floats they are NaN.
+// Run a kernel for a grid of blocks. Each block gets its shared memory from the heap, filled with
+// bits that are NaN as floats.
 template <class... P>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, P... args) {
   ++launches();
@@ -185,14 +185,14 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_by
   }
 }
 
-// What a thread shows, seen by `look(slots)`: slots[lane] of the whole warp, all of which must be
-// in the same function, whose name `call` is.
+// Exchange values within a warp: returns look(value_of), where value_of(lane) is that lane's
+// `value`. All threads of the warp must be in the same function, whose name is `call`.
 template <class T, class F>
-auto in_warp(const T& shown, F look, const char* call = __builtin_FUNCTION()) {
-  static_assert(sizeof(T) <= kSlot, "too much to show");
+auto in_warp(const T& value, F look, const char* call = __builtin_FUNCTION()) {
+  static_assert(sizeof(T) <= kSlot, "too large a value");
   Thread& self = running();
   Warp& warp = self.block->warp_of(self);
-  std::memcpy(warp.slots[self.thread.x % kWarp], &shown, sizeof(T));
+  std::memcpy(warp.slots[self.thread.x % kWarp], &value, sizeof(T));
   warp.calls[self.thread.x % kWarp] = call;
   if (warp.barrier.expected != kWarp) fail("a function of the whole warp, after threads returned");
   wait(warp.barrier);
@@ -200,9 +200,9 @@ auto in_warp(const T& shown, F look, const char* call = __builtin_FUNCTION()) {
     if (std::strcmp(other, call) != 0) fail("threads of a warp are in different functions of it");
   }
   const auto result = look([&](int lane) {
-    T value;
-    std::memcpy(&value, warp.slots[lane], sizeof(T));
-    return value;
+    T other;
+    std::memcpy(&other, warp.slots[lane], sizeof(T));
+    return other;
   });
   wait(warp.barrier);
   return result;
@@ -217,7 +217,7 @@ inline void __syncthreads() {
 }
 inline bool __syncthreads_or(bool mine) {
   bool& vote = ::tokenops::emulate::running().block->vote;
-  __syncthreads();  // whoever has not read the one before
+  __syncthreads();  // after the last reads of the previous vote
   vote = false;
   __syncthreads();
   vote |= mine;
@@ -230,32 +230,34 @@ inline void __syncwarp(unsigned = ~0u) {
 }
 template <class T>
 T __shfl_sync(unsigned, T value, int source) {
-  return ::tokenops::emulate::in_warp(value, [=](auto of) { return of(source & 31); });
+  return ::tokenops::emulate::in_warp(value, [=](auto value_of) { return value_of(source & 31); });
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int bits) {
   return ::tokenops::emulate::in_warp(
-      value, [=](auto of) { return of(::tokenops::emulate::lane() ^ bits); });
+      value, [=](auto value_of) { return value_of(::tokenops::emulate::lane() ^ bits); });
 }
 template <class T>
 T __shfl_up_sync(unsigned, T value, int by) {
   const int from = ::tokenops::emulate::lane() - by;
-  return ::tokenops::emulate::in_warp(value, [=](auto of) { return from < 0 ? value : of(from); });
+  return ::tokenops::emulate::in_warp(
+      value, [=](auto value_of) { return from < 0 ? value : value_of(from); });
 }
 inline unsigned __ballot_sync(unsigned, bool mine) {
-  return ::tokenops::emulate::in_warp(mine, [](auto of) {
+  return ::tokenops::emulate::in_warp(mine, [](auto value_of) {
     unsigned bits = 0;
     for (int lane = 0; lane < ::tokenops::emulate::kWarp; ++lane)
-      bits |= unsigned{of(lane)} << lane;
+      bits |= unsigned{value_of(lane)} << lane;
     return bits;
   });
 }
-// F joins two values of all those that a warp has.
+// Reduce the values of a warp by a function of two values.
 template <class F>
-unsigned reduce_in_warp(unsigned mine, F join) {
-  return ::tokenops::emulate::in_warp(mine, [=](auto of) {
-    unsigned all = of(0);
-    for (int lane = 1; lane < ::tokenops::emulate::kWarp; ++lane) all = join(all, of(lane));
+unsigned reduce_in_warp(unsigned mine, F combine) {
+  return ::tokenops::emulate::in_warp(mine, [=](auto value_of) {
+    unsigned all = value_of(0);
+    for (int lane = 1; lane < ::tokenops::emulate::kWarp; ++lane)
+      all = combine(all, value_of(lane));
     return all;
   });
 }

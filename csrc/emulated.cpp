@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA operators as CPU operators, for tests: see emulate.h.
+// The CUDA operators as CPU operators, for tests (emulate.h).
 #define TOKENOPS_EMULATE 1
 
 #include "matching/match_cuda.cu"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What Python may ask about the build and the machine. pybind11 ties this module to one version of
-// Python, so it stands apart from the operators' library, which knows none.
+// Python module with information on the build, the CPU and the CUDA kernels. pybind11 ties it to
+// one version of Python, so it is apart from the operators' library, which works with any version.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
@@ -60,7 +60,7 @@ py::list cuda_kernels(const std::string& library) {
   void* const loaded = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
   void* const symbol = loaded != nullptr ? dlsym(loaded, "tokenops_list_kernels") : nullptr;
   const auto list_kernels = reinterpret_cast<TokenopsListKernels>(symbol);
-  if (list_kernels == nullptr) return kernels;  // compiled for the CPU alone
+  if (list_kernels == nullptr) return kernels;  // compiled without CUDA
   const auto report = [](void* context, const TokenopsKernel* kernel) {
     py::dict entry;
     entry["name"] = kernel->name;
@@ -79,11 +79,12 @@ py::list cuda_kernels(const std::string& library) {
 }  // namespace
 
 PYBIND11_MODULE(_inspect, module) {
-  module.doc() = "How tokenops was compiled, and what this CPU offers to its kernels.";
+  module.doc() = "How tokenops was compiled, and the vector extensions of this CPU.";
   module.def("build_info", &build_info, "Compiler, flags and versions of this build.");
   module.def("cpu_features", &cpu_features,
-             "Vector extensions that this CPU and its system offer.");
-  module.def("cuda_kernels", &cuda_kernels, py::arg("library"),
-             "CUDA kernels of the library at this path, which must be loaded: registers, shared "
-             "memory, and blocks that a multiprocessor of the current device runs at a time.");
+             "Whether this CPU and its system have each vector extension.");
+  module.def(
+      "cuda_kernels", &cuda_kernels, py::arg("library"),
+      "Registers, shared memory and blocks per multiprocessor, on the current device, of each "
+      "CUDA kernel in the library at this path, which must be loaded.");
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of float and double, once for each instruction set that the library is compiled for.
+// Vectors of float and double for each instruction set that the library is compiled for.
 //
-// Every level has the same names in its own namespace (portable, avx2, avx512): kernels are
-// written once and included once per level, between TOKENOPS_TARGET_* and TOKENOPS_TARGET_END.
-// Such code must not instantiate templates of the standard library: the linker would merge them
-// with those of other levels and might keep the copy that this CPU cannot run.
+// Each set has the same names in a namespace of its own (portable, avx2, avx512). Kernels are
+// written once and included once per set, between TOKENOPS_TARGET_* and TOKENOPS_TARGET_END. They
+// must not instantiate templates of the standard library: the linker merges the copies of all sets
+// and may keep one that this CPU cannot run.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define TOKENOPS_X86 1
-// GCC's own header leaves registers undefined on purpose, and GCC 12 warns of that.
+// GCC's header leaves registers undefined on purpose, which GCC 12 warns about.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -32,20 +32,19 @@
 #define TOKENOPS_X86 0
 #endif
 
-// What each level offers, with V = Vec<float> or Vec<double> and T the type in memory (for float:
-// float, BFloat16, Half; for double: double), rounding to nearest even:
+// Each set has V = Vec<float> and Vec<double>. T is the type in memory (float, BFloat16 or Half for
+// Vec<float>, double for Vec<double>); stores round to nearest even.
 //   V::W                                   number of lanes
 //   V::zero(), V::set1(value)
-//   V::load(const T*), V::load_partial(const T*, n)      lanes at and after n (1 <= n < W) are zero
+//   V::load(const T*), V::load_partial(const T*, n)      lanes n, n + 1... are zero, 1 <= n < W
 //   v.store(T*), v.store_partial(T*, n)                  the first n lanes
-//   v.stream(A*)                           store past the caches, 64-byte aligned; stream_fence()
-//   a + b, a - b, a * b, a / b, fma(a, b, c) = a * b + c
-//   max(a, b), min(a, b)                   b where either is NaN, as the x86 instructions have it
-//   gt(a, b), ge(a, b), eq(a, b), is_nan(a), mask_and(m, n), mask_or(m, n)       V::Mask
-//   blend(m, a, b)                         a where m, else b
-//   reduce_add(a), reduce_max(a)           over the lanes, in a fixed order
-//   round(a)                             the integer next to a, |a| < 2^22
-//   ldexp(a, n)                      a * 2^n for integers n at which 2^n is a normal number
+//   v.stream(A*)                           store past the caches, 64-byte aligned; then
+//   stream_fence() a + b, a - b, a * b, a / b, fma(a, b, c) = a * b + c max(a, b), min(a, b) b
+//   where either is NaN, as the x86 instructions have it gt(a, b), ge(a, b), eq(a, b), is_nan(a),
+//   mask_and(m, n), mask_or(m, n)       V::Mask blend(m, a, b)                         a where m,
+//   else b reduce_add(a), reduce_max(a)           over the lanes, in a fixed order round(a) the
+//   nearest integer, for |a| < 2^22 ldexp(a, n)                            a * 2^n for integers n,
+//   where 2^n is a normal number
 namespace tokenops {
 
 namespace portable {
@@ -53,7 +52,7 @@ namespace portable {
 template <class A>
 struct Vec;
 
-// Operations that the compiler's own vectors (16 bytes, any architecture) have for every type.
+// What is the same for both types: vectors of 16 bytes by the compiler, on any architecture.
 template <class A, class Bits, int Lanes>
 struct Vec128 {
   static constexpr int W = Lanes;
@@ -136,7 +135,7 @@ TOKENOPS_FOR(Vec<float>)
 TOKENOPS_FOR(Vec<double>)
 #undef TOKENOPS_FOR
 
-// Adding and subtracting such a number leaves no bits behind the point.
+// Adding and subtracting 1.5 * 2^(mantissa bits) rounds the fraction away.
 TOKENOPS_INLINE Vec<float> round(Vec<float> a) {
   return Vec<float>::wrap(a.v + 0x1.8p23f - 0x1.8p23f);
 }
@@ -209,8 +208,8 @@ struct Vec<float> {
   TOKENOPS_INLINE __m128i to_bfloat16() const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i word = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(word, word), 0x08);
@@ -280,7 +279,7 @@ TOKENOPS_FOR(Vec<float>, ps)
 TOKENOPS_FOR(Vec<double>, pd)
 #undef TOKENOPS_FOR
 
-// One reduction over the lanes: halves onto each other until one lane is left.
+// Reduction over the lanes: combine halves until one lane is left.
 #define TOKENOPS_REDUCE(name, op)                                                          \
   TOKENOPS_INLINE float name(Vec<float> a) {                                               \
     __m128 x = _mm_##op##_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));  \
@@ -352,9 +351,9 @@ struct Vec<float> {
   static TOKENOPS_INLINE Vec from_bfloat16(__m256i bits) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
-  // Integer arithmetic, as the instruction of AVX512-BF16 takes subnormals for zero.
+  // Integer arithmetic, because the instruction of AVX512-BF16 flushes subnormals to zero.
   TOKENOPS_INLINE __m256i to_bfloat16() const {
-    // The table makes every NaN the default one, to which adding the bias does no harm.
+    // The table maps every NaN to the default NaN, which stays NaN when 0x7fff is added.
     const __m512i table = _mm512_set1_epi32(0x33);
     const __m512i bits = _mm512_castps_si512(_mm512_fixupimm_ps(v, v, table, 0));
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));

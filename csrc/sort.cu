@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sort of a whole device, apart from its users because it takes long to compile.
+// The radix sort by a whole device: a file of its own, because it takes long to compile.
 #include "sort.cuh"
 
 #if defined(TOKENOPS_EMULATE)

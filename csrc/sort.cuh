@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorts: of a block by itself, and of a whole device. Both are stable and look at some bits only.
+// Stable radix sorts by some bits of the keys: by one block, and by the whole device.
 #pragma once
 
 #include "cuda.cuh"
@@ -12,15 +12,15 @@
 
 namespace tokenops::cuda {
 
-// Bits that numbers below `count` take.
+// The number of bits of the numbers below `count`.
 TOKENOPS_HOST_DEVICE int bits_below(int64_t count) {
   int bits = 0;
   while (bits < 63 && (int64_t{1} << bits) < count) ++bits;
   return bits;
 }
 
-// Sort Threads * Items keys by a block of so many threads; thread t holds those from t * Items on,
-// before and after. `kSharedBytes` of shared memory are its own meanwhile.
+// Sort Threads * Items keys by a block of Threads threads. Thread t holds keys [t * Items,
+// (t + 1) * Items) before and after. `shared`: kSharedBytes of shared memory.
 template <class Key, int Threads, int Items>
 struct BlockSort {
 #if defined(TOKENOPS_EMULATE)
@@ -52,7 +52,7 @@ struct BlockSort {
 #endif
 };
 
-// Sort `count` pairs by the lowest `bits` bits of their keys, on the target's stream; in sort.cu.
+// Sort `count` pairs by the lowest `bits` bits of their keys, on the target's stream (sort.cu).
 void sort_pairs(const Target& target, const uint64_t* keys, uint64_t* sorted_keys,
                 const int32_t* values, int32_t* sorted_values, int64_t count, int bits);
 

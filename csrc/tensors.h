@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What all operators share, on any device: dtypes, views of tensors, new tensors. Letters: B batch,
-// N tokens in, M tokens out, C channels.
+// Shared by all operators on any device: dtypes, views of tensors, new tensors, boxed arguments.
+// Letters: B batch, N tokens in, M tokens out, C channels.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -20,7 +20,7 @@
 
 #define TOKENOPS_INLINE inline __attribute__((always_inline))
 
-// A function of index arithmetic, the same for a CPU and a GPU.
+// A function for index arithmetic on the CPU and the GPU.
 #if defined(__CUDACC__)
 #define TOKENOPS_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -34,7 +34,7 @@ using torch::stable::Tensor;
 
 // ---- dtypes ----
 
-// Type of sums, weights and scores.
+// The type of sums, weights and scores: double for double, else float.
 template <class T>
 struct AccOf {
   using type = float;
@@ -55,7 +55,7 @@ struct Type {
   using type = T;
 };
 
-// Call f(Type<T>()) with the C++ type of a floating dtype.
+// Call f(Type<T>()) with the C++ type T of a floating dtype.
 template <class F>
 auto dispatch(const char* op, ScalarType dtype, F&& f) {
   switch (dtype) {
@@ -100,23 +100,23 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int3
   return Tensor(handle);
 }
 
-// The tensor itself where it is contiguous, else a copy.
+// The tensor itself if it is contiguous, else a contiguous copy.
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 // ---- strings ----
 
-// A string argument of an operator. Operators do not take std::string: until PyTorch 2.14, the
-// conversion of an argument to that type leaks a string at each call.
+// A string argument of an operator, instead of std::string, whose conversion leaks a string per
+// call before PyTorch 2.14.
 struct Text : std::string {
   using std::string::string;
 };
 
 }  // namespace tokenops
 
-// The kernel owns the string that PyTorch made for the call: its characters are copied, then it is
-// deleted, also where there is no memory for the copy.
+// The kernel owns the string that PyTorch made for the call: copy it, then delete it, also if the
+// copy throws.
 template <>
 struct torch::stable::detail::ToImpl<tokenops::Text> {
   static tokenops::Text call(StableIValue value, uint64_t, bool) {

@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Register tiles that multiply matrices: included once per instruction set, in the namespace of an
-// operator's kernels, with TOKENOPS_PAIRS saying whether that one multiplies pairs of bfloat16.
+// Matrix products by register tiles. Included once per instruction set, in the namespace of an
+// operator's kernels, with TOKENOPS_PAIRS 1 where that set multiplies pairs of bfloat16.
+//
+// As in BLIS, the left operand is packed as rows and the right operand as panels a few vectors
+// wide; a tile of kTile rows by one panel is summed in registers. Both consist of words along the
+// dimension summed over: a word is one element of acc_t<T>, or a pair of neighbouring bfloat16.
+// `depth` is the number of words of this dimension.
 
-// ---- words: one element, or a pair of bfloat16 ----
+// ---- words ----
 
 template <class T>
 struct Packed {
@@ -23,7 +28,7 @@ TOKENOPS_INLINE int64_t depth_words(int64_t width) {
   return kPairs<T> ? (width + 1) / 2 : width;
 }
 
-// a * b + c in each lane, over both elements of a pair.
+// a * b + c in each lane; for pairs, the sum of both products and c.
 template <class T, class V>
 TOKENOPS_INLINE V multiply(V a, V b, V c) {
 #if TOKENOPS_PAIRS
@@ -32,13 +37,13 @@ TOKENOPS_INLINE V multiply(V a, V b, V c) {
   return fma(a, b, c);
 }
 
-// Vectors in a full panel: by kTile rows they fill the registers, 32 in AVX-512 and 16 elsewhere.
+// Vectors of a full panel, so that a tile fills the registers: 32 in AVX-512, 16 elsewhere.
 template <class A>
 constexpr int kVectors = Vec<A>::W * sizeof(A) == 64 ? 4 : 2;
 
 // ---- tiles ----
 
-// A number of vectors that is known when the code is compiled.
+// A number of vectors as a compile-time constant.
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -53,8 +58,7 @@ TOKENOPS_INLINE void with_count(int n, const F& f) {
   f(Count<N>());
 }
 
-// sum[i][j] += sum_k a[i * row + k * step] * b[k][j], over the words k < depth of a panel b
-// [depth][N * W].
+// sum[i][j] += sum over k < depth of a[i * row + k * step] * b[k][j], for a panel b [depth][N * W].
 template <class T, int N, class V, class A>
 TOKENOPS_INLINE void multiply_tile(const A* a, int64_t row, int64_t step, const A* b, int64_t depth,
                                    V (&sum)[kTile][N]) {
@@ -71,7 +75,7 @@ TOKENOPS_INLINE void multiply_tile(const A* a, int64_t row, int64_t step, const 
   }
 }
 
-// Store a tile to rows that are `stride` apart.
+// Store a tile as rows `stride` apart.
 template <int N, class V, class A>
 TOKENOPS_INLINE void store_tile(const V (&sum)[kTile][N], A* out, int64_t stride) {
 #pragma GCC unroll 8
@@ -83,7 +87,8 @@ TOKENOPS_INLINE void store_tile(const V (&sum)[kTile][N], A* out, int64_t stride
 
 // ---- transposition ----
 
-// One step of a transposition: lanes with the bit `Step` of a change places with the others of b.
+// One step of a transposition: swap the lanes of a whose index has the bit `Step` with the lanes of
+// b whose index has not.
 template <int Step, class V>
 TOKENOPS_INLINE void exchange(V& a, V& b) {
 #if TOKENOPS_X86
@@ -105,6 +110,7 @@ TOKENOPS_INLINE void exchange(V& a, V& b) {
 #endif
 }
 
+// Transpose a square of vectors; call with Step 1.
 template <int Step, class V>
 TOKENOPS_INLINE void transpose(V (&m)[V::W]) {
   if constexpr (Step < V::W) {

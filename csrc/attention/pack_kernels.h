@@ -2,32 +2,29 @@
 // exp2, loops over rows, and the packing of tokens as operands of register tiles (words, rows and
 // panels: see tile_kernels.h). Included once per instruction set, in its namespace.
 
-// 2^x: 0 below the normal numbers, exactly 1 at 0, NaN for NaN.
-TOKENOPS_INLINE Vec<float> exp2(Vec<float> x) {
-  using V = Vec<float>;
-  // (2^f - 1) / f for |f| <= 1/2, interpolated at Chebyshev nodes: error 5e-9.
-  constexpr float c[] = {0.693147188026228781f,   0.240226507605681269f,
-                         0.0555035711421907782f,  0.00961808255727785149f,
-                         0.00133908633646712344f, 0.000154531629451206902f};
-  const V least = V::set1(-126), bounded = max(least, x), n = round(bounded), f = bounded - n;
-  V p = V::set1(c[5]);
-#pragma GCC unroll 8
-  for (int i = 4; i >= 0; --i) p = fma(p, f, V::set1(c[i]));
+// 2^x: 0 below 2^kMin, the smallest normal number, exactly 1 at 0, NaN for NaN. c: a polynomial of
+// (2^f - 1) / f for |f| <= 1/2, interpolated at Chebyshev nodes.
+template <int kMin, int N, class V, class A>
+TOKENOPS_INLINE V exp2(V x, const A (&c)[N]) {
+  const V least = V::set1(kMin), bounded = max(least, x), n = round(bounded), f = bounded - n;
+  V p = V::set1(c[N - 1]);
+#pragma GCC unroll 16
+  for (int i = N - 2; i >= 0; --i) p = fma(p, f, V::set1(c[i]));
   return blend(gt(least, x), V::zero(), ldexp(fma(p, f, V::set1(1)), n));
 }
+TOKENOPS_INLINE Vec<float> exp2(Vec<float> x) {
+  constexpr float c[] = {0.693147188026228781f,   0.240226507605681269f,
+                         0.0555035711421907782f,  0.00961808255727785149f,
+                         0.00133908633646712344f, 0.000154531629451206902f};  // error 5e-9
+  return exp2<-126>(x, c);
+}
 TOKENOPS_INLINE Vec<double> exp2(Vec<double> x) {
-  using V = Vec<double>;
-  // The same: error 1e-19.
   constexpr double c[] = {
       0.693147180559945309,     0.240226506959100712,    0.055504108664821627,
       0.00961812910762847949,   0.00133335581464064707,  0.000154035303933707334,
       0.0000152527338415567726, 1.32154868087055628e-6,  1.01780570877339411e-7,
-      7.05489730415549928e-9,   4.45581790833606449e-10, 2.57293241773623042e-11};
-  const V least = V::set1(-1022), bounded = max(least, x), n = round(bounded), f = bounded - n;
-  V p = V::set1(c[11]);
-#pragma GCC unroll 16
-  for (int i = 10; i >= 0; --i) p = fma(p, f, V::set1(c[i]));
-  return blend(gt(least, x), V::zero(), ldexp(fma(p, f, V::set1(1)), n));
+      7.05489730415549928e-9,   4.45581790833606449e-10, 2.57293241773623042e-11};  // error 1e-19
+  return exp2<-1022>(x, c);
 }
 
 // 2^x of one number, rounded as the vectors are.

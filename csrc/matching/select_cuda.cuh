@@ -53,7 +53,7 @@ struct Block {
     int sum = 0, total;
     TOKENOPS_UNROLL_4
     for (int i = begin; i < end; ++i) sum += value(i);
-    int before = cuda::exclusive_sum(sum, sums, &total);
+    int before = cuda::exclusive_scan(sum, sums, &total);
     for (int i = begin; i < end; ++i) {
       const int mine = value(i);
       use(i, mine, before);

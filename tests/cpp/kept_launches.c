@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The stand-in for libcuda with launches that it keeps, to be compared, and that fail if asked to.
+// A stand-in for libcuda that records the last launch and fails on request.
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -17,13 +17,13 @@ enum { kMost = 64 };
 
 static struct {
   uint64_t launches;
-  uint64_t config[10];  // grid, block, shared memory, attributes, stream, function
+  uint64_t config[10];  // grid, block, shared memory, number of attributes, stream, function
   uint64_t parameters[kMost];
 } kept;
 
-static int parameters = 0;  // that the next launches have
-static int bytes[kMost];    // of each of them
-static Result outcome = 0;  // of the next launches
+static int parameters = 0;  // number of the kernel's parameters
+static int bytes[kMost];    // size of each parameter
+static Result outcome = 0;  // returned by the next launches
 
 const uint64_t* kept_launches(void) { return &kept.launches; }
 
