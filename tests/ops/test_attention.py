@@ -232,7 +232,7 @@ def test_formulas_in_blocks_of_rows(case, rows, monkeypatch):
     """Forward, backward and scores of the registered reference, a few queries at a time."""
     kinds, options = CASES[case]
     inputs = random_attention(2, 4, 19, 8, dtype=torch.float64, seed=1, **kinds)
-    monkeypatch.setattr(reference, "MAP_AT_A_TIME", 2 * 4 * 19 * rows)
+    monkeypatch.setattr(reference, "BLOCK_ENTRIES", 2 * 4 * 19 * rows)
     arguments = {n: inputs.get(n) for n in Inputs._fields} | {
         "self_keep": True, "exclude_self": False, "eps": 0.0, "is_causal": False,
         "policy_grad": "exact", "scale": 8**-0.5, **options,

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention with key weights in plain PyTorch: the oracle of every kernel.
 
-Letters: B batch, H heads of queries, Hkv heads of keys, Nq queries, Nk keys, D width, Dv width of
-the values. A row is one query of one head; what a row sees are the keys that are neither padding
-nor of size 0 nor, where attention is causal, behind its position.
+A row is one query of one head. Its own key is the one at its position. It sees the keys that are
+valid (neither padding nor of size 0) and, if attention is causal, not after its position.
 """
 
 from __future__ import annotations
@@ -17,171 +16,137 @@ from torch import Tensor
 
 from ..._library import acc_dtype, no_autocast
 from .arguments import InputGrads, Inputs, Needs, OutputGrads, Saved, ScoreInputs
+from .common import max_exponent, per_head, per_key_head, reduce_heads, valid_keys, weight_grads
 
-#: Entries of attention maps that the operators hold at a time: queries come in blocks of so many,
-#: which keeps memory linear in N. Autograd through these functions keeps the maps all the same.
-MAP_AT_A_TIME = 1 << 24
+#: Entries of the attention map of a block of rows, which keeps memory linear in N. Autograd through
+#: these functions keeps the whole map all the same.
+BLOCK_ENTRIES = 1 << 24
 
 
 class _Rows(NamedTuple):
-    """The factors of a block of rows; all but the last three are [B, H, Nq, Nk]."""
+    """Attention of a block of rows; all but the last three are [B, H, Nq, Nk]."""
 
-    share: Tensor  # exp(s_ij + log z_j - L_i): attention before the policy
-    weight: Tensor  # share times the policy, which is 1 for a row's own key under self_keep
-    attention: Tensor  # what multiplies the values: weight + p_eps / (number of seen keys)
+    p: Tensor  # exp(qk + log(size) - lse), attention without the policy
+    p_kept: Tensor  # p times the policy, which is 1 for a row's own key under self_keep
+    attention: Tensor  # factor of each value: p_kept + p_eps / (number of seen keys)
     seen: Tensor  # bool
     own: Tensor  # bool, the row's own key
     lse: Tensor  # [B, H, Nq]
-    p_eps: Tensor  # [B, H, Nq], the share of eps in the row's sum
-    argmax: Tensor  # int32 [B, H, Nq], the key of the row's maximum; -1 without eps
+    p_eps: Tensor  # [B, H, Nq]
+    argmax: Tensor  # int32 [B, H, Nq]; -1 without eps
 
 
-def _map_rows(o: Inputs | ScoreInputs, rows: slice) -> _Rows:
-    """All factors of some rows, differentiable by autograd in q, k, policy and size."""
-    q = o.q[:, :, rows]
+def _attend(inputs: Inputs | ScoreInputs, rows: slice) -> _Rows:
+    """Attention of some rows, differentiable by autograd in q, k, policy and size."""
+    q = inputs.q[:, :, rows]
     dtype = acc_dtype(q)
-    nk = o.k.shape[2]
-    part = _part(o)
-    keys = _per_head(_without_padding(o.k, part).to(dtype), q.shape[1])
-    key = torch.arange(nk, device=q.device)
-    at = torch.arange(rows.start, rows.stop, device=q.device)
-    if o.query_position is not None:
-        at = o.query_position[..., rows]
-    own = (at[..., None] == key).unsqueeze(-3)  # [1, Nq, Nk] or [B, 1, Nq, Nk]
-    seen = torch.ones(1, 1, 1, nk, dtype=torch.bool, device=q.device)
-    if part is not None:
-        seen = part[:, None, None]
-    if o.is_causal:
-        seen = seen & (key <= at[..., None]).unsqueeze(-3)
+    valid = valid_keys(inputs)
+    k = per_head(inputs.k, valid, dtype, q.shape[1])
+    key = torch.arange(k.shape[2], device=q.device)
+    position = torch.arange(rows.start, rows.stop, device=q.device)
+    if inputs.query_position is not None:
+        position = inputs.query_position[..., rows]
+    own = (position[..., None] == key).unsqueeze(-3)  # [1, Nq, Nk] or [B, 1, Nq, Nk]
+    seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
+    if valid is not None:
+        seen = valid[:, None, None]
+    if inputs.is_causal:
+        seen = seen & (key <= position[..., None]).unsqueeze(-3)
 
-    s = (q.to(dtype) * o.scale) @ keys.transpose(-1, -2)  # [B, H, Nq, Nk]
-    if o.size is not None:
-        size = o.size.to(dtype)
-        s = s + torch.where(size > 0, size, 1).log()[:, None, None]
-    keep = torch.ones_like(s)
-    if o.policy is not None:
-        policy = o.policy.to(dtype)
-        # The inverse of a smaller one is no number: it counts as 0.
+    qk = (q.to(dtype) * inputs.scale) @ k.transpose(-1, -2)  # [B, H, Nq, Nk]
+    if inputs.size is not None:
+        size = inputs.size.to(dtype)
+        qk = qk + torch.where(size > 0, size, 1).log()[:, None, None]
+    policy = torch.ones_like(qk)
+    if inputs.policy is not None:
+        policy = inputs.policy.to(dtype)
+        # 1 / policy overflows for subnormal policies: they count as 0.
         policy = torch.where(policy < torch.finfo(dtype).tiny, policy - policy.detach(), policy)
         policy = policy[:, None, None] if policy.dim() == 2 else policy[:, :, None]
-        keep = policy.expand(s.shape)
-        if o.self_keep:
-            keep = torch.where(own, 1, keep)
-    seen, own = seen.expand(s.shape), own.expand(s.shape)
-    s = s.masked_fill(~seen, -math.inf)
-    lse, p_eps, exp, total, argmax = _normalize(s, keep, seen, o.eps)
+        policy = policy.expand(qk.shape)
+        if inputs.self_keep:
+            policy = torch.where(own, 1, policy)
+    seen, own = seen.expand(qk.shape), own.expand(qk.shape)
+    qk = qk.masked_fill(~seen, -math.inf)
+    lse, p_eps, p, l_i, argmax = _normalize(qk, policy, seen, inputs.eps)
 
-    # A dropped key may dominate its row beyond all bounds; its share is capped, not infinite.
-    share = (exp / total[..., None]).clamp(max=math.exp(_limit(s)))
-    count = seen.sum(-1).clamp(min=1)
-    weight = exp * keep / total[..., None]
-    attention = weight + (p_eps / count)[..., None] * seen
-    if o.exclude_self:
+    p_kept = p * policy / l_i[..., None]
+    p = (p / l_i[..., None]).clamp(max=math.exp(max_exponent(dtype)))
+    attention = p_kept + (p_eps / seen.sum(-1).clamp(min=1))[..., None] * seen
+    if inputs.exclude_self:
         attention = attention.masked_fill(own, 0)
-    return _Rows(share, weight, attention, seen, own, lse, p_eps, argmax)
+    return _Rows(p, p_kept, attention, seen, own, lse, p_eps, argmax)
 
 
 def _normalize(
-    s: Tensor, keep: Tensor, seen: Tensor, eps: float
+    qk: Tensor, policy: Tensor, seen: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """L, the share of eps, exp(s - c), its weighted sum and the key of the maximum m, by row.
+    """By row: lse, p_eps, p = exp(qk - shift), l_i = sum(p * policy) + the term of eps, argmax.
 
-    Any constant c cancels out. With eps it is m. Without, nothing depends on m, and c is the
-    largest of s + log keep: no dropped key makes the others vanish, nor does a small policy.
+    The shift cancels out. With eps it is the maximum m_i of qk. Without eps it is the maximum of
+    qk + log(policy): neither a dropped key with a large logit nor a small policy makes the
+    probabilities of the other keys underflow.
     """
-    if s.shape[-1] == 0:
-        nothing = s.sum(-1)
-        no_key = torch.full_like(nothing, -1, dtype=torch.int32)
-        return nothing - math.inf, nothing, s, nothing + 1, no_key
-    kept = keep.detach() > 0
-    argmax = s.detach().argmax(-1, keepdim=True)  # the first of equals
-    m = s.gather(-1, argmax)
-    m = torch.where(m == -math.inf, 0, m)
-    c = m.detach()
+    if qk.shape[-1] == 0:
+        zero = qk.sum(-1)
+        no_key = torch.full_like(zero, -1, dtype=torch.int32)
+        return zero - math.inf, zero, qk, zero + 1, no_key
+    kept = policy.detach() > 0
+    argmax = qk.detach().argmax(-1, keepdim=True)  # the first of equals
+    m_i = qk.gather(-1, argmax)
+    m_i = torch.where(m_i == -math.inf, 0, m_i)
+    shift = m_i.detach()
     if eps == 0:
-        log = keep.detach().clamp(min=torch.finfo(s.dtype).tiny).log()
-        c = torch.where(kept, s.detach() + log, -math.inf).amax(-1, keepdim=True)
-        c = torch.where(c == -math.inf, 0, c)
-    exp = s - c
-    exp = torch.where(kept, exp, exp.clamp(max=_limit(s))).exp().masked_fill(~seen, 0)
+        log_policy = policy.detach().clamp(min=torch.finfo(qk.dtype).tiny).log()
+        shift = torch.where(kept, qk.detach() + log_policy, -math.inf).amax(-1, keepdim=True)
+        shift = torch.where(shift == -math.inf, 0, shift)
+    p = qk - shift
+    p = torch.where(kept, p, p.clamp(max=max_exponent(p.dtype))).exp().masked_fill(~seen, 0)
     some = seen.any(-1)
-    # The gradient of m through c would be a sum that cancels but for rounding.
-    weight_of_eps = torch.where(some, eps * (m - c)[..., 0].exp(), 0) if eps > 0 else 0 * c[..., 0]
-    total = (exp * keep).sum(-1) + weight_of_eps
-    empty = total == 0
-    total = torch.where(empty, 1, total)
-    exp = exp.masked_fill(empty[..., None], 0)
-    lse = torch.where(empty, -math.inf, c[..., 0] + total.log())
-    p_eps = weight_of_eps / total
-    if eps == 0:
-        return lse, p_eps, exp, total, torch.full_like(argmax[..., 0], -1, dtype=torch.int32)
-    return lse, p_eps, exp, total, torch.where(some, argmax[..., 0], -1).int()
+    p_eps = 0 * shift[..., 0]
+    if eps > 0:  # the gradient goes through m_i alone: through the shift, it nearly cancels
+        p_eps = torch.where(some, eps * (m_i - shift)[..., 0].exp(), 0)
+    l_i = (p * policy).sum(-1) + p_eps
+    empty = l_i == 0
+    l_i = torch.where(empty, 1, l_i)
+    p = p.masked_fill(empty[..., None], 0)
+    lse = torch.where(empty, -math.inf, shift[..., 0] + l_i.log())
+    argmax = torch.where(some & (eps > 0), argmax[..., 0], -1).int()
+    return lse, p_eps / l_i, p, l_i, argmax
 
 
-def _part(o: Inputs | ScoreInputs) -> Tensor | None:
-    """Keys that take part, bool [B, Nk]; None for all."""
-    part = None if o.key_padding_mask is None else ~o.key_padding_mask
-    if o.size is None:
-        return part
-    return o.size > 0 if part is None else part & (o.size > 0)
-
-
-def _without_padding(x: Tensor, part: Tensor | None) -> Tensor:
-    """Keys or values with 0 for padding, whose NaN would outlast a weight of 0."""
-    return x if part is None else torch.where(part[:, None, :, None], x, 0)
-
-
-def _limit(x: Tensor) -> float:
-    """Logarithm of the largest share: its square is a number still."""
-    return math.log(torch.finfo(x.dtype).max) / 2
-
-
-def _per_head(x: Tensor, heads: int) -> Tensor:
-    """Give each head of queries the keys or values that it shares with its group."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _per_group(x: Tensor, groups: int) -> Tensor:
-    """The adjoint of :func:`_per_head`: sums over the heads of each group."""
-    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
-
-
-def _differentiable(policy: Tensor | None, policy_grad: str) -> Tensor | None:
-    """The policy, of which as much has a gradient as is wanted."""
+def _differentiable(inputs: Inputs) -> Inputs:
+    """Inputs whose policy has the gradient that ``policy_grad`` asks for."""
+    policy, policy_grad = inputs.policy, inputs.policy_grad
     if policy is None or policy_grad == "exact":
-        return policy
+        return inputs
     constant = policy.detach()
-    return constant if policy_grad == "none" else torch.where(policy > 0, policy, constant)
+    kept = constant if policy_grad == "none" else torch.where(policy > 0, policy, constant)
+    return inputs._replace(policy=kept)
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, parts)
-
-
-def _row_blocks(q: Tensor, k: Tensor) -> list[slice]:
+def _blocks(q: Tensor, k: Tensor) -> list[slice]:
+    """Blocks of rows; autograd gets all rows at once."""
     rows = q.shape[2]
-    if torch.is_grad_enabled():
-        return [slice(0, rows)]
-    per_row = max(1, q.shape[0] * q.shape[1] * k.shape[2])
-    block = max(1, MAP_AT_A_TIME // per_row)
-    if rows <= block:
+    block = max(1, BLOCK_ENTRIES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    if torch.is_grad_enabled() or rows <= block:
         return [slice(0, rows)]
     return [slice(i, min(i + block, rows)) for i in range(0, rows, block)]
 
 
 def policy_attention(inputs: Inputs) -> Saved:
-    """Output, lse and, with eps, the share of eps and the key of the maximum of each row.
+    """Output of attention and lse, p_eps and argmax of each row.
 
-    Differentiable by ordinary autograd in q, k, v, policy and size.
+    Differentiable by autograd in q, k, v, policy and size.
     """
-    q, v = inputs.q, inputs.v
-    inputs = inputs._replace(policy=_differentiable(inputs.policy, inputs.policy_grad))
+    inputs = _differentiable(inputs)
+    q, k, v = inputs[:3]
     parts = []
     with no_autocast(q.device.type):
-        values = _per_head(_without_padding(v, _part(inputs)).to(acc_dtype(v)), q.shape[1])
-        for block in _row_blocks(q, inputs.k):
-            rows = _map_rows(inputs, block)
-            out = (rows.attention @ values).to(q.dtype).transpose(1, 2)
+        v = per_head(v, valid_keys(inputs), acc_dtype(v), q.shape[1])
+        for block in _blocks(q, k):
+            rows = _attend(inputs, block)
+            out = (rows.attention @ v).to(q.dtype).transpose(1, 2)
             parts.append((out, rows.lse, rows.p_eps, rows.argmax))
     dims = (1, 2, 2, 2)
     out, lse, p_eps, argmax = (torch.cat([p[i] for p in parts], dims[i]) for i in range(4))
@@ -193,79 +158,63 @@ def policy_attention(inputs: Inputs) -> Saved:
 def policy_attention_backward(
     inputs: Inputs, saved: Saved, grads: OutputGrads, needs: Needs
 ) -> InputGrads:
-    """Gradients of q, k, v, policy and size; all is computed from the inputs again.
+    """Gradients of q, k, v, policy and size, computed from the inputs alone.
 
-    Differentiable by ordinary autograd.
+    Differentiable by autograd.
     """
-    q, k, size = inputs.q, inputs.k, inputs.size
-    policy = _differentiable(inputs.policy, inputs.policy_grad)
-    inputs = inputs._replace(policy=policy)
+    inputs = _differentiable(inputs)
+    q, k = inputs[:2]
     with no_autocast(q.device.type):
-        parts = [_block_backward(inputs, grads, block) for block in _row_blocks(q, k)]
-        dq = torch.cat([p[0] for p in parts], 2)
-        dk, dv, dpolicy, dlog = (_sum([p[i] for p in parts]) for i in range(1, 5))
-        dk, dv = _per_group(dk, k.shape[1]), _per_group(dv, k.shape[1])
+        parts = [_backward(inputs, grads, block) for block in _blocks(q, k)]
+        dq = torch.cat([part[0] for part in parts], 2)
+        dk, dv, dpolicy, dlog_size = (
+            functools.reduce(torch.add, [part[i] for part in parts]) for i in range(1, 5)
+        )
+        dk, dv = per_key_head(dk, k.shape[1]), per_key_head(dv, k.shape[1])
     dq, dk, dv = (t.transpose(1, 2).to(q.dtype) for t in (dq, dk, dv))
-    dsize = dlog[..., :0].sum(1)  # [B, 0]
-    if size is not None and needs.need_size:
-        dlog = dlog.sum(1)
-        dsize = torch.where(size > 0, dlog / torch.where(size > 0, size, 1), 0)
-    if policy is None or not needs.need_policy:
-        dpolicy = dlog.flatten(1)[:, :0].clone()  # [B, 0]
-    else:
-        dpolicy = dpolicy.sum(1) if policy.dim() == 2 else dpolicy
-        if inputs.policy_grad == "kept":
-            dpolicy = torch.where(policy > 0, dpolicy, 0)
-    return InputGrads(dq, dk, dv if needs.need_v else dv[:, :0], dpolicy, dsize)
+    dv = dv if needs.need_v else dv[:, :0]
+    return InputGrads(dq, dk, dv, *weight_grads(dpolicy, dlog_size, inputs, needs))
 
 
-def _block_backward(
-    o: Inputs, grads: OutputGrads, block: slice
+def _backward(
+    inputs: Inputs, grads: OutputGrads, rows: slice
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a block of rows adds to the gradients of q, k, v, policy and log size, by head."""
-    q = o.q[:, :, block]
-    g = grads.grad_out[:, block].transpose(1, 2).to(acc_dtype(q))  # [B, H, Nq, Dv]
-    part = _part(o)
-    keys, values = (
-        _per_head(_without_padding(t, part).to(g.dtype), q.shape[1]) for t in (o.k, o.v)
-    )
-    rows = _map_rows(o, block)
-    weighted = g @ values.transpose(-1, -2)  # g_i . v_j
-    if o.exclude_self:
-        weighted = weighted.masked_fill(rows.own, 0)
-    delta = (rows.attention * weighted).sum(-1)  # g_i . o_i
+    """Gradients of q and, by query head, of k, v, policy and log(size) from some rows."""
+    q = inputs.q[:, :, rows]
+    dtype, heads, valid = acc_dtype(q), q.shape[1], valid_keys(inputs)
+    k, v = (per_head(t, valid, dtype, heads) for t in (inputs.k, inputs.v))
+    do = grads.grad_out[:, rows].transpose(1, 2).to(dtype)  # [B, H, Nq, Dv]
+    p, p_kept, attention, seen, own, _, p_eps, argmax = _attend(inputs, rows)
+    dp = do @ v.transpose(-1, -2)
+    if inputs.exclude_self:
+        dp = dp.masked_fill(own, 0)
+    delta = (attention * dp).sum(-1)
     if grads.grad_lse is not None:
-        delta = delta - grads.grad_lse[:, :, block]
-    t = rows.share * (weighted - delta[..., None])
-    ds = rows.weight * (weighted - delta[..., None])
-    if o.eps > 0:
-        count = rows.seen.sum(-1).clamp(min=1)
-        mean = (weighted * rows.seen).sum(-1) / count  # g_i . (mean of the values)
-        r = (rows.p_eps * (mean - delta))[..., None]
-        key = torch.arange(keys.shape[2], device=keys.device)
-        ds = ds + r * (rows.argmax[..., None] == key)
-    dpolicy = (t.masked_fill(rows.own, 0) if o.self_keep else t).sum(-2)
-    dq, dk = o.scale * (ds @ keys), o.scale * (ds.transpose(-1, -2) @ q.to(g.dtype))
-    return dq, dk, rows.attention.transpose(-1, -2) @ g, dpolicy, ds.sum(-2)
+        delta = delta - grads.grad_lse[:, :, rows]
+    dpolicy = p * (dp - delta[..., None])
+    ds = p_kept * (dp - delta[..., None])
+    if inputs.eps > 0:  # through the mean of the values and the maximum
+        dp_mean = (dp * seen).sum(-1) / seen.sum(-1).clamp(min=1)
+        key = torch.arange(k.shape[2], device=k.device)
+        ds = ds + (p_eps * (dp_mean - delta))[..., None] * (argmax[..., None] == key)
+    dpolicy = (dpolicy.masked_fill(own, 0) if inputs.self_keep else dpolicy).sum(-2)
+    dq = inputs.scale * (ds @ k)
+    dk = inputs.scale * (ds.transpose(-1, -2) @ q.to(dtype))
+    return dq, dk, attention.transpose(-1, -2) @ do, dpolicy, ds.sum(-2)
 
 
 def attention_scores(inputs: ScoreInputs) -> Tensor:
     """Attention that each key receives, [B, Nk], or [B, H, Nk] without a reduction over heads.
 
-    Differentiable by ordinary autograd.
+    Differentiable by autograd.
     """
-    weight, head_reduce = inputs.query_weight, inputs.head_reduce
+    weight = inputs.query_weight
     parts = []
     with no_autocast(inputs.q.device.type):
-        for block in _row_blocks(inputs.q, inputs.k):
-            rows = _map_rows(inputs, block)
-            received = rows.attention
+        for block in _blocks(inputs.q, inputs.k):
+            received = _attend(inputs, block).attention
             if weight is not None:
-                of_rows = weight[..., block].to(received.dtype)
-                of_rows = of_rows[:, None] if of_rows.dim() == 2 else of_rows
-                received = received * of_rows[..., None]
+                w = weight[..., block].to(received.dtype)
+                received = received * (w[:, None] if w.dim() == 2 else w)[..., None]
             parts.append(received.sum(2))  # [B, H, Nk]
-    score = _sum(parts)
-    if head_reduce == "none":
-        return score
-    return score.mean(1) if head_reduce == "mean" else score.sum(1)
+    return reduce_heads(functools.reduce(torch.add, parts), inputs.head_reduce)

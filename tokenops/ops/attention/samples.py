@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,61 +13,71 @@ from torch import Tensor
 from ...testing import random_attention, random_tokens
 from ...testing.samples import B, C, Call, N, Sample, Sizes
 from .api import attention_scores, policy_attention
+from .arguments import Inputs, ScoreInputs
 
-#: Inputs by kind; then self_keep, exclude_self, eps and is_causal; then the policy's gradient.
-KINDS: dict[str, tuple[dict[str, Any], tuple[bool, bool, float, bool], str]] = {
-    "plain": ({}, (False, False, 0.0, False), "exact"),
-    "policy": ({"policy": "hard"}, (True, False, 0.0, False), "exact"),
-    "eps": ({"policy": "per-head", "key_heads": 1}, (True, False, 1e-3, False), "kept"),
+#: Kinds of inputs, and options that are not ``DEFAULTS``.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "policy": ({"policy": "hard"}, {"self_keep": True}),
+    "eps": (
+        {"policy": "per-head", "key_heads": 1},
+        {"self_keep": True, "eps": 1e-3, "policy_grad": "kept"},
+    ),
     "all": (
         {"policy": "soft", "zero_sizes": 0.2, "padding": 0.2, "value_width": 2},
-        (True, True, 1e-2, True),
-        "exact",
+        {"self_keep": True, "exclude_self": True, "eps": 1e-2, "is_causal": True},
     ),
-    "none": ({"policy": "soft", "layout": "packed"}, (False, False, 0.0, False), "none"),
-    "half": ({"zero_sizes": 0.0, "dtype": torch.bfloat16}, (False, True, 1e-3, True), "exact"),
-    "double": ({"policy": "hard", "dtype": torch.float64}, (True, False, 1e-3, False), "exact"),
+    "none": ({"policy": "soft", "layout": "packed"}, {"policy_grad": "none"}),
+    "half": (
+        {"zero_sizes": 0.0, "dtype": torch.bfloat16},
+        {"exclude_self": True, "eps": 1e-3, "is_causal": True},
+    ),
+    "double": ({"policy": "hard", "dtype": torch.float64}, {"self_keep": True, "eps": 1e-3}),
 }
+DEFAULTS = {
+    "self_keep": False, "exclude_self": False, "eps": 0.0, "is_causal": False,
+    "policy_grad": "exact", "scale": C**-0.5,
+}  # fmt: skip
 
 
 def samples() -> Iterator[Sample]:
     """Every kind of inputs, each forward, backward and as scores."""
-    for name, (kind, flags, policy_grad) in KINDS.items():
-        inputs = random_attention(B, 2, N, C, seed=3, **kind)
-        q, k, v = inputs["q"], inputs["k"], inputs["v"]
-        weights = tuple(inputs.get(n) for n in ("policy", "size", "key_padding_mask"))
+    for name, (kind, options) in KINDS.items():
         position = None
         if name in ("eps", "none", "half"):
             position = torch.tensor([0, 3, 1, -1, 9, 2, 2], dtype=torch.int32)
             position = position if name == "eps" else position.expand(B, N).contiguous()
-        options = *flags, policy_grad, C**-0.5
+        named: dict[str, Any] = {
+            **dict.fromkeys(Inputs._fields), **random_attention(B, 2, N, C, seed=3, **kind),
+            **DEFAULTS, **options, "query_position": position,
+        }  # fmt: skip
+        inputs = Inputs(**named)
+        yield Sample("policy_attention", name, _leaves(inputs))
 
-        arguments = (*_leaves(q, k, v, *weights), position, *options)
-        yield Sample("policy_attention", name, arguments)
-
-        saved = torch.ops.tokenops.policy_attention(q, k, v, *weights, position, *options)
-        grad = random_tokens(*saved[0].shape, dtype=q.dtype, seed=4)
+        saved = torch.ops.tokenops.policy_attention(*inputs)
+        grad_out = random_tokens(*saved[0].shape, dtype=inputs.q.dtype, seed=4)
         if name == "none":
-            grad = grad[..., :1].expand(grad.shape)
+            grad_out = grad_out[..., :1].expand(grad_out.shape)
         grad_lse = None if name == "plain" else torch.randn_like(saved[1])
         needs = name != "policy", name != "none", True
-        arguments = q, k, v, *weights, position, *options, *saved, grad, grad_lse, *needs
+        arguments = *inputs, *saved, grad_out, grad_lse, *needs
         yield Sample("policy_attention_backward", name, arguments)
 
-        head_reduce = {"plain": "mean", "policy": "none", "eps": "none"}.get(name, "sum")
-        query_weight = None
+        named = {n: named.get(n) for n in ScoreInputs._fields}
+        named["head_reduce"] = {"plain": "mean", "policy": "none", "eps": "none"}.get(name, "sum")
         if name != "plain":
-            query_weight = torch.linspace(-1, 2, N).to(saved[1])
-            query_weight = query_weight.expand(B, *((2,) * (name == "eps")), N)
+            weight = torch.linspace(-1, 2, N).to(saved[1])
+            named["query_weight"] = weight.expand(B, *((2,) * (name == "eps")), N)
+        leaves = ScoreInputs(*_leaves(ScoreInputs(**named)))
         lse = saved[1] if name in ("policy", "all") else None
-        tensors = *_leaves(q, k, query_weight, *weights), position, lse
-        yield Sample("attention_scores", name, (*tensors, *flags, C**-0.5, head_reduce))
+        yield Sample("attention_scores", name, tuple(leaves._replace(lse=lse)))
 
 
-def _leaves(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors of their own that require a gradient where they can."""
+def _leaves(arguments: Iterable[Any]) -> tuple[Any, ...]:
+    """Arguments whose floating tensors are leaves that require a gradient."""
     return tuple(
-        None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors
+        t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t
+        for t in arguments
     )
 
 
