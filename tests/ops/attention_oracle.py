@@ -1,41 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second opinions on attention: whole maps and autograd, in float64 or as users write it.
+"""Oracles of attention: whole maps and autograd, in float64 or as users write it.
 
-``attention`` is the formula, one map of queries by keys after the other; ``recipe`` is the code
-that tokenops replaces, in the precision of its inputs. Nothing here looks at how tokenops computes.
+``attention`` is the formula with whole maps of queries by keys; ``recipe`` is the code that
+tokenops replaces, in the precision of its inputs. Nothing here depends on how tokenops computes.
 """
 
 import math
 
 import torch
 
+import tokenops
 from tokenops.testing import random_tokens
 
 GRADIENTS = ("q", "k", "v", "policy", "size", "query_weight")
 
 
-def live_keys(k, size, key_padding_mask):
-    """Bool [B, Nk]: keys that take part at all."""
-    live = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+def valid_keys(k, size, key_padding_mask):
+    """Bool [B, Nk]: keys that are neither padding nor of size 0."""
+    valid = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
     if key_padding_mask is not None:
-        live = live & ~key_padding_mask
+        valid = valid & ~key_padding_mask
     if size is not None:
-        live = live & (size.detach().reshape(live.shape) > 0)
-    return live
+        valid = valid & (size.detach().reshape(valid.shape) > 0)
+    return valid
 
 
 def own_and_seen(q, k, size, key_padding_mask, query_position, is_causal):
-    """Bool [B, 1, Nq, Nk] each: the key where the query stands; the keys that it may look at."""
+    """Bool [B, 1, Nq, Nk] each: the key at the query's position; the keys that the query sees."""
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     position = torch.arange(queries) if query_position is None else query_position.long()
     position = position.to(q.device).expand(batch, queries)[:, None, :, None]
     key = torch.arange(keys, device=q.device)
-    seen = live_keys(k, size, key_padding_mask)[:, None, None].expand(batch, 1, queries, keys)
+    seen = valid_keys(k, size, key_padding_mask)[:, None, None].expand(batch, 1, queries, keys)
     return position == key, seen & (key <= position) if is_causal else seen
 
 
-def kept(policy, own, shape, dtype, self_keep, policy_grad="exact"):
-    """The policy for each pair, [B, H, Nq, Nk]."""
+def policy_map(policy, own, shape, dtype, self_keep, policy_grad="exact"):
+    """The policy of each query and key, [B, H, Nq, Nk]."""
     if policy is None:
         return torch.ones(shape, dtype=dtype, device=own.device)
     if policy.dim() == 3 and policy.shape[1:] == (shape[3], 1):
@@ -54,56 +55,58 @@ def maps(
     q, k, policy=None, *, size=None, key_padding_mask=None, query_position=None, self_keep=True,
     eps=0.0, is_causal=False, policy_grad="exact", scale=None, exclude_self=False,
 ):  # fmt: skip
-    """What multiplies the values, L, and by name all else, in float64; [B, H, Nq, Nk]."""
+    """Attention [B, H, Nq, Nk], lse, and by name what both are computed from; in float64."""
     q, k = q.double(), k.double()
     heads, width = q.shape[1], q.shape[3]
     scale = 1 / math.sqrt(max(width, 1)) if scale is None else scale
     own, seen = own_and_seen(q, k, size, key_padding_mask, query_position, is_causal)
-    live = live_keys(k, size, key_padding_mask)
-    k = torch.where(live[:, None, :, None], k, 0).repeat_interleave(heads // k.shape[1], 1)
+    valid = valid_keys(k, size, key_padding_mask)
+    k = torch.where(valid[:, None, :, None], k, 0).repeat_interleave(heads // k.shape[1], 1)
     s = scale * (q @ k.mT)  # [B, H, Nq, Nk]
     if s.numel() == 0:
-        nothing = torch.zeros_like(s)
-        return s, s.sum(-1) - math.inf, {"share": nothing, "keep": nothing, "argmax": nothing}
-    p = kept(policy, own, s.shape, s.dtype, self_keep, policy_grad)
+        return s, s.sum(-1) - math.inf, {}
+    policy = policy_map(policy, own, s.shape, s.dtype, self_keep, policy_grad)
     own, seen = own.expand(s.shape), seen.expand(s.shape)
     if size is not None:
-        z = size.double().reshape(live.shape)
-        s = s + torch.where(live, z, 1).log()[:, None, None]
-    m, at = s.masked_fill(~seen, -math.inf).max(-1, keepdim=True)
+        z = size.double().reshape(valid.shape)
+        s = s + torch.where(valid, z, 1).log()[:, None, None]
+    m, argmax = s.masked_fill(~seen, -math.inf).max(-1, keepdim=True)
     some = seen.any(-1, keepdim=True)
-    # Any constant cancels out. Without eps, one that dropped keys do not push out of sight.
-    counts = seen if eps > 0 else seen & (p > 0)
-    c = s.detach().masked_fill(~counts, -math.inf).amax(-1, keepdim=True)
-    c = torch.where(c.isfinite(), c, 0)
-    w = torch.where(seen, s - c, -math.inf).exp()
-    floor = torch.where(some, eps * (torch.where(some, m, 0) - c).exp(), 0) if eps > 0 else 0 * c
-    z = (w * p).sum(-1, keepdim=True) + floor
-    empty = z == 0
-    z = torch.where(empty, 1, z)
-    share, floor = torch.where(empty, 0, w / z), floor / z
-    y = torch.where(empty, 0, share * p + floor / seen.sum(-1, keepdim=True).clamp(min=1) * seen)
+    # Any shift cancels out. Without eps it is that of kept keys, which then do not underflow.
+    counts = seen if eps > 0 else seen & (policy > 0)
+    shift = s.detach().masked_fill(~counts, -math.inf).amax(-1, keepdim=True)
+    shift = torch.where(shift.isfinite(), shift, 0)
+    p = torch.where(seen, s - shift, -math.inf).exp()
+    p_eps = 0 * shift
+    if eps > 0:
+        p_eps = torch.where(some, eps * (torch.where(some, m, 0) - shift).exp(), 0)
+    total = (p * policy).sum(-1, keepdim=True) + p_eps
+    empty = total == 0
+    total = torch.where(empty, 1, total)
+    p, p_eps = torch.where(empty, 0, p / total), p_eps / total
+    count = seen.sum(-1, keepdim=True).clamp(min=1)
+    y = torch.where(empty, 0, p * policy + p_eps / count * seen)
     if exclude_self:
         y = torch.where(own, 0, y)
-    lse = torch.where(empty, -math.inf, c + z.log())[..., 0]
+    lse = torch.where(empty, -math.inf, shift + total.log())[..., 0]
     parts = {
-        "share": share, "keep": p, "floor": floor, "own": own, "seen": seen, "scale": scale,
-        "argmax": torch.arange(s.shape[3], device=s.device) == at, "k": k, "self_keep": self_keep,
-        "logits": scale * (q.abs() @ k.abs().mT), "live": live,
+        "p": p, "policy": policy, "p_eps": p_eps, "own": own, "seen": seen, "scale": scale,
+        "is_max": torch.arange(s.shape[3], device=s.device) == argmax, "self_keep": self_keep,
+        "logits": scale * (q.abs() @ k.abs().mT), "valid": valid, "k": k,
     }  # fmt: skip
     return y, lse, parts
 
 
 def attention(q, k, v, policy=None, **options):
-    """Output [B, H, Nq, Dv] and L [B, H, Nq] in float64."""
+    """Output [B, H, Nq, Dv] and lse [B, H, Nq] in float64."""
     y, lse, _ = maps(q, k, policy, **options)
-    live = live_keys(k, options.get("size"), options.get("key_padding_mask"))
-    v = torch.where(live[:, None, :, None], v.double(), 0)
+    valid = valid_keys(k, options.get("size"), options.get("key_padding_mask"))
+    v = torch.where(valid[:, None, :, None], v.double(), 0)
     return y @ v.repeat_interleave(q.shape[1] // k.shape[1], 1), lse
 
 
 def take_rows(q, query_index):
-    """The queries [B, H, R, D] of an index, and where they stand [B, R]."""
+    """Queries [B, H, R, D] by index, and their positions [B, R]."""
     index = torch.as_tensor(query_index, dtype=torch.int64, device=q.device)
     index = torch.where(index < 0, index + q.shape[2], index).expand(q.shape[0], -1)
     return q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])), index
@@ -124,7 +127,7 @@ def scores(q, k, *, query_weight=None, query_index=None, head_reduce="mean", **o
     return received.mean(1) if head_reduce == "mean" else received.sum(1)
 
 
-# ---- as users write it ----
+# ---- the code of users ----
 
 
 def product(a, b):
@@ -141,29 +144,29 @@ def recipe_maps(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     own, seen = own_and_seen(q, k, size, key_padding_mask, query_position, is_causal)
-    live = live_keys(k, size, key_padding_mask)
-    k = k.masked_fill(~live[:, None, :, None], 0).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    valid = valid_keys(k, size, key_padding_mask)
+    k = k.masked_fill(~valid[:, None, :, None], 0).repeat_interleave(q.shape[1] // k.shape[1], 1)
     attn = product(q, k.mT) * scale
     if size is not None:
-        z = size.reshape(live.shape)
-        attn = attn + torch.where(live, z, 1).log()[:, None, None].to(attn.dtype)
-    p = kept(policy, own, attn.shape, wide, self_keep, policy_grad)
+        z = size.reshape(valid.shape)
+        attn = attn + torch.where(valid, z, 1).log()[:, None, None].to(attn.dtype)
+    policy = policy_map(policy, own, attn.shape, wide, self_keep, policy_grad)
     attn = attn.masked_fill(~seen, -math.inf)
     m = attn.amax(-1, keepdim=True)
     weights = (attn - m).to(wide).exp()
-    total = (weights * p).sum(-1, keepdim=True) + eps
+    total = (weights * policy).sum(-1, keepdim=True) + eps
     count = seen.sum(-1, keepdim=True)
-    y = (weights * p + eps / count * seen) / total
+    y = (weights * policy + eps / count * seen) / total
     if exclude_self:
         y = y.masked_fill(own, 0)
     return y, (m.to(wide) + total.log())[..., 0]
 
 
 def recipe(q, k, v, policy=None, **options):
-    """Output and L as eager code has them, in the dtype of q. Every row must see a kept key."""
+    """Output and lse of eager code, in the dtype of q. Every row must see a kept key."""
     y, lse = recipe_maps(q, k, policy, **options)
-    live = live_keys(k, options.get("size"), options.get("key_padding_mask"))
-    v = v.masked_fill(~live[:, None, :, None], 0)
+    valid = valid_keys(k, options.get("size"), options.get("key_padding_mask"))
+    v = v.masked_fill(~valid[:, None, :, None], 0)
     return product(y.to(q.dtype), v.repeat_interleave(q.shape[1] // k.shape[1], 1)), lse
 
 
@@ -181,7 +184,7 @@ def recipe_scores(q, k, *, query_weight=None, query_index=None, head_reduce="mea
     return received.mean(1) if head_reduce == "mean" else received.sum(1)
 
 
-# ---- how large the terms of all sums are ----
+# ---- magnitudes of sums, which bound rounding errors ----
 
 
 @torch.no_grad()
@@ -193,19 +196,21 @@ def magnitudes(q, k, v, policy=None, *, grad, grad_lse=None, **options):
     if y.numel() == 0:
         shapes = {"out": g, "lse": lse, "q": q, "k": k, "v": v, "policy": policy, "size": size}
         return {n: t.new_zeros(t.shape).double() for n, t in shapes.items() if t is not None}
-    values = v.double().masked_fill(~parts["live"][:, None, :, None], 0).abs()
+    values = v.double().masked_fill(~parts["valid"][:, None, :, None], 0).abs()
     values = values.repeat_interleave(q.shape[1] // groups, 1)
-    w = g @ values.mT  # [B, H, Nq, Nk]
-    delta = (y * w).sum(-1, keepdim=True)
+    dp = g @ values.mT  # [B, H, Nq, Nk]
+    delta = (y * dp).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta + grad_lse.double().abs()[..., None]
-    t = parts["share"] * (w + delta)
-    ds = parts["keep"] * t
+    dpolicy = parts["p"] * (dp + delta)
+    ds = parts["policy"] * dpolicy
     if options.get("eps", 0) > 0:
         seen = parts["seen"]
-        mean = (w * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
-        ds = ds + parts["floor"] * (mean + delta) * parts["argmax"]
-    dpolicy = (t.masked_fill(parts["own"], 0) if parts["self_keep"] else t).sum(2)
+        mean = (dp * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
+        ds = ds + parts["p_eps"] * (mean + delta) * parts["is_max"]
+    if parts["self_keep"]:
+        dpolicy = dpolicy.masked_fill(parts["own"], 0)
+    dpolicy = dpolicy.sum(2)
 
     def per_group(x):
         return x.unflatten(1, (groups, -1)).sum(2)
@@ -222,8 +227,8 @@ def magnitudes(q, k, v, policy=None, *, grad, grad_lse=None, **options):
         by_head = policy.dim() == 3 and policy.shape[1:] != (k.shape[2], 1)
         sums["policy"] = dpolicy if by_head else dpolicy.sum(1).reshape(policy.shape)
     if size is not None:
-        z = size.double().reshape(parts["live"].shape)
-        dsize = torch.where(parts["live"], ds.sum((1, 2)) / torch.where(z > 0, z, 1), 0)
+        z = size.double().reshape(parts["valid"].shape)
+        dsize = torch.where(parts["valid"], ds.sum((1, 2)) / torch.where(z > 0, z, 1), 0)
         sums["size"] = dsize.reshape(size.shape)
     return sums
 
@@ -232,7 +237,7 @@ def magnitudes(q, k, v, policy=None, *, grad, grad_lse=None, **options):
 def score_magnitudes(
     q, k, policy=None, *, grad, query_weight=None, query_index=None, head_reduce="mean", **options
 ):
-    """The same for scores: attention whose values are the gradients of the scores."""
+    """The same for scores, from attention whose values are the gradients of the scores."""
     batch, heads, _, width = q.shape
     groups, rows = k.shape[1], q
     if query_index is not None:
@@ -255,7 +260,7 @@ def score_magnitudes(
         index = options["query_position"][:, None, :, None].expand(-1, heads, -1, width)
         sums["q"] = q.new_zeros(q.shape).double().scatter_add(2, index, sums["q"])
     if query_weight is not None:
-        of_rows = sums["out"][..., 0]  # does not depend on the weights
+        of_rows = sums["out"][..., 0]  # independent of the weights
         of_rows = of_rows if query_weight.dim() == 3 else of_rows.sum(1)
         sums["query_weight"] = of_rows.sum(0) if query_weight.dim() == 1 else of_rows
     return sums
@@ -264,8 +269,21 @@ def score_magnitudes(
 # ---- results and gradients by name ----
 
 
+def attend(**arguments):
+    return tokenops.policy_attention(**arguments, return_lse=True)
+
+
+def check_exactly(inputs, options, grad=None, grad_lse=None):
+    """Results and gradients in float64 are off by at most 1e-10 of the sum of their terms."""
+    grads = cotangents(inputs) if grad is None else (grad, grad_lse)
+    got, truth = (results(f, inputs, *grads, **options) for f in (attend, attention))
+    sums = magnitudes(**inputs, grad=grads[0], grad_lse=grads[1], **options)
+    assert_exact(got, truth, sums)
+    return got
+
+
 def results(function, inputs, grad, grad_lse=None, **options):
-    """Output, L and the gradients of all floating inputs of an attention function, by name."""
+    """Output, lse and the gradients of all floating inputs of an attention function, by name."""
     leaves = {
         name: t.detach().requires_grad_(t.is_floating_point() and name in GRADIENTS)
         for name, t in inputs.items()
@@ -275,23 +293,22 @@ def results(function, inputs, grad, grad_lse=None, **options):
     wanted = {name: t for name, t in leaves.items() if t.requires_grad}
     outputs, cotangents = [out], [grad.to(out.dtype)]
     if grad_lse is not None:
-        # A row without weights has an L of -inf, whose gradient goes nowhere.
         outputs.append(lse)
         cotangents.append(grad_lse.to(lse.dtype))
     gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
     named = dict(zip(wanted, gradients, strict=True))
     for name, t in wanted.items():
-        # What has nothing to do with anything has a gradient of zero, if it has one.
+        # The gradient of an input without effect is zero.
         if named[name] is None and (name != "policy" or options.get("policy_grad") != "none"):
             named[name] = torch.zeros_like(t)
     return {"out": out.detach(), "lse": lse.detach(), **named}
 
 
 def cotangents(inputs, seed=7):
-    """Gradients of the output and of L; the latter spares a third of the rows."""
+    """Gradients of the output and of lse; a third of the latter is 0."""
     q, v = inputs["q"], inputs["v"]
     shape = (*q.shape[:3], v.shape[3])
-    # A kernel sees the gradient in its own precision, and so must the truth.
+    # Rounded to the dtype of q, so that the oracle gets the same gradient as the kernel.
     grad = random_tokens(*shape, dtype=q.dtype, seed=seed).to(q.device)
     grad_lse = random_tokens(*shape[:3], 1, dtype=torch.float32, seed=seed + 1)[..., 0].double()
     grad_lse[..., ::3] = 0
@@ -299,7 +316,7 @@ def cotangents(inputs, seed=7):
 
 
 def assert_exact(got, truth, sums, tolerance=1e-10):
-    """Results by name, in float64: off by so much of the sum of their terms at most."""
+    """Results in float64 are off by at most the tolerance times the sum of their terms."""
     wrong = []
     for name, expected in truth.items():
         if (got[name] is None) != (expected is None):

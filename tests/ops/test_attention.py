@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""policy_attention: values and gradients against whole maps in float64, and what is promised."""
+"""policy_attention: values and gradients against whole maps in float64; precision; layouts."""
 
 import attention_oracle as oracle
 import pytest
 import torch
+from attention_oracle import attend, check_exactly
 
 import tokenops
 from tokenops.ops.attention import reference
@@ -74,19 +75,6 @@ def widened(inputs):
     return {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
 
 
-def attention(**arguments):
-    return tokenops.policy_attention(**arguments, return_lse=True)
-
-
-def check_exactly(inputs, options):
-    """Results and gradients in float64: off by 1e-10 of the sum of the terms at most."""
-    grad, grad_lse = oracle.cotangents(inputs)
-    got = oracle.results(attention, inputs, grad, grad_lse, **options)
-    truth = oracle.results(oracle.attention, inputs, grad, grad_lse, **options)
-    sums = oracle.magnitudes(**inputs, grad=grad, grad_lse=grad_lse, **options)
-    oracle.assert_exact(got, truth, sums)
-
-
 @pytest.mark.isa
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case, backend, device):
@@ -98,7 +86,7 @@ def test_values_and_gradients(case, backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize("case", CASES)
 def test_several_tiles(case, backend, device):
-    """More rows and keys than the kernels take at a time."""
+    """More rows and keys than a tile of the kernels has."""
     kinds, options = CASES[case]
     inputs = random_attention(1, 2, 131, 20, dtype=torch.float64, device=device, seed=2, **kinds)
     check_exactly(inputs, options)
@@ -139,7 +127,7 @@ def test_queries_and_keys_without_width(grads, backend):
 @pytest.mark.parametrize("options", [{}, {"eps": 1e-3}, {"is_causal": True}], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(700, 700), (1100, 90), (90, 1100)])
 def test_many_tokens(queries, keys, options, backend, device):
-    """More queries than a pass of the kernels takes, or more keys than a block of rows has."""
+    """More queries than one pass of the kernels, or more keys than one block of rows."""
     inputs = random_attention(
         1, 1, queries, 12, keys=keys, dtype=torch.float64, device=device, seed=5, policy="hard"
     )
@@ -172,7 +160,7 @@ def positions(kind, batch, queries, keys):
         return torch.stack(rows).int()
     if kind == "repeated":
         return torch.randint(0, keys, (batch, queries), generator=generator)
-    # Nowhere: before, behind, and far away.
+    # "nowhere": before the keys and after them, also far away.
     edges = torch.tensor([-(2**31), -7, -1, 0, 1, keys - 1, keys, keys + 3, 2**31 - 1, 2**40])
     return edges[torch.randint(0, len(edges), (batch, queries), generator=generator)]
 
@@ -195,16 +183,16 @@ def test_query_position(kind, eps, causal, backend, device):
 
 def test_query_position_counts_from_zero_by_default(backend, device):
     inputs = random_attention(2, 2, 13, 4, policy="hard", device=device)
-    places = torch.arange(13, device=device)
+    default = torch.arange(13, device=device)
     for options in ({}, {"is_causal": True, "eps": 1e-3}):
         expected = tokenops.policy_attention(**inputs, **options)
-        for position in (places, places.int().expand(2, -1)):
+        for position in (default, default.int().expand(2, -1)):
             got = tokenops.policy_attention(**inputs, **options, query_position=position)
             torch.testing.assert_close(got, expected)
 
 
 def test_kept_queries_among_all_keys(backend, device):
-    """The rows of some queries are those rows of the whole, gradients included."""
+    """Rows of some queries equal the same rows of all queries, gradients included."""
     inputs = random_attention(2, 3, 29, 8, policy="hard", dtype=torch.float64, device=device)
     kept = torch.stack([torch.randperm(29)[:11] for _ in range(2)]).to(device)
     grad = random_tokens(2, 3, 11, 8, dtype=torch.float64, seed=9, device=device)
@@ -223,13 +211,13 @@ def test_kept_queries_among_all_keys(backend, device):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
-# ---- the formulas that serve where no kernel does ----
+# ---- the reference in blocks ----
 
 
 @pytest.mark.parametrize("rows", [5, 1000])
 @pytest.mark.parametrize("case", CASES)
 def test_formulas_in_blocks_of_rows(case, rows, monkeypatch):
-    """Forward, backward and scores of the registered reference, a few queries at a time."""
+    """Forward, backward and scores of the registered reference, a few rows at a time."""
     kinds, options = CASES[case]
     inputs = random_attention(2, 4, 19, 8, dtype=torch.float64, seed=1, **kinds)
     monkeypatch.setattr(reference, "BLOCK_ENTRIES", 2 * 4 * 19 * rows)
@@ -268,13 +256,13 @@ def test_formulas_in_blocks_of_rows(case, rows, monkeypatch):
 
 
 def check_budget(inputs, options):
-    """Errors against float64 are at most twice those of what users write, in the same dtype.
+    """Errors against float64 are at most twice those of users' code in the same dtype.
 
-    That is so for the largest one and for their mean square. Each term of a sum counts with a
-    rounding of the dtype, which is the type of the attention maps that users have.
+    This holds for the largest error and for the mean square. Each term of a sum may have a rounding
+    of the dtype, which users' attention maps have.
     """
     grad, grad_lse = oracle.cotangents(inputs)
-    got = oracle.results(attention, inputs, grad, grad_lse, **options)
+    got = oracle.results(attend, inputs, grad, grad_lse, **options)
     plain = oracle.results(oracle.recipe, inputs, grad, grad_lse, **options)
     wide = widened(inputs)
     truth = oracle.results(oracle.attention, wide, grad.double(), grad_lse, **options)
@@ -291,7 +279,7 @@ def check_budget(inputs, options):
             wrong.append(str(error))
         unit = torch.finfo(got[name].dtype).eps * expected.abs() + eps * sums[name] + 1e-280
         errors = [((x[name] - expected) / unit).square().mean().sqrt() for x in (got, plain)]
-        if not errors[0] <= 2 * errors[1] + 0.25:  # a result's own rounding is so much at most
+        if not errors[0] <= 2 * errors[1] + 0.25:  # 0.25: the result's own rounding
             units = f"{errors[0]:.3g} units in the mean, the reference by {errors[1]:.3g}"
             wrong.append(f"{name}: off by {units}")
     assert not wrong, "\n".join(wrong)
@@ -301,9 +289,9 @@ BUDGETED = [
     name
     for name, (kinds, options) in CASES.items()
     if kinds.get("policy") not in ("bool", "none kept") and options.get("policy_grad") is None
-    # Rows that see no kept key are 0/0 to what users write.
+    # Rows that see no kept key are 0/0 in users' code.
     if not (options.get("self_keep") is False and options.get("eps", 0) == 0)
-    # All weight is where it is dropped, and 0/0 again.
+    # All weight is on dropped keys: 0/0 again.
     if name != "wide logits, hard" and "causal, hard, own" not in name
 ]
 
@@ -333,7 +321,7 @@ def test_precision_of_sizes(tokens, width, dtype, backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF, torch.float64], ids=str)
 def test_dtypes_and_layout_of_results(dtype, backend, device):
-    """L and the policy's gradient in the type of sums; the output as the next layer wants it."""
+    """The dtype of sums for lse; the output is [B, N, H, D] in memory, for the next layer."""
     inputs = random_attention(2, 3, 9, 5, policy="soft", dtype=dtype, device=device, zero_sizes=0.0)
     inputs = {n: t.requires_grad_() for n, t in inputs.items()}
     out, lse = tokenops.policy_attention(**inputs, return_lse=True)
@@ -362,7 +350,7 @@ def test_policies_and_sizes_of_other_dtypes(dtype, backend, device):
 
 
 def assert_same(actual, expected, backend, name):
-    """The kernels pack their operands; matrix products of PyTorch depend on strides."""
+    """Kernels pack their operands; PyTorch's matrix products depend on strides."""
     if backend == "native":
         assert_same_bits(actual, expected, name=name)
     else:
@@ -377,14 +365,14 @@ def test_layouts(dtype, layout, backend, device):
     inputs = random_attention(2, 4, 21, 12, layout=layout, **kinds)
     dense = {n: t.clone(memory_format=torch.contiguous_format) for n, t in inputs.items()}
     grad, _ = oracle.cotangents(inputs)
-    got, expected = (oracle.results(attention, x, grad, eps=1e-3) for x in (inputs, dense))
+    got, expected = (oracle.results(attend, x, grad, eps=1e-3) for x in (inputs, dense))
     for name, value in expected.items():
         assert_same(got[name], value, backend, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_qkv(dtype, backend, device):
-    """Three views of one tensor, whose gradient is one tensor too."""
+    """q, k and v are views of one tensor, and their gradients add up to one tensor."""
     packed = random_tokens(2, 17, 3 * 4 * 8, dtype=dtype, device=device).view(2, 17, 3, 4, 8)
     policy = (torch.arange(17, device=device) % 3 > 0).float().expand(2, 17)
 
@@ -403,7 +391,7 @@ def test_packed_qkv(dtype, backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_layouts_of_gradients(dtype, backend, device):
-    """``sum()`` sends back stride 0, a transposition the strides of its own."""
+    """The gradient of ``sum()`` has stride 0; that of a transposed output is transposed."""
     inputs = random_attention(2, 2, 18, 8, policy="hard", dtype=dtype, device=device)
     grad, _ = oracle.cotangents(inputs)
     views = [
@@ -415,8 +403,8 @@ def test_layouts_of_gradients(dtype, backend, device):
         (grad[..., :1].expand(grad.shape), "stride 0 in a row"),
     ]
     for view, name in views:
-        got = oracle.results(attention, inputs, view)
-        expected = oracle.results(attention, inputs, view.clone().contiguous())
+        got = oracle.results(attend, inputs, view)
+        expected = oracle.results(attend, inputs, view.clone().contiguous())
         for key, value in expected.items():
             assert_same(got[key], value, backend, f"{key} of a gradient {name}")
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on rows and keys out of the ordinary: dropped, padded, empty, without a gradient."""
+"""Attention with dropped, padded and empty rows and keys; symmetries; derivatives; autocast."""
 
 import math
 
 import attention_oracle as oracle
 import pytest
 import torch
+from attention_oracle import attend, check_exactly
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,20 +16,7 @@ from tokenops.testing import assert_same_bits, random_attention, random_tokens
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def attention(**arguments):
-    return tokenops.policy_attention(**arguments, return_lse=True)
-
-
-def check_exactly(inputs, options, grad=None, grad_lse=None):
-    grads = oracle.cotangents(inputs) if grad is None else (grad, grad_lse)
-    got = oracle.results(attention, inputs, *grads, **options)
-    truth = oracle.results(oracle.attention, inputs, *grads, **options)
-    sums = oracle.magnitudes(**inputs, grad=grads[0], grad_lse=grads[1], **options)
-    oracle.assert_exact(got, truth, sums)
-    return got
-
-
-# ---- anything, against whole maps ----
+# ---- random inputs and options, against whole maps ----
 
 
 @pytest.mark.isa
@@ -70,10 +58,10 @@ def test_anything(
     check_exactly(inputs, options)
 
 
-# ---- the policy's gradient where the policy is zero ----
+# ---- the gradient of a policy that is zero ----
 
 
-# Without own keys and eps, a row with nothing kept has no weight and no derivative.
+# Without self_keep and eps, a row without a kept key has no weight and no derivative.
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -84,12 +72,12 @@ def test_anything(
     ids=str,
 )
 def test_gradient_at_dropped_keys_by_differences(kind, options, backend, device):
-    """What would change if a dropped key came back a little."""
+    """The gradient is the derivative towards a small positive policy."""
     inputs = random_attention(2, 2, 9, 5, policy=kind, dtype=torch.float64, seed=2, device=device)
     grad, grad_lse = oracle.cotangents(inputs)
 
     def loss(policy):
-        out, lse = attention(**{**inputs, "policy": policy}, **options)
+        out, lse = attend(**{**inputs, "policy": policy}, **options)
         return (out * grad).sum() + (lse.clamp(min=-1e3) * grad_lse).sum()
 
     policy = inputs["policy"].requires_grad_()
@@ -97,7 +85,7 @@ def test_gradient_at_dropped_keys_by_differences(kind, options, backend, device)
     policy = policy.detach()
     dropped = (policy == 0).nonzero()
     assert len(dropped) > 5
-    # To one side, as no policy is negative: exact for cubic polynomials.
+    # One-sided differences, as no policy is negative; exact for cubic polynomials.
     h, weights = 1e-5, (-11 / 6, 3.0, -3 / 2, 1 / 3)
     for at in map(tuple, dropped.tolist()):
         difference = 0.0
@@ -110,7 +98,7 @@ def test_gradient_at_dropped_keys_by_differences(kind, options, backend, device)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "above", "share"),
+    ("dtype", "above", "p"),
     [
         (torch.float32, 40.0, math.exp(40)),
         (torch.float32, 50.0, 2.0**64),
@@ -121,8 +109,8 @@ def test_gradient_at_dropped_keys_by_differences(kind, options, backend, device)
     ],
     ids=str,
 )
-def test_share_of_a_dropped_key_is_capped(dtype, above, share, backend, device):
-    """The gradient of a policy is that of the cap where a dropped key's logit is far above."""
+def test_share_of_a_dropped_key_is_capped(dtype, above, p, backend, device):
+    """The probability of a dropped key with a far larger logit is clamped, and so the gradient."""
 
     def column(*values):
         return torch.tensor(values, dtype=dtype, device=device).view(1, 1, -1, 1).requires_grad_()
@@ -132,22 +120,22 @@ def test_share_of_a_dropped_key_is_capped(dtype, above, share, backend, device):
     out = tokenops.policy_attention(q, k, v, policy, scale=1.0)
     assert out[0, 0, 0, 0] == 1
     grads = torch.autograd.grad(out[0, 0, 0, 0], (policy, q, k, v))
-    # share * (v_dropped - out); the own key of a query does not depend on the policy
-    assert grads[0][0, 1].item() == pytest.approx(share * (3 - 1), rel=1e-4)
+    # p * (v_dropped - out); the weight of a query's own key does not depend on the policy
+    assert grads[0][0, 1].item() == pytest.approx(p * (3 - 1), rel=1e-4)
     assert grads[0][0, 0] == 0
     assert all(grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "policy", "size"])
 def test_gradient_through_the_maximum_by_differences(name, backend, device):
-    """With a large eps the maximum of each row matters a lot."""
+    """A large eps makes the maximum of each row matter."""
     inputs = random_attention(
         1, 2, 7, 4, policy="soft", zero_sizes=0.0, dtype=torch.float64, seed=3, device=device
     )
     grad, grad_lse = oracle.cotangents(inputs)
 
     def loss(value):
-        out, lse = attention(**{**inputs, name: value}, eps=0.5)
+        out, lse = attend(**{**inputs, name: value}, eps=0.5)
         return (out * grad).sum() + (lse * grad_lse).sum()
 
     value = inputs[name].requires_grad_()
@@ -164,11 +152,11 @@ def test_gradient_through_the_maximum_by_differences(name, backend, device):
 
 
 def test_modes_of_the_policy_gradient(backend, device):
-    """All but the policy's own gradient stays as it is; what is kept counts the same."""
+    """Only the gradient of the policy differs, and only at dropped keys."""
     inputs = random_attention(2, 2, 21, 6, policy="hard", dtype=torch.float64, device=device)
     grads = oracle.cotangents(inputs)
     modes = {
-        mode: oracle.results(attention, inputs, *grads, policy_grad=mode)
+        mode: oracle.results(attend, inputs, *grads, policy_grad=mode)
         for mode in ("exact", "kept", "none")
     }
     for mode in ("kept", "none"):
@@ -189,17 +177,17 @@ def test_removing_tokens_is_kept(backend, device):
     kept = inputs["policy"][0].nonzero()[:, 0]
     grad = random_tokens(1, 2, 24, 6, dtype=torch.float64, seed=4, device=device)
     grad[:, :, inputs["policy"][0] == 0] = 0
-    masked = oracle.results(attention, inputs, grad, policy_grad="kept")
+    masked = oracle.results(attend, inputs, grad, policy_grad="kept")
 
     few = {n: t.index_select(2 if t.dim() == 4 else 1, kept) for n, t in inputs.items()}
-    removed = oracle.results(attention, few, grad[:, :, kept])
+    removed = oracle.results(attend, few, grad[:, :, kept])
     for name, value in removed.items():
         if name in ("out", "lse", "q", "k", "v"):
             got = masked[name].index_select(2, kept)
         else:
             got = masked[name].index_select(1, kept)
         torch.testing.assert_close(got, value, rtol=1e-11, atol=1e-13, msg=name)
-    for name in ("k", "v"):  # a dropped key is seen by its own row alone, which has no gradient
+    for name in ("k", "v"):  # only its own row sees a dropped key, and has no gradient
         dropped = inputs["policy"][0] == 0
         assert (masked[name][:, :, dropped] == 0).all()
 
@@ -234,7 +222,7 @@ def test_rows_without_a_gradient(which, eps, dtype, backend, device):
     if dtype == torch.float64:
         got = check_exactly(inputs, options, grad, grad_lse)
     else:
-        got = oracle.results(attention, inputs, grad, grad_lse, **options)
+        got = oracle.results(attend, inputs, grad, grad_lse, **options)
     silent = (grad == 0).all(-1)
     if grad_lse is not None:
         silent &= grad_lse == 0
@@ -247,10 +235,10 @@ def test_rows_without_a_gradient(which, eps, dtype, backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_no_gradient_of_the_output_at_all(dtype, backend, device):
-    """L alone is differentiated, or nothing is."""
+    """The gradient comes through lse alone, or is zero."""
     inputs = random_attention(1, 2, 11, 4, policy="hard", dtype=dtype, device=device)
     q = inputs["q"].requires_grad_()
-    out, lse = attention(**inputs)
+    out, lse = attend(**inputs)
     (gradient,) = torch.autograd.grad(lse.sum(), q, retain_graph=True)
     expected = oracle.attention(**inputs)[1]
     (wanted,) = torch.autograd.grad(expected.sum(), q)
@@ -259,7 +247,7 @@ def test_no_gradient_of_the_output_at_all(dtype, backend, device):
     assert (gradient == 0).all()
 
 
-# ---- rows and keys that are not there ----
+# ---- empty rows and padding ----
 
 
 @pytest.mark.isa
@@ -267,7 +255,7 @@ def test_no_gradient_of_the_output_at_all(dtype, backend, device):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("why", ["dropped", "padded", "size", "padded, eps", "size, eps", "hidden"])
 def test_empty_rows(why, causal, dtype, backend, device):
-    """Zeros, an L of -inf, gradients of zero; the other image is as it is alone."""
+    """Output 0, lse -inf, gradients 0; the other image is as it is alone."""
     inputs = random_attention(
         2, 2, 13, 6, policy="hard", zero_sizes=0.0, padding=0.2, dtype=dtype, device=device
     )
@@ -286,12 +274,12 @@ def test_empty_rows(why, causal, dtype, backend, device):
         options["query_position"] = torch.arange(-4, 9, device=device)
         options["is_causal"] = True
         empty[:, :4] = True
-    if causal or why == "hidden":  # of the other rows the first key makes sure
+    if causal or why == "hidden":  # all other rows see the first key
         inputs["policy"][1, 0] = 1
         if why == "hidden":
             inputs["policy"][0, 0] = 1
     grads = oracle.cotangents(inputs)
-    got = oracle.results(attention, inputs, *grads, **options)
+    got = oracle.results(attend, inputs, *grads, **options)
     rows = empty[:, None].expand(2, 2, 13)
     assert (got["out"][rows] == 0).all()
     assert (got["lse"][rows] == -math.inf).all()
@@ -306,7 +294,7 @@ def test_empty_rows(why, causal, dtype, backend, device):
     if why == "hidden":
         return
     alone = {n: t[1:] for n, t in inputs.items()}
-    expected = oracle.results(attention, alone, *(g[1:] for g in grads), **options)
+    expected = oracle.results(attend, alone, *(g[1:] for g in grads), **options)
     for name, t in expected.items():
         torch.testing.assert_close(got[name][1:], t, msg=name)
 
@@ -315,14 +303,14 @@ def test_empty_rows(why, causal, dtype, backend, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-2])
 def test_size_zero_is_padding(eps, dtype, backend, device):
-    """The very same bits, and no gradient of such a size."""
+    """The same bits as with a mask; the gradient of a size of 0 is 0."""
     inputs = random_attention(
         2, 4, 37, 8, key_heads=2, policy="per-head", zero_sizes=0.3, dtype=dtype, device=device
     )
     gone = inputs["size"] == 0
     masked = {**inputs, "size": inputs["size"].masked_fill(gone, 3.0), "key_padding_mask": gone}
     grads = oracle.cotangents(inputs)
-    by_size, by_mask = (oracle.results(attention, x, *grads, eps=eps) for x in (inputs, masked))
+    by_size, by_mask = (oracle.results(attend, x, *grads, eps=eps) for x in (inputs, masked))
     for name in by_size:
         assert_same_bits(by_size[name], by_mask[name], name=name)
     assert (by_size["size"][gone] == 0).all()
@@ -347,7 +335,7 @@ def test_padding_may_hold_anything(how, garbage, eps, dtype, backend, device):
     for name in ("k", "v"):
         dirty[name] = inputs[name].masked_fill(gone[:, None, :, None], garbage)
     grads = oracle.cotangents(inputs)
-    clean, got = (oracle.results(attention, x, *grads, eps=eps) for x in (inputs, dirty))
+    clean, got = (oracle.results(attend, x, *grads, eps=eps) for x in (inputs, dirty))
     for name, expected in clean.items():
         assert_same_bits(got[name], expected, name=name)
 
@@ -364,7 +352,7 @@ def test_padding_may_hold_anything(how, garbage, eps, dtype, backend, device):
 
 
 def test_padding_counts_for_nothing(backend, device):
-    """Neither in the maximum, nor in the mean of the values, nor in their number."""
+    """Neither for the maximum, nor for the mean of the values, nor for their number."""
     inputs = random_attention(2, 2, 12, 5, policy="soft", dtype=torch.float64, device=device)
     longer = {}
     for name, t in inputs.items():
@@ -420,7 +408,7 @@ def test_many_awkward_images_without_a_nan(options, backend, device, quick):
     inputs = {n: t.to(device) for n, t in inputs.items()}
     grad = torch.randn(images, heads, tokens, width, generator=generator).to(device)
     grad_lse = torch.randn(images, heads, tokens, generator=generator).to(device)
-    got = oracle.results(attention, inputs, grad, grad_lse, **options)
+    got = oracle.results(attend, inputs, grad, grad_lse, **options)
     lse = got.pop("lse")
     assert not lse.isnan().any()
     assert not (lse == math.inf).any()
@@ -447,10 +435,10 @@ def test_images_are_independent(dtype, backend, device):
         3, 2, 33, 8, policy="per-head", zero_sizes=0.1, padding=0.2, dtype=dtype, device=device
     )
     grads = oracle.cotangents(inputs)
-    together = oracle.results(attention, inputs, *grads, eps=1e-3)
+    together = oracle.results(attend, inputs, *grads, eps=1e-3)
     for i in range(3):
         alone = oracle.results(
-            attention, {n: t[i : i + 1] for n, t in inputs.items()},
+            attend, {n: t[i : i + 1] for n, t in inputs.items()},
             *(g[i : i + 1] for g in grads), eps=1e-3,
         )  # fmt: skip
         for name, t in alone.items():
@@ -467,9 +455,9 @@ def test_order_of_keys_does_not_matter(backend, device):
         n: t if n == "q" else t.index_select(2 if t.dim() == 4 else 1, order)
         for n, t in inputs.items()
     }
-    where = order.argsort()  # the key of each query has gone there
-    got = oracle.results(attention, moved, *grads, eps=1e-2, query_position=where)
-    expected = oracle.results(attention, inputs, *grads, eps=1e-2)
+    position = order.argsort()  # of each query's own key
+    got = oracle.results(attend, moved, *grads, eps=1e-2, query_position=position)
+    expected = oracle.results(attend, inputs, *grads, eps=1e-2)
     for name, t in expected.items():
         if name in ("k", "v", "policy", "size"):
             t = t.index_select(2 if t.dim() == 4 else 1, order)
@@ -479,11 +467,11 @@ def test_order_of_keys_does_not_matter(backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize("factor", [1e-6, 1e-18, 1e-30])
 def test_policies_count_relative_to_one_another(factor, backend, device):
-    """Without eps and own keys a factor changes nothing but L, however small it is."""
+    """Without eps and self_keep, a factor of the policy changes lse alone, however small it is."""
     inputs = random_attention(2, 2, 21, 6, policy="soft", zero_sizes=0.0, device=device)
     smaller = {**inputs, "policy": inputs["policy"] * factor}
     grad, _ = oracle.cotangents(inputs)
-    expected, got = (oracle.results(attention, x, grad, self_keep=False) for x in (inputs, smaller))
+    expected, got = (oracle.results(attend, x, grad, self_keep=False) for x in (inputs, smaller))
     expected["lse"] = expected["lse"] + math.log(factor)
     for name, t in expected.items():
         scaled = got[name] * factor if name == "policy" else got[name]
@@ -491,7 +479,7 @@ def test_policies_count_relative_to_one_another(factor, backend, device):
 
 
 def test_a_size_is_so_many_equal_tokens(backend, device):
-    """A key of size 3 is three times the same key: ToMe's proportional attention."""
+    """A key of size 3 equals three copies of it: ToMe's proportional attention."""
     inputs = random_attention(1, 2, 6, 4, keys=5, dtype=torch.float64, device=device)
     size = torch.tensor([[1.0, 3.0, 2.0, 1.0, 4.0]], dtype=torch.float64, device=device)
     repeats = size[0].long()
@@ -529,13 +517,13 @@ def test_without_weights_it_is_scaled_dot_product_attention(backend, device):
 def test_gradcheck(kinds, options, backend, device):
     kinds = {**kinds, "seed": 9, "dtype": torch.float64, "device": device}
     inputs = random_attention(1, 2, 4, 3, **kinds)
-    if "policy" in inputs:  # off the edge of what is allowed
+    if "policy" in inputs:  # differences must not make it negative
         inputs["policy"] = inputs["policy"] + 0.1
     names = [n for n, t in inputs.items() if t.is_floating_point()]
     rest = {n: t for n, t in inputs.items() if n not in names}
 
     def call(*values):
-        return attention(**dict(zip(names, values, strict=True)), **rest, **options)
+        return attend(**dict(zip(names, values, strict=True)), **rest, **options)
 
     values = [inputs[n].requires_grad_() for n in names]
     assert torch.autograd.gradcheck(call, values)
@@ -549,7 +537,7 @@ def test_second_derivatives_know_the_mode(mode, backend, device):
     )
     leaves = {n: t.requires_grad_() for n, t in inputs.items()}
     grads = []
-    for function in (attention, oracle.attention):
+    for function in (attend, oracle.attention):
         out, lse = function(**leaves, policy_grad=mode)
         first = torch.autograd.grad(
             out.pow(2).sum() + lse.sum(), list(leaves.values()), create_graph=True,
@@ -566,17 +554,17 @@ def test_second_derivatives_know_the_mode(mode, backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype, backend, device):
-    """Queries, keys and values take the lower precision, as for PyTorch's own attention."""
+    """q, k and v get the lower precision, as in PyTorch's own attention."""
     inputs = random_attention(2, 2, 19, 8, policy="hard", zero_sizes=0.0, device=device)
     leaves = {n: t.requires_grad_() for n, t in inputs.items()}
     with torch.autocast(device, dtype=dtype):
-        out, lse = attention(**leaves, eps=1e-6)
+        out, lse = attend(**leaves, eps=1e-6)
         q, k, v = (leaves[n] for n in "qkv")
         assert out.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype
         score = tokenops.attention_scores(q, k, policy=leaves["policy"])
     assert (out.dtype, lse.dtype, score.dtype) == (dtype, torch.float32, torch.float32)
     lowered = {n: t.to(dtype) if n in "qkv" else t for n, t in leaves.items()}
-    expected, expected_lse = attention(**lowered, eps=1e-6)
+    expected, expected_lse = attend(**lowered, eps=1e-6)
     assert_same_bits(out, expected)
     assert_same_bits(lse, expected_lse)
     got = torch.autograd.grad(out.float().square().sum(), list(leaves.values()))

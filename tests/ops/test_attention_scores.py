@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""attention_scores: what keys receive, and its gradients, against whole maps in float64."""
+"""attention_scores: values and gradients against whole maps in float64."""
 
 import math
 
@@ -86,7 +86,7 @@ def cotangent(inputs, head_reduce, seed=5):
 
 
 def check(inputs, **options):
-    """In float64, to 1e-10 of the sum of the terms."""
+    """Scores and gradients in float64 are off by at most 1e-10 of the sum of their terms."""
     grad = cotangent(inputs, options.get("head_reduce", "mean"))
     got = gradients(tokenops.attention_scores, inputs, grad, **options)
     truth = gradients(oracle.scores, inputs, grad, **options)
@@ -134,7 +134,7 @@ INDICES = {
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"exclude_self": True}], ids=str)
 @pytest.mark.parametrize("index", INDICES)
 def test_query_index(index, options, backend, device):
-    """Only these queries count, with their own places and weights."""
+    """Only these queries count, with their own positions and weights."""
     index = INDICES[index]
     index = index.to(device) if isinstance(index, torch.Tensor) else index
     rows = index.shape[-1] if isinstance(index, torch.Tensor) else len(index)
@@ -146,7 +146,7 @@ def test_query_index(index, options, backend, device):
 
 
 def test_query_index_is_a_choice_of_weights(backend, device):
-    """One row of an index is a weight of one there and zero elsewhere."""
+    """An index of one row equals a weight of 1 for this row and 0 for the others."""
     inputs = scores_inputs(2, 3, 23, 8, policy="hard", device=device)
     for row in (0, 7, -1):
         w = torch.zeros(23, device=device)
@@ -161,7 +161,7 @@ def test_query_index_is_a_choice_of_weights(backend, device):
 @pytest.mark.parametrize("query_index", [None, [0], [-1], torch.tensor([0])], ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-2])
 def test_one_query_among_several_keys(query_index, eps, backend, device):
-    """Nobody knows which key is its own: no key is kept."""
+    """Its own key is unknown: self_keep has no effect."""
     inputs = random_attention(2, 4, 9, 8, policy="hard", key_heads=2, device=device)
     q, k, policy = (inputs[n] for n in ("q", "k", "policy"))
     row = q[:, :, :1]
@@ -236,7 +236,7 @@ def test_anything(
     check({**inputs, "query_weight": w}, **options)
 
 
-# ---- what scores add up to ----
+# ---- sums of scores ----
 
 
 def test_rows_give_away_all_of_their_weight(backend, device):
@@ -268,7 +268,7 @@ def test_scores_of_what_takes_no_part(backend, device):
 
 
 def test_scores_are_sums_of_the_applied_attention(backend, device):
-    """One-hot values read the attention map off the output."""
+    """With one-hot values, the output is the attention map."""
     inputs = random_attention(
         2, 3, 14, 5, policy="per-head", zero_sizes=0.0, dtype=torch.float64, device=device
     )
@@ -280,14 +280,14 @@ def test_scores_are_sums_of_the_applied_attention(backend, device):
         torch.testing.assert_close(score, attention.sum(2), rtol=1e-12, atol=1e-12)
 
 
-# ---- reuse of L ----
+# ---- reuse of lse ----
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_reuse_of_lse(case, dtype, backend, device):
-    """The same but for rounding, gradients included; none goes to L."""
+    """The same but for rounding, gradients included; lse gets no gradient."""
     kinds, options = CASES[case]
     inputs = random_attention(2, 4, 19, 8, dtype=dtype, device=device, seed=6, **kinds)
     plain = {n: v for n, v in options.items() if n != "exclude_self"}
@@ -322,7 +322,7 @@ BUDGETED = [
 @pytest.mark.parametrize("case", BUDGETED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_precision(dtype, case, backend, device):
-    """Errors are at most twice those of what users write; all terms have one sign."""
+    """Errors are at most twice those of users' code; all terms have one sign."""
     kinds, options = CASES[case]
     for index in (None, [0, -1]):
         inputs = scores_inputs(2, 4, 90, 40, dtype=dtype, device=device, seed=7, **kinds)
@@ -337,7 +337,7 @@ def test_precision(dtype, case, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_reduce", REDUCTIONS)
 def test_precision_of_gradients(head_reduce, dtype, backend, device):
-    """The gradient of q and k has their dtype, and all that precedes it float32 at least."""
+    """Gradients of q and k have their dtype, and are computed in float32 at least."""
     kinds = {"policy": "soft", "key_heads": 2, "zero_sizes": 0.1, "device": device}
     inputs = scores_inputs(2, 4, 50, 16, dtype=dtype, seed=8, **kinds)
     w = weights("each", 4, 2, 50, dtype=torch.float32).to(device)
@@ -360,8 +360,8 @@ def test_precision_of_gradients(head_reduce, dtype, backend, device):
 
 # ---- few queries ----
 
-#: Heads, key heads and queries. The native kernels read the keys of up to 16 queries by one key
-#: head as they lie in memory, in tiles of one, two and four queries.
+#: Heads, key heads and queries. Up to 16 queries per key head, the native kernels do not pack the
+#: keys; they have tiles of one, two and four queries.
 FEW = [
     (1, 1, 1), (2, 2, 2), (3, 1, 1), (2, 1, 2), (4, 2, 3), (7, 1, 1), (4, 1, 3), (1, 1, 15),
     (4, 2, 8), (17, 1, 1), (2, 1, 9),
@@ -369,7 +369,7 @@ FEW = [
 
 
 def served(width, dtype, backend, device):
-    """The width, or 128, the most that the Triton kernels serve in float32 and float64."""
+    """The width, at most 128 in float32 and float64 on Triton."""
     # On the CPU the interpreter computes bfloat16 in float32.
     narrow = dtype.itemsize > 2 or (dtype == torch.bfloat16 and device == "cpu")
     return min(width, 128) if backend == "triton" and narrow else width
@@ -413,7 +413,7 @@ def test_precision_of_few_queries(dtype, width, layout, backend, device):
 @pytest.mark.native_only
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_query_has_the_same_bits_alone_and_among_few(dtype, backend):
-    """Whatever tile its products are in, and however many threads share the keys."""
+    """For any tile and any number of threads."""
     kinds = {"key_heads": 2, "policy": "hard", "dtype": dtype}
     inputs = scores_inputs(2, 4, 1100, 64, **kinds)
     rows, before = [9, 1, 1099, 400, 7], torch.get_num_threads()
@@ -524,7 +524,7 @@ def test_only_what_is_wanted_gets_a_gradient(backend, device):
 
 
 def test_score_at_a_dropped_key_has_a_gradient(backend, device):
-    """So a predictor learns what a token that it dropped would have been worth."""
+    """A predictor learns from it about tokens that it dropped."""
     inputs = scores_inputs(1, 2, 9, 4, policy="hard", device=device)
     policy = inputs["policy"].requires_grad_()
     score = tokenops.attention_scores(**inputs, self_keep=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the composed functions owe beside the operators' other tests, which all run on them too."""
+"""Composed functions: strides, NaN, malformed indices; all other tests run on them too."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_any_strides_of_attention(layout, weight):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"eps": 1e-6}, {"size": torch.ones(1, 5)}])
 def test_nan_stays_nan(dtype, options):
-    """A training run that diverges must not look well: what a NaN reaches is NaN."""
+    """A NaN is not hidden from the results that depend on it."""
     q, k = torch.randn(1, 2, 5, 8, dtype=dtype), torch.randn(1, 2, 5, 8, dtype=dtype)
     q[0, 1, 3, 2] = torch.nan
     out = tokenops.policy_attention(q, k, k, **options)
@@ -70,7 +70,7 @@ def test_malformed_offsets_are_no_wild_memory(offsets, reduce):
     first = OPS.merge.composed(x, *index, None, None, reduce)
     again = OPS.merge.composed(x, *index, None, None, reduce)
     assert_same_bits(first, again)
-    assert (first.abs() <= 4).all()  # sums of at most four numbers below one
+    assert (first.abs() <= 4).all()  # sums of at most four values below 1
 
 
 def test_lists_of_nothing():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Composed functions keep the scores of all pairs in blocks: no tensor grows with their number."""
+"""Composed functions compute similarities and attention in blocks: no tensor has all pairs."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from tokenops import _library
 from tokenops.testing import random_tokens
 
 N = 8192
-PAIRS = N * N // 4 * 4  # bytes of float32 scores of half the tokens and the other half
+PAIRS = N // 2 * (N // 2) * 4  # bytes of a float32 map of half the tokens by the other half
 
 
 class Largest(TorchDispatchMode):
-    """Runs one kind of functions in place of our operators and sees the largest tensor's bytes."""
+    """Replaces operators by their functions of one kind; records the largest tensor's bytes."""
 
     def __init__(self, kind):
         super().__init__()
@@ -34,7 +34,7 @@ class Largest(TorchDispatchMode):
 
 
 def attend(**options):
-    """Forward and backward, of half as many tokens: all of them are queries and keys."""
+    """Forward and backward of half the tokens, as queries and as keys."""
     q = random_tokens(1, N // 2, 8)[:, None].requires_grad_()
     out = tokenops.policy_attention(q, q, q, **options)
     torch.autograd.grad(out.sum(), q)

@@ -20,38 +20,18 @@ HEAD_REDUCTIONS = ("mean", "sum", "none")
 
 @overload
 def policy_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    policy: Tensor | None = ...,
-    *,
-    size: Tensor | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    query_position: Tensor | None = ...,
-    self_keep: bool = ...,
-    eps: float = ...,
-    is_causal: bool = ...,
-    policy_grad: str = ...,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None = ..., *, size: Tensor | None = ...,
+    key_padding_mask: Tensor | None = ..., query_position: Tensor | None = ...,
+    self_keep: bool = ..., eps: float = ..., is_causal: bool = ..., policy_grad: str = ...,
+    scale: float | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def policy_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    policy: Tensor | None = ...,
-    *,
-    size: Tensor | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    query_position: Tensor | None = ...,
-    self_keep: bool = ...,
-    eps: float = ...,
-    is_causal: bool = ...,
-    policy_grad: str = ...,
-    scale: float | None = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None = ..., *, size: Tensor | None = ...,
+    key_padding_mask: Tensor | None = ..., query_position: Tensor | None = ...,
+    self_keep: bool = ..., eps: float = ..., is_causal: bool = ..., policy_grad: str = ...,
+    scale: float | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def policy_attention(
     q: Tensor,
     k: Tensor,
@@ -68,78 +48,76 @@ def policy_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention whose keys carry weights: a keep policy, a token size, or both.
+    """Softmax attention with a weight on each key: a keep policy, a token size, or both.
 
     With ``s_ij = scale * q_i . k_j``, policy ``p``, size ``z`` and ``m_i`` the maximum of
-    ``s_ij + log z_j`` over the keys, dropped ones included::
+    ``s_ij + log(z_j)`` over all keys, dropped ones included::
 
-        w_ij = exp(s_ij - m_i) * z_j * (p_j, or 1 where i = j under self_keep)
-        o_i  = (sum_j w_ij v_j + eps * mean_j v_j) / (sum_j w_ij + eps)
+        w_ij = exp(s_ij - m_i) * z_j * p_j    (p_j = 1 if self_keep and i = j)
+        o_i  = (sum_j w_ij * v_j + eps * mean_j v_j) / (sum_j w_ij + eps)
 
-    ``eps=1e-6`` is DynamicViT's ``softmax_with_policy``, ``size`` alone ToMe's proportional
-    attention. Memory is linear in the number of tokens, forward and backward (second derivatives
-    keep maps of queries by keys); dropped keys and rows without a gradient are skipped where that
-    changes nothing but rounding.
+    ``policy`` with ``eps=1e-6`` is DynamicViT's ``softmax_with_policy``; ``size`` alone is ToMe's
+    proportional attention. Memory is linear in the number of tokens, forward and backward.
 
     Args:
-        q: ``[B, H, Nq, D]``; float16, bfloat16, float32 or float64; any strides, best with a
-            contiguous last dimension, for example views of a packed qkv.
-        k: ``[B, Hkv, Nk, D]`` of the dtype of ``q``; ``Hkv`` divides ``H``.
-        v: ``[B, Hkv, Nk, Dv]`` of the dtype of ``q``.
-        policy: ``[B, Nk]``, ``[B, Nk, 1]`` or ``[B, H, Nk]``, bool or floating, at least 0: how
-            much of each key is kept.
-        size: ``[B, Nk]`` or ``[B, Nk, 1]``, floating, at least 0: how many tokens each key stands
-            for. A key of size 0 is padding.
+        q: Queries ``[B, H, Nq, D]``, float16, bfloat16, float32 or float64; any strides, for
+            example a view of a packed qkv. A contiguous last dimension is fastest.
+        k: Keys ``[B, Hkv, Nk, D]`` of the dtype of ``q``; ``Hkv`` divides ``H``.
+        v: Values ``[B, Hkv, Nk, Dv]`` of the dtype of ``q``.
+        policy: Share of each key that is kept, ``[B, Nk]``, ``[B, Nk, 1]`` or ``[B, H, Nk]``, bool
+            or floating, at least 0.
+        size: Number of tokens that each key stands for, floating ``[B, Nk]`` or ``[B, Nk, 1]``, at
+            least 0. A key of size 0 is padding.
         key_padding_mask: Bool ``[B, Nk]``, true for padding, as in
-            :class:`torch.nn.MultiheadAttention` (``~token_map.key_mask()``). Such keys take no
-            part: neither in the maximum nor in the mean of the values.
-        query_position: int32 or int64 ``[Nq]`` or ``[B, Nq]``, the key that stands where each query
-            does, for ``self_keep`` and ``is_causal``: kept queries among all keys, or the last
-            ones of a cache. ``0 .. Nq - 1`` by default. A query whose position is no key has none
-            of its own.
-        self_keep: A token always sees itself, whatever its policy.
-        eps: Weight of the values' mean, relative to the largest weight of each row.
-        is_causal: A query sees keys up to its position.
-        policy_grad: Gradient of the policy: ``"exact"``, which is not zero where the policy is (it
-            trains a predictor about tokens that it dropped); ``"kept"``, of kept tokens only, as
-            when tokens are removed; ``"none"``.
-        scale: ``1 / sqrt(D)`` by default.
-        return_lse: Also return ``L_i = m_i + log(sum_j w_ij + eps)``.
+            :class:`torch.nn.MultiheadAttention`, for example ``~token_map.key_mask()``. Padding
+            counts neither in the maximum nor in the mean of the values.
+        query_position: Index of the key at the position of each query, int32 or int64 ``[Nq]`` or
+            ``[B, Nq]``, ``0 .. Nq - 1`` by default: of kept queries among all keys, or of the last
+            tokens of a key cache. ``self_keep`` and ``is_causal`` refer to it. A query whose
+            position is outside the keys has no key of its own.
+        self_keep: Keep each token visible to itself, whatever its policy.
+        eps: Weight of the mean of the values, relative to the largest ``w_ij`` of the row.
+        is_causal: Show a query only the keys up to its position.
+        policy_grad: Gradient of the policy. ``"exact"`` is not zero for dropped tokens, so that a
+            predictor learns about them. ``"kept"`` is zero for dropped tokens, as if they had been
+            removed. ``"none"`` is no gradient.
+        scale: Factor of the logits; ``1 / sqrt(D)`` by default.
+        return_lse: Also return ``lse``.
 
     Returns:
-        ``[B, H, Nq, Dv]`` in the dtype of ``q``, laid out so that
-        ``out.transpose(1, 2).flatten(2)`` is a view; with ``return_lse`` also ``L``
-        ``[B, H, Nq]`` in float32 (float64 for double). A row without any weight is 0, its ``L`` is
-        -inf, and it has no gradients.
-
-    Differentiable in: ``q``, ``k``, ``v``, ``policy``, ``size``, also through ``L``; twice. The
-    gradient of a policy is computed in float32 and then takes the policy's dtype: keep policies in
-    float32, since a dropped key that would dominate its rows has a gradient beyond float16. Where
-    its logit lies more than 44 (double: 354) above the largest of the kept ones, its share
-    ``exp(s_ij + log z_j - L_i)`` is capped at ``2^64`` (``2^512``), and its gradient with it.
-
-    Determinism: the same bits from run to run, for any number of threads.
-
-    Autocast lowers the precision of ``q``, ``k`` and ``v`` as for
-    :func:`torch.nn.functional.scaled_dot_product_attention`.
-
-    Under ``torch.compile``, each value of ``eps`` and ``scale`` compiles anew, as for PyTorch's own
-    attention.
+        The output ``[B, H, Nq, Dv]`` in the dtype of ``q``, in memory as ``[B, Nq, H, Dv]``. With
+        ``return_lse`` also the log-sum-exp of each row, ``m_i + log(sum_j w_ij + eps)``,
+        ``[B, H, Nq]`` in float32 (float64 for double). A row whose weights are all 0 has output 0,
+        ``lse`` -inf and gradients of 0.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If a shape, device or value does not fit. Negative or NaN policies and sizes
-            are found where reading them does not wait for the device.
+        ValueError: If a shape, device or value does not fit. Negative and NaN policies and sizes
+            are errors only where reading them does not wait for the device.
         NotImplementedError: If an explicitly chosen backend cannot serve the call.
 
-    Source: ``softmax_with_policy`` of DynamicViT (Rao et al., NeurIPS 2021, section 3.3) and
-    proportional attention of ToMe (Bolya et al., ICLR 2023, section 3).
+    Note:
+        Deterministic: the same bits from run to run, for any number of threads.
+
+        Differentiable twice in ``q``, ``k``, ``v``, ``policy`` and ``size``, also through ``lse``.
+        The second derivative keeps maps of queries by keys. Keep policies in float32: the gradient
+        of a dropped key that would dominate its rows overflows float16. The probability of such a
+        key, ``exp(s_ij + log(z_j) - lse_i)``, is clamped at ``2^64`` (float64: ``2^512``), which it
+        reaches where its logit exceeds those of all kept keys by 44 (float64: 354).
+
+        Autocast lowers the precision of ``q``, ``k`` and ``v`` as it does for
+        :func:`torch.nn.functional.scaled_dot_product_attention`. ``torch.compile`` compiles again
+        for each value of ``eps`` and ``scale``.
 
     Example:
         >>> import torch, tokenops
         >>> q = k = v = torch.eye(2).expand(1, 1, 2, 2)
         >>> tokenops.policy_attention(q, k, v, torch.tensor([[1.0, 0.0]])).squeeze()[0].tolist()
         [1.0, 0.0]
+
+    References:
+        ``softmax_with_policy`` of DynamicViT (Rao et al., NeurIPS 2021, section 3.3), proportional
+        attention of ToMe (Bolya et al., ICLR 2023, section 3).
     """
     name = "policy_attention"
     q, k, v = _autocast(q, k, v)
@@ -150,15 +128,14 @@ def policy_attention(
     _checks.check_shape(name, "v", v, [(*k.shape[:3], v.shape[3])])
     _checks.check_same_device(name, "v", v, q)
     weights = _key_weights(name, q, k, policy, size, key_padding_mask)
-    position = None
     if query_position is not None:
-        position = _check_position(name, "query_position", query_position, q)
+        query_position = _query_position(name, query_position, q)
     _checks.check_choice(name, "policy_grad", policy_grad, POLICY_GRADS)
-    self_keep = _self_keep(name, self_keep, policy, position, q, k)
+    self_keep = _self_keep(name, self_keep, policy, query_position, q, k)
     eps = _checks.check_real(name, "eps", eps, minimum=0.0)
     scale = _scale(name, scale, q)
     options = self_keep, False, eps, bool(is_causal), policy_grad, scale
-    out, lse, _, _ = _backend.dispatch(name, q)(q, k, v, *weights, position, *options)
+    out, lse, _, _ = _backend.dispatch(name, q)(q, k, v, *weights, query_position, *options)
     out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
 
@@ -180,89 +157,89 @@ def attention_scores(
     scale: float | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention that each key receives: what score-based pruning ranks tokens by.
+    """Attention that each key receives, by which pruning ranks tokens.
 
-    ``score_j = sum_i w_i y_ij`` with ``y`` the attention that :func:`policy_attention` applies and
-    ``w`` the queries' weights, in memory that is linear in the number of tokens.
+    ``score_j = sum_i w_i * y_ij`` with the attention ``y`` of :func:`policy_attention` and a weight
+    ``w`` of each query. Memory is linear in the number of tokens.
 
     Args:
-        q: ``[B, H, Nq, D]``; float16, bfloat16, float32 or float64; any strides.
-        k: ``[B, Hkv, Nk, D]`` of the dtype of ``q``; ``Hkv`` divides ``H``.
-        query_weight: Floating ``[Nq]``, ``[B, Nq]`` or ``[B, H, Nq]``, one for each query by
-            default; with ``query_index`` one for each index.
-        query_index: Count these queries only: a list of ints or int32 or int64 ``[R]`` or
-            ``[B, R]``; negative ones count from the end. ``[0]`` is the class token (EViT), the
-            last token is ``[-1]`` (FastV). Only these rows are computed.
+        q: Queries ``[B, H, Nq, D]``, float16, bfloat16, float32 or float64; any strides.
+        k: Keys ``[B, Hkv, Nk, D]`` of the dtype of ``q``; ``Hkv`` divides ``H``.
+        query_weight: Weight of each query, floating ``[Nq]``, ``[B, Nq]`` or ``[B, H, Nq]``; 1 by
+            default. With ``query_index``, R weights take the place of Nq.
+        query_index: Queries that count; all by default. A list of ints, or int32 or int64 ``[R]``
+            or ``[B, R]``; negative indices count from the end. ``[0]`` is the class token (EViT),
+            ``[-1]`` the last token (FastV). Only these rows are computed.
         policy: As in :func:`policy_attention`.
         size: As in :func:`policy_attention`.
-        self_keep: As in :func:`policy_attention`, where ``Nq == Nk``. Off for a ``q`` of one row
-            and several keys, as a cache has them: which key is the row's own is unknown.
+        self_keep: As in :func:`policy_attention`, for ``Nq == Nk``. It has no effect on a ``q`` of
+            one row and several keys, as with a key cache: the row's own key is unknown.
         eps: As in :func:`policy_attention`.
         head_reduce: ``"mean"`` or ``"sum"`` over heads, or ``"none"``.
-        exclude_self: Leave out what tokens give to themselves (PoWER-BERT), ``i = j``. Their
-            attention to others stays as it is.
+        exclude_self: Leave out the attention of tokens to themselves (PoWER-BERT). Their attention
+            to other tokens does not change.
         is_causal: As in :func:`policy_attention`.
         key_padding_mask: As in :func:`policy_attention`. Padding has score 0.
-        scale: ``1 / sqrt(D)`` by default.
-        lse: ``L`` ``[B, H, Nq]`` that :func:`policy_attention` returned for the same arguments. It
-            spares the search for the maximum where ``eps`` is 0, no more: gradients are as without
-            it, and none goes to ``lse``.
+        scale: Factor of the logits; ``1 / sqrt(D)`` by default.
+        lse: Log-sum-exp ``[B, H, Nq]`` that :func:`policy_attention` returned for the same
+            arguments. It saves time if ``eps`` is 0. It gets no gradient, and all other gradients
+            are as without it.
 
     Returns:
-        ``[B, Nk]``, or ``[B, H, Nk]`` without a reduction over heads, in float32 (float64 for
+        Scores ``[B, Nk]``, or ``[B, H, Nk]`` for ``head_reduce="none"``, in float32 (float64 for
         double).
-
-    Differentiable in: ``q``, ``k``, ``query_weight``, ``policy``, ``size``; twice.
-
-    Determinism: the same bits from run to run, for any number of threads.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape, device or value does not fit.
         NotImplementedError: If an explicitly chosen backend cannot serve the call.
 
-    Source: EViT (Liang et al., ICLR 2022, section 3.2), FastV (Chen et al., ECCV 2024, section 4),
-    PoWER-BERT (Goyal et al., ICML 2020, section 3.1).
+    Note:
+        Deterministic: the same bits from run to run, for any number of threads.
+
+        Differentiable twice in ``q``, ``k``, ``query_weight``, ``policy`` and ``size``.
 
     Example:
         >>> import torch, tokenops
         >>> q = k = torch.zeros(1, 2, 4, 8)
         >>> tokenops.attention_scores(q, k, query_index=[0]).tolist()
         [[0.25, 0.25, 0.25, 0.25]]
+
+    References:
+        EViT (Liang et al., ICLR 2022, section 3.2), FastV (Chen et al., ECCV 2024, section 4),
+        PoWER-BERT (Goyal et al., ICML 2020, section 3.1).
     """
     name = "attention_scores"
     q, k = _autocast(q, k)
     _check_heads(name, q, k)
     weights = _key_weights(name, q, k, policy, size, key_padding_mask)
     self_keep = _self_keep(name, self_keep, policy, None, q, k)
-    batch, heads, queries = q.shape[:3]
     if lse is not None:
         if not isinstance(lse, Tensor) or lse.dtype != acc_dtype(q):
             raise _checks.type_error(name, "lse", f"a {acc_dtype(q)} tensor", lse)
         _checks.check_dense(name, "lse", lse)
-        _checks.check_shape(name, "lse", lse, [(batch, heads, queries)])
+        _checks.check_shape(name, "lse", lse, [tuple(q.shape[:3])])
         _checks.check_same_device(name, "lse", lse, q)
         lse = lse.detach()
-    position = None
+    query_position = None
     if query_index is not None:
-        q, lse, position = _select(name, query_index, q, lse)
-        queries = q.shape[2]
+        q, lse, query_position = _take_rows(name, query_index, q, lse)
         if not (self_keep or exclude_self or is_causal):
-            position = None  # nobody asks
+            query_position = None  # without effect
     if query_weight is not None:
-        query_weight = _check_weight(name, query_weight, q, (batch, heads, queries))
+        query_weight = _query_weight(name, query_weight, q)
     _checks.check_choice(name, "head_reduce", head_reduce, HEAD_REDUCTIONS)
     eps = _checks.check_real(name, "eps", eps, minimum=0.0)
     scale = _scale(name, scale, q)
     score: Tensor = _backend.dispatch(name, q)(
-        *(q, k, query_weight, *weights, position, lse),
+        *(q, k, query_weight, *weights, query_position, lse),
         *(self_keep, bool(exclude_self), eps, bool(is_causal), scale, head_reduce),
     )
     return score
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Lower the precision where autocast is on, as PyTorch does for attention."""
+    """Lower the precision under autocast, as PyTorch does for attention."""
     first = tensors[0]
     if not isinstance(first, Tensor):
         return tensors
@@ -286,8 +263,7 @@ def _check_heads(name: str, q: Tensor, k: Tensor) -> None:
         raise _checks.type_error(name, "k", f"of dtype {q.dtype} as q", k)
     batch, heads, _, width = q.shape
     _checks.check_shape(name, "k", k, [(batch, k.shape[1], k.shape[2], width)])
-    groups = k.shape[1]
-    if heads == 0 or groups == 0 or heads % groups != 0:
+    if heads == 0 or k.shape[1] == 0 or heads % k.shape[1] != 0:
         expected = f"of a number of heads that divides the {heads} heads of q"
         raise _checks.value_error(name, "k", expected, k)
     _checks.check_same_device(name, "k", k, q)
@@ -301,7 +277,7 @@ def _key_weights(
     size: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Policy [B, Nk] or [B, H, Nk] and size [B, Nk] in the type of sums, and the mask, checked."""
+    """Policy [B, Nk] or [B, H, Nk] and size [B, Nk] in the dtype of sums, and the mask, checked."""
     batch, heads, keys = q.shape[0], q.shape[1], k.shape[2]
     dtype = acc_dtype(q)
     rows, column, per_head = (batch, keys), (batch, keys, 1), (batch, heads, keys)
@@ -310,7 +286,7 @@ def _key_weights(
             _checks.check_dense(name, "policy", policy)
         else:
             _check_weight_dtype(name, "policy", policy, "a bool or floating-point tensor")
-        # The likely shape first: a comparison of symbolic sizes that fails is a guard for ever.
+        # The likely shape first: torch.compile guards on each comparison of sizes that fails.
         is_column = policy.dim() == 3 and policy.shape[2] == 1 and policy.shape[1] == keys
         shapes = [rows, column, per_head] if is_column else [rows, per_head, column]
         _checks.check_shape(name, "policy", policy, shapes)
@@ -346,32 +322,34 @@ def _check_not_negative(name: str, argument: str, value: Tensor) -> None:
         raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"{least} in it")
 
 
-def _check_weight(name: str, weight: Tensor, q: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """The queries' weights as [B, Nq] or [B, H, Nq] in the type of sums."""
-    batch, _, queries = shape
+def _query_weight(name: str, weight: Tensor, q: Tensor) -> Tensor:
+    """Weights of queries as [B, Nq] or [B, H, Nq] in the dtype of sums, checked."""
+    batch, heads, queries = q.shape[:3]
+    shapes = [(queries,), (batch, queries), (batch, heads, queries)]
     _check_weight_dtype(name, "query_weight", weight, "a floating-point tensor")
-    _checks.check_shape(name, "query_weight", weight, [(queries,), (batch, queries), shape])
+    _checks.check_shape(name, "query_weight", weight, shapes)
     _checks.check_same_device(name, "query_weight", weight, q)
     weight = weight.to(acc_dtype(q))
     return weight.expand(batch, queries) if weight.dim() == 1 else weight
 
 
-def _check_position(name: str, argument: str, value: Tensor, q: Tensor) -> Tensor:
-    _checks.check_index(name, argument, value, dims=(1, 2))
+def _query_position(name: str, position: Tensor, q: Tensor) -> Tensor:
+    """Positions as int32 [Nq] or [B, Nq], checked."""
     batch, queries = q.shape[0], q.shape[2]
-    _checks.check_shape(name, argument, value, [(queries,), (batch, queries)])
-    _checks.check_same_device(name, argument, value, q)
-    # A wild int64 must not wrap around into the keys.
-    return value.clamp(-1, torch.iinfo(torch.int32).max).int()
+    _checks.check_index(name, "query_position", position, dims=(1, 2))
+    _checks.check_shape(name, "query_position", position, [(queries,), (batch, queries)])
+    _checks.check_same_device(name, "query_position", position, q)
+    # An int64 outside the range of int32 must not wrap around to a key.
+    return position.clamp(-1, torch.iinfo(torch.int32).max).int()
 
 
-def _select(
+def _take_rows(
     name: str, query_index: Any, q: Tensor, lse: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The chosen rows of q and lse, and their positions as int32 [R] or [B, R]."""
+    """Rows of q and lse by index, and their positions, int32 [R] or [B, R]."""
     queries = q.shape[2]
 
-    def expected() -> str:  # only when it is wanted: writing out a symbolic size makes it constant
+    def expected() -> str:  # for errors alone: to print a symbolic size makes it constant
         return f"in [{-queries}, {queries})"
 
     if isinstance(query_index, (list, tuple, range)):
@@ -380,12 +358,13 @@ def _select(
         if not all(-queries <= i < queries for i in rows):
             raise _checks.value_error(name, "query_index", expected(), query_index)
         first, count = (rows[0], len(rows)) if rows else (0, 0)
-        one_side = first >= 0 or first + count <= 0
-        if one_side and rows == list(range(first, first + count)):
-            # Views, without a copy to the device.
+        one_sign = first >= 0 or first + count <= 0
+        if one_sign and rows == list(range(first, first + count)):
+            # Consecutive rows are views: nothing is copied to the device.
             first = first + queries if first < 0 else first
             position = torch.arange(first, first + count, dtype=torch.int32, device=q.device)
-            return q.narrow(2, first, count), _narrow(lse, first, count), position
+            lse = None if lse is None else lse.narrow(2, first, count)
+            return q.narrow(2, first, count), lse, position
         query_index = torch.tensor([i + queries if i < 0 else i for i in rows], device=q.device)
     _checks.check_index(name, "query_index", query_index, dims=(1, 2))
     if query_index.dim() == 2:
@@ -399,25 +378,16 @@ def _select(
     return q, None if lse is None else lse.gather(2, index), position
 
 
-def _narrow(lse: Tensor | None, first: int, count: int) -> Tensor | None:
-    return None if lse is None else lse.narrow(2, first, count)
-
-
 def _self_keep(
-    name: str,
-    self_keep: bool,
-    policy: Tensor | None,
-    position: Tensor | None,
-    q: Tensor,
-    k: Tensor,
+    name: str, self_keep: bool, policy: Tensor | None, position: Tensor | None, q: Tensor, k: Tensor
 ) -> bool:
-    """Whether own keys are kept, which only a policy calls for."""
+    """Whether a policy does not apply to a row's own key."""
     if policy is None or not self_keep:
         return False
     if position is not None or q.shape[2] == k.shape[2]:
         return True
     if name == "attention_scores" and q.shape[2] == 1:
-        return False  # nobody says which key is the query's own
+        return False  # the row's own key is unknown
     got = f"{q.shape[2]} queries and {k.shape[2]} keys"
     where = " or a query_position" if name == "policy_attention" else ""
     expected = f"False unless there are as many queries as keys{where}"

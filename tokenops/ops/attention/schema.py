@@ -15,19 +15,19 @@ from .arguments import InputGrads, Inputs, Needs, OutputGrads, Saved, ScoreInput
 
 
 def _differentiable(ops: Any) -> Any:
-    """The fused backward has no derivative of its own; the formula in PyTorch has."""
+    """References if autograd records the backward: kernels of backwards have no backward."""
     return _library.references if differentiates() else ops
 
 
 def _product_flops(q: Any, k: Any, width: int) -> int:
-    """Of products with maps of queries by keys, of so many columns together; q and k are shapes."""
+    """FLOPs of products of maps [B, H, Nq, Nk] with matrices whose widths sum up to ``width``."""
     batch, heads, queries, _ = q
-    return int(2 * batch * heads * queries * k[2] * width)
+    return int(2 * batch * heads * queries * k[2] * width)  # q and k are shapes
 
 
 # ---- policy_attention ----
 
-_TENSORS = 7  # the first of Inputs; the others are options
+_TENSORS = 7  # the first fields of Inputs; the others are options
 
 
 def _attention_fake(inputs: Inputs) -> Saved:
@@ -43,7 +43,7 @@ def _attention_fake(inputs: Inputs) -> Saved:
 
 
 def _attention_flops(inputs: Any) -> int:
-    q, k, v = inputs[:3]  # shapes
+    q, k, v = inputs[:3]
     return _product_flops(q, k, q[3] + v[3])
 
 
@@ -57,7 +57,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Inputs], output: tuple[Tensor, ...]
 def _attention_backward(
     ops: Any, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: Tensor | None
 ) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors  # once: checkpoints of activations do not give them twice
+    tensors = ctx.saved_tensors  # activation checkpointing lets each be read only once
     inputs, saved = Inputs(*tensors[:_TENSORS], *ctx.options), Saved(*tensors[_TENSORS:])
     if grad_out is None and grad_lse is None:
         return (None,) * len(Inputs._fields)
@@ -107,8 +107,8 @@ def _attention_backward_fake(
 
 
 def _attention_backward_flops(inputs: Any, saved: Any, grads: Any, needs: Needs) -> int:
-    q, k, v = inputs[:3]  # shapes
-    # Logits again, dq and dk; gradients of attention, and dv.
+    q, k, v = inputs[:3]
+    # Widths of q: qk, dq and dk. Widths of v: dp and dv.
     return _product_flops(q, k, 3 * q[3] + (2 if needs.need_v else 1) * v[3])
 
 
@@ -131,7 +131,7 @@ def _scores_fake(inputs: ScoreInputs) -> Tensor:
 
 
 def _scores_flops(inputs: Any) -> int:
-    q, k = inputs[:2]  # shapes
+    q, k = inputs[:2]
     return _product_flops(q, k, q[3])
 
 
@@ -142,38 +142,37 @@ def _scores_setup(ctx: Any, inputs: tuple[ScoreInputs], output: Tensor) -> None:
 
 
 def _scores_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """As attention to the gradients, one number per key for its value.
+    """Attention whose values are the gradients of the scores, one number per key.
 
-    With ``v_j = grad_j`` the rows' outputs ``o_i = sum_j y_ij grad_j`` are the gradients of their
-    weights, and the scores change in q, k, policy and size as attention does whose output has the
-    gradient ``w_i``.
+    With ``v_j = grad_j``, the output ``o_i = sum_j y_ij grad_j`` of a row is the gradient of the
+    query's weight. The gradients of q, k, policy and size are those of this attention if its output
+    has the gradient ``w_i``.
     """
-    q, k, weight, *tensors = ctx.saved_tensors
+    q, k, query_weight, *tensors = ctx.saved_tensors
     needs = ctx.needs
-    dtype = acc_dtype(q)  # half precision would round, or lose, the gradients of small attention
-    (batch, heads, queries), groups = q.shape[:3], k.shape[1]
-    keys, values = k.to(dtype), grad[:, None] if grad.dim() == 2 else grad
-    if grad.dim() == 3 and groups < heads:  # no two heads have the same values
-        keys = keys.repeat_interleave(heads // groups, dim=1)
+    dtype = acc_dtype(q)  # half precision would round small gradients to 0
+    (batch, heads, queries), heads_k = q.shape[:3], k.shape[1]
+    values, keys = grad[:, None] if grad.dim() == 2 else grad, k.to(dtype)
+    if grad.dim() == 3 and heads_k < heads:  # each query head has its own values
+        keys = keys.repeat_interleave(heads // heads_k, dim=1)
     values = values.expand(batch, keys.shape[1], -1)[..., None]  # [B, Hkv or H, Nk, 1]
     if ctx.head_reduce == "mean":
         values = values / heads
     inputs = Inputs(q.to(dtype), keys, values, *tensors, *ctx.options)
-    rows = ops.policy_attention(*inputs)
+    saved = ops.policy_attention(*inputs)
     dweight = None
     if needs[2]:
-        dweight = rows[0][..., 0]  # [B, Nq, H]
-        dweight = dweight.sum(2) if weight.dim() == 2 else dweight.transpose(1, 2)
-    if weight is None:
-        weight = values.new_ones(batch, queries)
-    grad_out = weight[..., None] if weight.dim() == 2 else weight.transpose(1, 2)  # [B, Nq, 1 or H]
-    grad_out = grad_out.to(dtype).expand(batch, queries, heads)[..., None]
+        dweight = saved[0][..., 0]  # [B, Nq, H]
+        dweight = dweight.sum(2) if query_weight.dim() == 2 else dweight.transpose(1, 2)
+    w = values.new_ones(batch, queries) if query_weight is None else query_weight
+    w = w[..., None] if w.dim() == 2 else w.transpose(1, 2)  # [B, Nq, 1 or H]
     dq = dk = dpolicy = dsize = None
     if needs[0] or needs[1] or needs[3] or needs[4]:
+        grad_out = w.to(dtype).expand(batch, queries, heads)[..., None]
         dq, dk, _, dpolicy, dsize = _differentiable(ops).policy_attention_backward(
-            *inputs, *rows, grad_out, None, False, needs[3], needs[4]
+            *inputs, *saved, grad_out, None, False, needs[3], needs[4]
         )
-        dk = dk.unflatten(2, (groups, -1)).sum(3) if dk.shape[2] > groups else dk
+        dk = dk.unflatten(2, (heads_k, -1)).sum(3) if dk.shape[2] > heads_k else dk
         dq, dk = dq.transpose(1, 2).to(q.dtype), dk.transpose(1, 2).to(k.dtype)
     return (
         dq if needs[0] else None,
