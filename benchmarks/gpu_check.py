@@ -19,6 +19,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from . import store
 from .gpu import bars, record
 from .gpu.runner import Outcome, Run
 from .gpu.steps import Plan, phases
@@ -64,7 +65,7 @@ def failures(folder: Path) -> dict[str, list[str]]:
                 last = (row.message.strip().splitlines() or ["it did not end"])[-1]
                 found.setdefault(path.stem, []).append(f"{row.case}: {last}")
     for path in sorted(folder.glob("*.csv")):
-        for time in bars.read(path):
+        for time in store.read(path):
             if time["status"] in ("failed", "differs"):
                 case = " ".join(time[key] for key in ("operator", "case", "rival", "status"))
                 found.setdefault(path.stem, []).append(f"{case}: {time['note']}")

@@ -9,11 +9,12 @@ limits on an H100 and an H200 with the figures below.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from .. import store
 
 NAN = float("nan")
 
@@ -54,7 +55,7 @@ class Table:
 
     def __init__(self, *paths: Path) -> None:
         self.rows: dict[tuple[str, str, str], dict[str, str]] = {}
-        for row in (row for path in paths for row in read(path)):
+        for row in (row for path in paths for row in store.read(path)):
             if row["dtype"] == "bfloat16":
                 self.rows[row["operator"], row["case"], row["rival"]] = row
 
@@ -75,12 +76,6 @@ class Table:
             sizes = {s[0]: int(s[1:].partition("/")[0]) for s in row["shape"].split()[:3]}
             exps = sizes["B"] * sizes["H"] * sizes["N"] ** 2 * (2 if "backward" in operator else 1)
         return Work(float(row.get("bytes") or NAN), float(row.get("flops") or NAN), exps)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def ratio(a: float, b: float) -> float:
