@@ -20,8 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import tokenops
 
 from . import rivals
-from .cases import Case, Work, backends, generator, randn, recipes, relative
-from .timing import Call, Rival
+from .cases import Case, Work, generator, randn, recipes
+from .timing import Call
 
 #: Largest difference, relative to the largest entry, up to which a rival counts as doing the same.
 #: The recipes round attention maps to the dtype of the data, and a policy of 0 has no logarithm.
@@ -88,8 +88,8 @@ class AttentionShape:
     def backward_flops(self) -> int:
         """Least work backward in memory linear in N.
 
-        Logits once more and products of gradients and values, of all keys where the policy has an
-        exact gradient; then the gradients of q, k and v, of kept keys.
+        Logits once more and the products of gradients and values, of all keys for an exact gradient
+        of the policy; then the gradients of q, k and v, of kept keys.
         """
         columns = self.tokens if self.policy_grad == "exact" else self.kept
         return self._products(2 * columns + 3 * self.kept)
@@ -175,12 +175,12 @@ def setup_attention(
         return timed(attend, weights) if learned else timed(attend)
 
     made = {
-        **backends("policy_attention", q, lambda: weighted(ours)),
+        "tokenops": lambda: weighted(ours),
         **recipes(eager, weighted),
-        "flex": lambda: Rival(weighted(rivals.flex_with_policy())),
-        "sdpa+bias": lambda: Rival(weighted(biased)),
-        "sdpa": lambda: Rival(timed(lambda q, k, v, w: scaled_dot_product_attention(q, k, v))),
-        "unweighted": lambda: Rival(timed(lambda q, k, v, w: tokenops.policy_attention(q, k, v))),
+        "flex": lambda: weighted(rivals.flex_with_policy()),
+        "sdpa+bias": lambda: weighted(biased),
+        "sdpa": lambda: timed(lambda q, k, v, w: scaled_dot_product_attention(q, k, v)),
+        "unweighted": lambda: timed(lambda q, k, v, w: tokenops.policy_attention(q, k, v)),
     }
     if by_size or shape.skips_exactly or (backward and device.type == "cpu"):
         del made["flex"]  # it has no backward on the CPU
@@ -191,15 +191,10 @@ def setup_attention(
         rivals=made,
         bytes=passes * (4 * q.numel() * q.element_size() + 4 * weights.numel()),
         flops=shape.forward_flops() + (shape.backward_flops() if backward else 0),
-        difference=_difference,
         tolerance=TOLERANCE[dtype],
         tensor=q,
         inference=not backward,
     )
-
-
-def _difference(name: str, result: Any, expected: Any) -> float:
-    return relative(result, expected)
 
 
 def setup_scores(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Work:
@@ -221,15 +216,14 @@ def setup_scores(shape: AttentionShape, dtype: torch.dtype, device: torch.device
         return lambda: function(q[:, :, counted], k)
 
     eager = rivals.attention_received if columns else rivals.attention_of_rows
-    found = {**backends("attention_scores", q, lambda: ours), **recipes(eager, recipe)}
+    made = {"tokenops": lambda: ours, **recipes(eager, recipe)}
     if columns:  # it attends from all queries, too
-        found["sdpa"] = lambda: Rival(lambda: scaled_dot_product_attention(q, k, v))
+        made["sdpa"] = lambda: lambda: scaled_dot_product_attention(q, k, v)
     elements = len(rows) * q[0, :, 0].numel() + k[0].numel()
     return Work(
-        rivals=found,
+        rivals=made,
         bytes=shape.batch * (elements * q.element_size() + 4 * shape.tokens),
         flops=shape.score_flops(),
-        difference=_difference,
         tolerance=TOLERANCE[dtype],
         tensor=q,
     )

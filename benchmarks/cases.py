@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 import tokenops
 from tokenops.splits import Split
 
-from .timing import Call, Rival
+from .timing import Call
 
-#: Backends of tokenops that can be rivals of the one that serves by default.
-BACKENDS = ("reference", "triton", "native", "composed")
+#: Backends of tokenops, the preferred one first. Each can be a rival of the default one.
+BACKENDS = ("native", "triton", "composed", "reference")
 #: Code without tokenops that computes the same. A speed-up is over the fastest of these.
 FAIR = ("eager", "compile", "index", "flex", "sdpa+bias")
 #: Rivals by name, in the order of columns. ``tokenops`` always runs.
@@ -96,16 +96,24 @@ class Shape:
 class Work:
     """A case made ready: its inputs exist."""
 
-    #: Makes each rival and each yardstick but ``copy``. One by one, so that a rival that cannot run
-    #: does not keep the others from running.
-    rivals: Mapping[str, Callable[[], Rival]]
+    #: Makes the call of tokenops, of each rival that is no backend, and of yardsticks but ``copy``.
+    rivals: Mapping[str, Callable[[], Call]]
     bytes: int  # least number of bytes that must be read and written
     flops: int  # least number of floating point operations, where they could be the bound
-    #: (name, result, expected): how far a rival's result is from that of tokenops.
-    difference: Callable[[str, Any, Any], float]
     tolerance: float  # largest difference at which a rival counts as doing the same
     tensor: Tensor  # one of the inputs, for device and dtype
+    #: (name, result, expected): how far a rival's result is from that of tokenops.
+    difference: Callable[[str, Any, Any], float] = field(default=lambda _, a, b: relative(a, b))
     inference: bool = True  # whether to time under torch.inference_mode
+
+    def make(self, name: str) -> Call:
+        """The call of a rival, to be made and run in its context."""
+        return self.rivals["tokenops" if name in BACKENDS else name]()
+
+
+def context(name: str) -> AbstractContextManager[None]:
+    """The context of a rival: a backward runs on the backend of its forward."""
+    return tokenops.use_backend(name) if name in BACKENDS else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -128,12 +136,10 @@ class Case:
 
     @property
     def public(self) -> str:
-        """The public operator behind what is timed."""
-        name = self.operator.removesuffix("_backward").removesuffix("_forward")
-        return "match" if name == "model" else name
+        """The public operator that is timed."""
+        return self.operator.removesuffix("_backward").removesuffix("_forward")
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> Work:
-        """Make the inputs, from a fixed seed."""
         return self.setup(self.shape, dtype, device)
 
     def tiny(self) -> Case:
@@ -141,41 +147,13 @@ class Case:
         return replace(self, shape=self.shape.tiny())
 
 
-def backends(
-    operator: str, tensor: Tensor, make: Callable[[], Call]
-) -> dict[str, Callable[[], Rival]]:
-    """Tokenops as installed, and each of its backends that can serve these tensors.
-
-    Args:
-        operator: A public operator.
-        tensor: One of the inputs.
-        make: Makes the call. It runs under the backend too: a backward runs on the backend of its
-            forward.
-    """
-    reasons = tokenops.why_not(operator, tensor)
-    if not tensor.is_cuda or "native" in reasons:  # Triton serves by default, or its interpreter
-        reasons = {**reasons, "triton": ""}
-
-    def chosen(name: str) -> Rival:
-        with tokenops.use_backend(name):
-            return Rival(make(), partial(tokenops.use_backend, name))
-
-    able = (name for name in BACKENDS if name not in reasons)
-    return {"tokenops": lambda: Rival(make()), **{name: partial(chosen, name) for name in able}}
-
-
 def recipes(
     eager: Callable[..., Any], make: Callable[[Callable[..., Any]], Call]
-) -> dict[str, Callable[[], Rival]]:
-    """A recipe in PyTorch operators, as it is and under ``torch.compile``.
-
-    Args:
-        eager: The recipe.
-        make: Makes a call of the recipe from it, or from the compiled one.
-    """
+) -> dict[str, Callable[[], Call]]:
+    """A recipe in PyTorch operators, and the same under ``torch.compile``, as ``make`` calls it."""
     return {
-        "eager": lambda: Rival(make(eager)),
-        "compile": lambda: Rival(make(torch.compile(eager, dynamic=False, fullgraph=True))),
+        "eager": lambda: make(eager),
+        "compile": lambda: make(torch.compile(eager, dynamic=False, fullgraph=True)),
     }
 
 

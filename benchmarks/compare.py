@@ -80,7 +80,7 @@ def serve(arguments: list[str]) -> None:
                 sample = None  # frees the case before
                 sample, answer = _prepare(*request, options), {}
             else:
-                answer = asdict(sample())  # type: ignore[misc]
+                answer = asdict(sample())
         except Exception as error:
             answer = {"error": measure.explain(error)}
         print(json.dumps(answer), file=out, flush=True)

@@ -60,7 +60,7 @@ def recipes(device: torch.device) -> Calls:
     for case in select(names=("vit-b-256", "vit-b-256-class"), device="cuda"):
         if not case.operator.endswith("_backward"):
             work = case.tiny().prepare(torch.bfloat16, device)
-            found[f"recipe of {case.operator}"] = work.rivals["eager"]().call
+            found[f"recipe of {case.operator}"] = work.make("eager")
     return found
 
 

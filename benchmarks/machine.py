@@ -11,15 +11,16 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 import tokenops
-from tokenops import _backend, _native
+from tokenops import _backend, _library, _native
 
-from .timing import CpuTimer, best, event_timer, usage
+from .cases import BACKENDS
+from .timing import usage
 
 #: glibc by default gives each tensor above 32 MB new pages: page faults would be timed, and they
 #: weigh more the fewer intermediate tensors there are to reuse. Inductor otherwise keeps a pool of
@@ -102,12 +103,14 @@ def environment(device: torch.device) -> dict[str, str]:
     return row
 
 
-def backend_of(operator: str, tensor: torch.Tensor) -> str:
-    """Backend that serves an operator by default."""
-    if tensor.device.type == "cpu" and operator in getattr(_backend, "aside", ()):
-        return "composed"
+def backends_of(operator: str, tensor: torch.Tensor) -> list[str]:
+    """Backends that can serve an operator, first the one that does by default."""
+    if operator not in _library.operators:
+        return []
     reasons = tokenops.why_not(operator, tensor)
-    return next(name for name in _backend.BACKENDS if name not in reasons)
+    able = [n for n in BACKENDS if n not in reasons and (n != "triton" or tensor.is_cuda)]
+    stepped_aside = not tensor.is_cuda and operator in getattr(_backend, "aside", ())
+    return sorted(able, key="composed".__ne__) if stepped_aside else able
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,12 @@ class Ceilings:
 
 def ceilings(device: torch.device, dtypes: list[str], seconds: float) -> Ceilings:
     """Measure the ceilings, for so many seconds each, with the threads of PyTorch."""
-    n, timer = (2048, CpuTimer) if device.type == "cpu" else (8192, event_timer)
+    n = 2048 if device.type == "cpu" else 8192
     mm = {}
     for name in dtypes:
         a = torch.randn(n, n, device=device).to(getattr(torch, name))
-        mm[name] = 2e-9 * n**3 / best(partial(torch.mm, a, a), timer, seconds)
+        timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+        mm[name] = 2e-9 * n**3 / min(timer.blocked_autorange(min_run_time=seconds).times)
     probe = fma_peak(torch.get_num_threads(), seconds) if device.type == "cpu" else None
     if probe is None:
         return Ceilings(mm, "torch.mm", mm)

@@ -17,8 +17,8 @@ import tokenops
 from tokenops import TokenMap
 
 from . import rivals
-from .cases import Case, Shape, Work, backends, make_metric, recipes, relative
-from .timing import Call, Rival
+from .cases import Case, Shape, Work, make_metric, recipes, relative
+from .timing import Call
 
 #: Difference of mean cosines up to which a rival counts as matching as well.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -38,10 +38,10 @@ def setup_match(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
         index = rivals.tomesd_split(*shape.grid, device)
         return lambda: function(metric, shape.r, *index)
 
-    def product(then: Callable[[Tensor], Any]) -> Rival:
+    def product(then: Callable[[Tensor], Any]) -> Call:
         rows = metric.mean(1) if metric.dim() == 4 else metric
         src, dst = (rows[:, index] for index in shape.split_index(device))
-        return Rival(lambda: then(src @ dst.transpose(1, 2)))
+        return lambda: then(src @ dst.transpose(1, 2))
 
     def difference(name: str, result: Any, expected: TokenMap) -> float:
         return mean_similarity(metric, shape, expected) - mean_similarity(metric, shape, result)
@@ -49,7 +49,7 @@ def setup_match(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
     num_src, num_dst = map(len, shape.split_index(device))
     return Work(
         rivals={
-            **backends("match", metric, lambda: ours),
+            "tokenops": lambda: ours,
             **recipes(rivals.tomesd_match if shape.grid else rivals.tome_match, recipe),
             "bmm": lambda: product(lambda scores: scores),
             "bmm+max": lambda: product(lambda scores: scores.max(dim=2)),
@@ -72,7 +72,7 @@ def setup_nearest(shape: Shape, dtype: torch.dtype, device: torch.device) -> Wor
 
     return Work(
         rivals={
-            **backends("nearest", a, lambda: lambda: tokenops.nearest(a, b)),
+            "tokenops": lambda: lambda: tokenops.nearest(a, b),
             **recipes(rivals.nearest, lambda function: lambda: function(a, b)),
         },
         bytes=metric.numel() * metric.element_size(),
@@ -86,10 +86,7 @@ def setup_nearest(shape: Shape, dtype: torch.dtype, device: torch.device) -> Wor
 def mean_similarity(metric: Tensor, shape: Shape, result: Any) -> float:
     """Mean cosine of the pairs that merge, in float64: the aim of a matching.
 
-    Args:
-        metric: ``[B, N, D]`` or ``[B, H, N, D]``.
-        shape: Sizes of the case.
-        result: A token map, or the index tensors of a recipe.
+    ``result`` is a token map, or the index tensors of a recipe.
     """
     rows = metric.double()
     rows = rows.mean(1) if rows.dim() == 4 else rows

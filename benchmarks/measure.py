@@ -11,21 +11,23 @@ from __future__ import annotations
 import argparse
 import gc
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import machine, memory, store
-from .cases import DTYPES, ON_REQUEST, RIVALS, YARDSTICKS, Case, Work
+from .cases import DTYPES, ON_REQUEST, RIVALS, YARDSTICKS, Case, Work, context
 from .gpu.record import POISONED, is_cuda_error
 from .registry import all_cases, operators, select
 from .store import Row, number
-from .timing import QUICK, REHEARSAL, TIMERS, Call, Policy, Rival, Sampler, Series, interleave
+from .timing import QUICK, REHEARSAL, TIMERS, Call, Policy, Sample, Sampler, Series, interleave
 
 #: Environments by name in which slower code serves on the CPU. "avx2 machine" keeps PyTorch's
 #: kernels below AVX-512 too, as a CPU without it does.
@@ -60,21 +62,30 @@ class Settings:
 def run_case(case: Case, dtype: str, settings: Settings) -> list[Row]:
     """Measure one case in one dtype; return a row per rival and yardstick."""
     work = case.prepare(DTYPES[dtype], settings.device)
-    names = ["tokenops", *(n for n in (*settings.rivals, *YARDSTICKS) if n in work.rivals), "copy"]
-    rows = {name: new_row(case, dtype, name, settings.common) for name in names}
-    rows["tokenops"]["backend"] = machine.backend_of(case.public, work.tensor)
+    backends = machine.backends_of(case.public, work.tensor)
+    able = {*work.rivals, *(n for n in backends if n != backends[0] or n in ON_REQUEST)}
+    wanted = ["tokenops", *(n for n in (*settings.rivals, *YARDSTICKS) if n in able), "copy"]
+    rows = {name: new_row(case, dtype, name, settings.common) for name in wanted}
+    rows["tokenops"]["backend"] = backends[0] if backends else ""
     with torch.inference_mode(work.inference):
         samplers = make_ready(case, work, rows, settings.timer, settings.policy)
         series = interleave(samplers, settings.policy)
     _fill(rows, series, work, settings.ceilings, dtype)
-    for name in case.memory if settings.measure_memory else ():
-        if name in rows:
-            _add_memory(rows[name], case, settings.device)
+    if settings.measure_memory:
+        for row in (rows[name] for name in case.memory if name in rows):
+            _add_memory(row, case, settings.device)
     return list(rows.values())
 
 
+def _add_memory(row: Row, case: Case, device: torch.device) -> None:
+    try:
+        extra = memory.extra_bytes(case, row["rival"], row["dtype"], device)
+        row["extra_mb"] = number(extra * 1e-6, 3)
+    except (RuntimeError, OSError) as error:
+        row["note"] = "; ".join(filter(None, (row["note"], f"memory: {explain(error)}")))
+
+
 def new_row(case: Case, dtype: str, rival: str, common: Row) -> Row:
-    """A row without figures."""
     row = {**dict.fromkeys(store.COLUMNS, ""), **common, "status": "ok", "rival": rival}
     row.update(operator=case.operator, case=case.name, shape=case.sizes, dtype=dtype)
     return row
@@ -83,25 +94,24 @@ def new_row(case: Case, dtype: str, rival: str, common: Row) -> Row:
 def make_ready(
     case: Case, work: Work, rows: dict[str, Row], timer: str, policy: Policy
 ) -> dict[str, Sampler]:
-    """Make, warm up and check the rivals that have rows; rows of those that cannot run say why.
-
-    Raises:
-        Exception: If tokenops itself cannot run.
-    """
+    """Make, warm up and check the rivals that have rows; rows of those that cannot run say why."""
     if {"compile", "flex"} & rows.keys():
         torch.compiler.reset()  # each shape counts towards a limit of recompilations
     ready: dict[str, Sampler] = {}
     expected: Any = None
     for name, row in rows.items():
-        reason = case.skip.get(name) or _reason(name, work.tensor.device)
-        if reason is not None:
+        reason = case.skip.get(name, "")
+        if name in ("compile", "flex") and not work.tensor.is_cuda and machine.cxx() is None:
+            reason = "torch.compile needs a C++ compiler and none was found (g++, clang++ or CXX)"
+        if reason:
             row.update(status="skipped", note=reason)
             continue
         try:
-            rival = work.rivals[name]() if name in work.rivals else _copy(work)
-            with rival.context():
-                result = _warm_up(rival.call, policy, work.tensor.device)
-            ready[name] = rival.sampler(TIMERS[timer], policy.sample_seconds)
+            with context(name):
+                call = _copy(work) if name == "copy" else work.make(name)
+                result = _warm_up(call, policy, work.tensor.device)
+                sampler = TIMERS[timer](call, policy.sample_seconds)
+            ready[name] = partial(_sample, name, sampler)
         except Exception as error:  # a compiler may raise anything
             if name == "tokenops":
                 raise
@@ -117,10 +127,9 @@ def make_ready(
     return ready
 
 
-def _reason(rival: str, device: torch.device) -> str | None:
-    if rival in ("compile", "flex") and device.type == "cpu" and machine.cxx() is None:
-        return "torch.compile needs a C++ compiler and none was found (g++, clang++ or CXX)"
-    return None
+def _sample(name: str, sampler: Sampler) -> Sample:
+    with context(name):
+        return sampler()
 
 
 def explain(error: BaseException) -> str:
@@ -147,10 +156,9 @@ def _copied(work: Work) -> int:
     return 8 * max(1, work.bytes // 8)
 
 
-def _copy(work: Work) -> Rival:
+def _copy(work: Work) -> Call:
     source = torch.ones(_copied(work) // 8, device=work.tensor.device)
-    target = torch.empty_like(source)
-    return Rival(lambda: target.copy_(source))
+    return partial(torch.empty_like(source).copy_, source)
 
 
 def _fill(
@@ -179,31 +187,19 @@ def _fill(
         if name not in series:
             continue
         timed = series[name]
-        median = timed.seconds(0.5)
+        quantiles = {"median_us": 0.5, "p20_us": 0.2, "p80_us": 0.8, "best_us": 0.0}
+        row.update({column: number(timed.seconds(q) * 1e6) for column, q in quantiles.items()})
         row.update(
-            median_us=number(median * 1e6),
-            p20_us=number(timed.seconds(0.2) * 1e6),
-            p80_us=number(timed.seconds(0.8) * 1e6),
-            best_us=number(timed.seconds(0.0) * 1e6),
             samples=str(len(timed.samples)),
             clean=str(timed.clean),
             statistics=timed.used,
             calls_per_sample=str(timed.samples[0].calls),
-            faults_per_call=number(timed.faults()),
+            faults_per_call=number(statistics.median(s.faults for s in timed.samples)),
         )
         if row["status"] == "ok":
-            row["ratio"] = number(median / series["tokenops"].seconds(0.5))
+            row["ratio"] = number(timed.seconds(0.5) / series["tokenops"].seconds(0.5))
         if name not in YARDSTICKS:
-            row["bound_share"] = number(bound / median, 3)
-
-
-def _add_memory(row: Row, case: Case, device: torch.device) -> None:
-    try:
-        extra = memory.extra_bytes(case, row["rival"], row["dtype"], device)
-    except (RuntimeError, OSError) as error:
-        row["note"] = "; ".join(p for p in (row["note"], f"memory: {explain(error)}") if p)
-    else:
-        row["extra_mb"] = number(extra * 1e-6, 3)
+            row["bound_share"] = number(bound / timed.seconds(0.5), 3)
 
 
 def is_below(rows: list[Row], bar: float) -> bool:

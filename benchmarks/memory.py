@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-from .cases import DTYPES, Case, Work
+from .cases import DTYPES, Case, Work, context
 from .registry import find
-from .timing import Rival
 
 _MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -49,38 +48,32 @@ def extra_bytes(case: Case, rival: str, dtype: str, device: torch.device) -> int
     return int(child.stdout)
 
 
-def _call(rival: Rival) -> None:
-    with rival.context():
-        rival.call()
-
-
 def _cuda_bytes(work: Work, rival: str) -> int:
-    with torch.inference_mode(work.inference):
-        made = work.rivals[rival]()
-        _call(made)
+    with torch.inference_mode(work.inference), context(rival):
+        call = work.make(rival)
+        call()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _call(made)
+        call()
         torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
 def _cpu_bytes(case: Case, rival: str, dtype: torch.dtype) -> int:
-    device = torch.device("cpu")
-    small = case.tiny().prepare(dtype, device)
-    with torch.inference_mode(small.inference):
-        _call(small.rivals[rival]())
-    work = case.prepare(dtype, device)
-    with torch.inference_mode(work.inference):
-        made = work.rivals[rival]()
-        gc.collect()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)
-        before = _status("VmRSS")
-        _call(made)
-        return max(0, _status("VmHWM") - before)
+    extra = 0
+    for sized in (case.tiny(), case):
+        work = sized.prepare(dtype, torch.device("cpu"))
+        with torch.inference_mode(work.inference), context(rival):
+            call = work.make(rival)
+            gc.collect()
+            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)
+            before = _status("VmRSS")
+            call()
+            extra = max(0, _status("VmHWM") - before)
+    return extra
 
 
 def _status(field: str) -> int:

@@ -20,8 +20,8 @@ from torch._functorch import config as functorch
 import tokenops
 
 from . import rivals
-from .cases import Case, Shape, Work, backends, generator, make_metric, randn, recipes, relative
-from .timing import Call, Rival
+from .cases import Case, Shape, Work, generator, make_metric, randn, recipes, relative
+from .timing import Call
 
 #: Largest difference, relative to the largest entry, up to which a rival counts as doing the same.
 #: The recipes add and divide in the dtype of the data.
@@ -125,9 +125,9 @@ def setup(operator: str, shape: Shape, dtype: torch.dtype, device: torch.device)
 
     return Work(
         rivals={
-            **backends(public, x, lambda: timed(ours)),
+            "tokenops": lambda: timed(ours),
             **recipes(eager, lambda function: timed(partial(call_recipe, function), True)),
-            "index": lambda: Rival(timed(index)),
+            "index": lambda: timed(index),
         },
         # each row is read once and each row is written once, forward or backward
         bytes=x.element_size() * batch * shape.width * (shape.tokens + outputs),

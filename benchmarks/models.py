@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenops
 
-from .cases import Case, Work, randn, relative
-from .timing import Rival
+from .cases import Case, Work, randn
 
 TOKENS = 197
 
@@ -45,7 +45,7 @@ class ModelShape:
 
 
 class Layer(nn.Module):
-    """A layer of a pre-norm vision transformer; ``r`` tokens merge between its two halves."""
+    """A layer of a pre-norm vision transformer, whose tokens are reduced between its halves."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -64,41 +64,35 @@ class Layer(nn.Module):
             out = tokenops.policy_attention(q, k, v, size=size)
         return x + self.project(out.transpose(1, 2).flatten(2)), k
 
-    def finish(self, x: Tensor) -> Tensor:
-        """The second half."""
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, size: Tensor | None, reduce: Callable[..., Any]) -> Any:
+        x, k = self.attend(x, size)
+        x, size = reduce(x, k, size)
+        return x + self.mlp(self.norm2(x)), size
 
 
 def models(layers: nn.ModuleList, x: Tensor, r: int) -> dict[str, Callable[[], Tensor]]:
     """The models by name; each returns the tokens that are left."""
+    track: list[tokenops.TokenMap] = []
 
-    def dense() -> Tensor:
-        y = x
-        for layer in layers:
-            y = layer.finish(layer.attend(y, None)[0])  # type: ignore[operator]
-        return y
+    def merge(y: Tensor, k: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        token_map = tokenops.match(k, r, num_prefix=1)
+        track[:] = [token_map if size is None else token_map.compose(track[0])]
+        return tokenops.merge_wavg(y, token_map, size)
 
-    def merged() -> Tensor:
-        y, size, track = x, None, None
-        for layer in layers:
-            y, k = layer.attend(y, size)  # type: ignore[operator]
-            token_map = tokenops.match(k, r, num_prefix=1)
-            y, size = tokenops.merge_wavg(y, token_map, size)
-            track = token_map if track is None else token_map.compose(track)
-            y = layer.finish(y)  # type: ignore[operator]
-        return y
+    def cut(y: Tensor, k: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = y[:, : y.shape[1] - r].contiguous()
+        if size is None:
+            return y, y.new_ones(y.shape[:2], dtype=torch.float32)
+        return y, size[:, : y.shape[1]]
 
-    def sliced() -> Tensor:
+    def run(reduce: Callable[..., Any]) -> Tensor:
         y, size = x, None
         for layer in layers:
-            y, _ = layer.attend(y, size)  # type: ignore[operator]
-            y = y[:, : y.shape[1] - r].contiguous()
-            ones = y.new_ones(y.shape[:2], dtype=torch.float32)
-            size = ones if size is None else size[:, : y.shape[1]]
-            y = layer.finish(y)  # type: ignore[operator]
+            y, size = layer(y, size, reduce)
         return y
 
-    return {"tokenops": merged, "dense": dense, "slicing": sliced}
+    reductions = {"tokenops": merge, "dense": lambda y, k, size: (y, None), "slicing": cut}
+    return {name: partial(run, reduce) for name, reduce in reductions.items()}
 
 
 def setup_vit(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Work:
@@ -138,10 +132,9 @@ def _work(calls: dict[str, Callable[[], Tensor]], model: nn.Module, x: Tensor) -
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         calls["tokenops"]()
     return Work(
-        rivals={name: partial(Rival, call) for name, call in calls.items()},
+        rivals={name: partial(lambda call: call, call) for name, call in calls.items()},
         bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         flops=counter.get_total_flops(),
-        difference=lambda name, result, expected: relative(result, expected),
         tolerance=1e-4 if x.dtype == torch.float32 else 5e-2,
         tensor=x,
     )

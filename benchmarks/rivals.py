@@ -67,7 +67,7 @@ def _select(scores: Tensor, r: int, keep_first: bool) -> ToMeMatch:
 def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Best cosine similarity [B, Na] of each row of a [B, Na, D] to a row of b, and its index."""
     a, b = (x / x.norm(dim=-1, keepdim=True) for x in (a, b))
-    return (a @ b.transpose(1, 2)).max(dim=-1)  # type: ignore[return-value]
+    return (a @ b.transpose(1, 2)).max(dim=-1)
 
 
 def tome_match(metric: Tensor, r: int, class_token: bool) -> ToMeMatch:
@@ -170,16 +170,7 @@ def index_unmerge(y: Tensor, row: Tensor) -> Tensor:
 def attention_with_policy(
     q: Tensor, k: Tensor, v: Tensor, policy: Tensor, own: Tensor, eps: float
 ) -> Tensor:
-    """DynamicViT's attention, with a map in float32.
-
-    Args:
-        q: ``[B, H, N, D]``, as k and v.
-        k: Keys.
-        v: Values.
-        policy: ``[B, N]``.
-        own: Ones on the diagonal, ``[N, N]`` of the policy's dtype.
-        eps: Added to the sum of each row.
-    """
+    """DynamicViT's attention with a policy [B, N] and a map in float32; ``own`` is eye(N)."""
     keep = policy[:, None, None, :]  # [B, 1, 1, N]
     keep = keep + (1 - keep) * own  # [B, 1, N, N]
     qk = (q / math.sqrt(q.shape[3])) @ k.transpose(-2, -1)
@@ -226,14 +217,9 @@ def attention_received(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
 
 
 def attention_of_rows(q: Tensor, k: Tensor) -> Tensor:
-    """Mean over heads of the attention of each key from a few queries.
+    """Mean over heads of the attention of each key from a few queries: [B, N] in float32.
 
-    Args:
-        q: These queries alone, ``[B, H, R, D]``.
-        k: ``[B, G, N, D]``; the queries of all heads that share keys are one matrix.
-
-    Returns:
-        ``[B, N]`` in float32.
+    ``q`` is [B, H, R, D], ``k`` [B, G, N, D]; queries of all heads that share keys are one matrix.
     """
     heads, width = q.shape[1], q.shape[3]
     rows = (q / math.sqrt(width)).reshape(q.shape[0], k.shape[1], -1, width)  # [B, G, H / G * R, D]

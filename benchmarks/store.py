@@ -15,51 +15,27 @@ Row = dict[str, str]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-#: Columns and their meanings. Times are of one call.
-COLUMNS = {
-    "operator": "operator, with _backward or _forward_backward appended for those",
-    "case": "name of the case",
-    "shape": "its sizes",
-    "dtype": "type of the data",
-    "rival": "tokenops, a rival or a yardstick",
-    "status": "ok; skipped or failed (see note); differs: the result is not that of tokenops",
-    "note": "reason of a skip or failure",
-    "median_us": "median",
-    "p20_us": "20th percentile",
-    "p80_us": "80th percentile",
-    "best_us": "fastest sample",
-    "ratio": "median divided by the median of tokenops in the same run",
-    "samples": "samples taken",
-    "clean": "samples that nothing disturbed",
-    "statistics": "samples behind the figures: clean, or all if too few are clean",
-    "calls_per_sample": "calls that one sample timed together",
-    "faults_per_call": "minor page faults, median",
-    "difference": "from the result of tokenops; match: loss of mean similarity; else relative",
-    "extra_mb": "peak memory beyond the inputs, outputs included, in 10^6 bytes",
-    "bytes": "least number of bytes read and written",
-    "flops": "least number of floating point operations",
-    "copy_gbps": "best rate of a torch copy_ of as many bytes in the same run, read and written",
-    "peak_gflops": "peak rate of the type, see peak_source",
-    "peak_source": "fma probe: fused multiply-adds in registers; torch.mm: its best rate",
-    "mm_gflops": "best rate of a large square torch.mm",
-    "bound_us": "the larger of bytes / copy_gbps and flops / peak_gflops",
-    "bound_by": "the larger one: memory or compute",
-    "bound_share": "bound_us / median_us: 1 is as fast as the machine allows",
-    "backend": "backend that serves tokenops",
-    "isa": "instruction set of the compiled library",
-    "device": "cpu or cuda",
-    "hardware": "processor or graphics card",
-    "cores": "processors of the process; multiprocessors of a card",
-    "level": "widest vector extension of the processor; compute capability of a card",
-    "threads": "threads used",
-    "timer": "wall clock; on a device: events, or graph (within a CUDA graph)",
-    "malloc": "tuned: large tensors reuse memory; fresh pages: each one page-faults",
-    "mode": "full or quick; quick figures are not for quoting",
-    "torch": "version",
-    "python": "version",
-    "tokenops": "version",
-    "date": "day of the run, UTC",
-}
+#: Columns. Times are of one call, in microseconds; a ratio is over the median of tokenops.
+COLUMNS = (
+    # ``rival`` is tokenops, a rival or a yardstick. A note says why it is skipped or failed;
+    # ``differs``: its result is not that of tokenops.
+    *("operator", "case", "shape", "dtype", "rival", "status", "note"),
+    *("median_us", "p20_us", "p80_us", "best_us", "ratio"),
+    # ``clean`` samples are undisturbed; statistics are over these, or over all if few are clean.
+    *("samples", "clean", "statistics", "calls_per_sample", "faults_per_call"),
+    # From the result of tokenops: of match the loss of mean similarity, else relative.
+    "difference",
+    "extra_mb",  # peak memory beyond the inputs, outputs included, in 10^6 bytes
+    # Least work; the best rate of a copy of as many bytes, read and written; peak rates; and the
+    # larger of bytes / copy_gbps and flops / peak_gflops, as a share of the median too.
+    *("bytes", "flops", "copy_gbps", "peak_gflops", "peak_source", "mm_gflops"),
+    *("bound_us", "bound_by", "bound_share"),
+    # Backend that serves tokenops, and the instruction set of the compiled library. ``level``:
+    # widest vector extension, or compute capability. ``malloc``: tuned, if large tensors reuse
+    # memory, or fresh pages. ``mode``: full or quick, whose figures are not for quoting.
+    *("backend", "isa", "device", "hardware", "cores", "level", "threads", "timer", "malloc"),
+    *("mode", "torch", "python", "tokenops", "date"),
+)
 
 #: A run of a case replaces the rows that agree with it in these columns.
 KEY = ("device", "operator", "case", "dtype", "threads", "timer")

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import gc
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +21,7 @@ import torch.utils.benchmark
 try:
     import resource
 except ImportError:  # not a Unix: every sample counts as clean
-    resource = None  # type: ignore[assignment]
+    resource = None
 
 #: An idle system interrupts a running thread a few times per second, a competing process a hundred
 #: times. A sample may be interrupted once per so many seconds of its length.
@@ -49,24 +47,6 @@ Timer = Callable[[Call, float], Sampler]
 
 
 @dataclass(frozen=True)
-class Rival:
-    call: Call
-    context: Callable[[], AbstractContextManager[Any]] = (
-        nullcontext  # entered outside of the timing
-    )
-
-    def sampler(self, timer: Timer, seconds: float) -> Sampler:
-        with self.context():
-            sample = timer(self.call, seconds)
-
-        def in_context() -> Sample:
-            with self.context():
-                return sample()
-
-        return in_context
-
-
-@dataclass(frozen=True)
 class Policy:
     """How many samples to take."""
 
@@ -85,14 +65,13 @@ REHEARSAL = Policy(samples=1, enough=1, budget=0.0, rounds=1, sample_seconds=0.0
 
 @dataclass
 class Series:
-    """All samples of one rival; ``enough`` as in :class:`Policy`."""
+    """All samples of one rival."""
 
-    enough: int
+    enough: int  # as in Policy
     samples: list[Sample] = field(default_factory=list)
 
     @property
     def clean(self) -> int:
-        """Number of clean samples."""
         return sum(sample.clean for sample in self.samples)
 
     @property
@@ -105,10 +84,6 @@ class Series:
         everything = self.used == "all"
         kept = [s.seconds for s in self.samples if s.clean or everything]
         return torch.tensor(kept, dtype=torch.float64).quantile(quantile).item()
-
-    def faults(self) -> float:
-        """Median of the minor page faults per call."""
-        return statistics.median(s.faults for s in self.samples)
 
 
 class CpuTimer:
@@ -183,30 +158,10 @@ def usage() -> tuple[int, int]:
     return now.ru_nivcsw, now.ru_minflt
 
 
-def best(call: Call, timer: Timer, seconds: float) -> float:
-    """Seconds of a call in the best of the samples that fit into so many seconds."""
-    sample, end = timer(call, min(seconds, Policy.sample_seconds)), time.perf_counter() + seconds
-    found = sample().seconds
-    while time.perf_counter() < end:
-        found = min(found, sample().seconds)
-    return found
-
-
 def interleave(
-    samplers: Mapping[str, Sampler],
-    policy: Policy,
-    clock: Callable[[], float] = time.perf_counter,
+    samplers: Mapping[str, Sampler], policy: Policy, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Series]:
-    """Sample rivals in turns until each has enough clean samples or the budget is spent.
-
-    Args:
-        samplers: By name; what they call is already warm.
-        policy: How many samples.
-        clock: Clock of the budget.
-
-    Returns:
-        The samples of each rival, of each as many.
-    """
+    """Sample rivals in turns until each has enough clean samples or the budget is spent."""
     order = random.Random(policy.seed)
     names = list(samplers)
     series = {name: Series(policy.enough) for name in names}

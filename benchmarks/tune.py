@@ -94,7 +94,7 @@ def tune(case: Case, dtype: str) -> Iterator[str]:
         return pick
 
     with torch.inference_mode(work.inference):
-        call = work.rivals["tokenops"]().call
+        call = work.make("tokenops")
         with replaced({name: noting(name, h) for name, h in launch.heuristics.items()}):
             expected = call()
         for name, shipped in picked.items():

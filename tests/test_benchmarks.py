@@ -17,12 +17,11 @@ import torch
 import tokenops
 from benchmarks import machine, measure, memory, models, report, store
 from benchmarks.attention import AttentionShape
-from benchmarks.cases import RIVALS, YARDSTICKS
+from benchmarks.cases import RIVALS, YARDSTICKS, context
 from benchmarks.registry import CASES, all_cases, find, operators, select
 from benchmarks.timing import (
     CpuTimer,
     Policy,
-    Rival,
     Sample,
     Series,
     event_timer,
@@ -68,13 +67,14 @@ def test_cases_have_unique_names_and_folders():
     assert set(CASES) - {"models"} <= set(folders)
     for case in all_cases():
         assert case.operator in operators()
-        assert case.public in _library.operators
+        assert case.public in {*_library.operators, "model"}
         assert set(case.memory) <= {*RIVALS, *YARDSTICKS} - set(case.skip)
 
 
 def test_each_public_operator_has_a_case():
     assert {case.public for case in select()} == set(_library.operators)
-    assert {case.public for case in select(device="cuda")} >= set(_library.operators) - {"nearest"}
+    on_cuda = {case.public for case in select(device="cuda")}
+    assert on_cuda == {*_library.operators, "model"} - {"nearest"}
 
 
 def test_select():
@@ -214,21 +214,20 @@ def test_cpu_timer_times_calls_and_no_more(monkeypatch):
 
 
 def test_contexts_hold_during_samples():
-    inside = []
+    case = find("merge", "vit-b").tiny()
+    work, seen = case.prepare(torch.float32, CPU), []
 
-    class Context:
-        def __enter__(self):
-            inside.append(True)
+    def make():
+        return lambda: seen.append(_backend.chosen()) or torch.zeros(1)
 
-        def __exit__(self, *_):
-            inside.pop()
-
-    def call():
-        assert inside
-
-    interleave({"a": Rival(call, Context).sampler(CpuTimer, 1e-5)}, BRIEF)
-    assert not inside
-    assert gc.isenabled()
+    work = replace(work, rivals={"tokenops": make, "eager": make}, difference=lambda *_: 0.0)
+    rows = {name: {} for name in ("tokenops", "composed", "eager")}
+    ready = measure.make_ready(case, work, rows, "wall clock", BRIEF)
+    for name, backend in (("tokenops", None), ("composed", "composed"), ("eager", None)):
+        seen.clear()
+        ready[name]()
+        assert set(seen) == {backend}
+    assert _backend.chosen() is None
 
 
 def test_samples_have_no_garbage_collection():
@@ -309,14 +308,14 @@ def test_a_rival_that_fails_or_differs_gets_no_ratio():
             raise RuntimeError("cannot open /usr/lib/somewhere/cc1plus: no such file\nmore")
 
         def wrong():
-            right = work.rivals["eager"]()
-            return Rival(lambda: right.call() + 1)
+            right = work.make("eager")
+            return lambda: right() + 1
 
-        return replace(work, rivals={**work.rivals, "eager": wrong, "reference": broken})
+        return replace(work, rivals={**work.rivals, "eager": wrong, "index": broken})
 
-    rows = rows_of(replace(find("merge", "vit-b"), setup=setup))
-    assert rows["reference"]["status"] == "failed"
-    assert rows["reference"]["note"] == "RuntimeError: cannot open cc1plus: no such file"
+    rows = rows_of(replace(find("merge", "vit-b"), setup=setup), rivals=("eager", "index"))
+    assert rows["index"]["status"] == "failed"
+    assert rows["index"]["note"] == "RuntimeError: cannot open cc1plus: no such file"
     assert rows["eager"]["status"] == "differs"
     assert rows["eager"]["ratio"] == ""
     assert rows["eager"]["median_us"] != ""
@@ -535,11 +534,11 @@ def test_a_variant_runs_the_cases_on_request(tmp_path):
 
 def test_a_chosen_backend_serves_its_rival():
     work = find("merge_backward", "vit-b-8").tiny().prepare(torch.float32, CPU)
+    expected = work.make("tokenops")()
     for name in ("reference", "composed"):
-        rival = work.rivals[name]()
-        with rival.context():
+        with context(name):
             assert _backend.chosen() == name
-            torch.testing.assert_close(rival.call(), work.rivals["tokenops"]().call())
+            torch.testing.assert_close(work.make(name)(), expected)
     assert _backend.chosen() is None
 
 

@@ -43,7 +43,7 @@ def test_comparison_of_two_trees(tmp_path, monkeypatch, capsys):
         with (package / "__init__.py").open("a") as file:
             print("import time", "_merge = merge", "def merge(*a, **k):", file=file, sep="\n")
             print(f"    time.sleep({seconds})", "    return _merge(*a, **k)", file=file, sep="\n")
-    few = ["--rehearse", "--threads", "1", "--dtype", "float32", "--samples", "5", "--budget", "2"]
+    few = ["--rehearse", "--threads", "1", "--dtype", "float32", "--samples", "4", "--budget", "9"]
     few += ["--op", "merge", "--case", "sd-2"]
     start = compare.Process
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tokenops
-from benchmarks import host, rivals
+from benchmarks import host, machine, rivals
 from benchmarks.attention import AttentionShape, make_heads, make_weights
-from benchmarks.cases import DTYPES, Shape, make_metric, relative
+from benchmarks.cases import DTYPES, Shape, context, make_metric, relative
 from benchmarks.matching import mean_similarity
 from benchmarks.registry import all_cases, find, select
 
@@ -28,15 +28,15 @@ def test_rivals_agree(case, dtype):
     work = case.tiny().prepare(DTYPES[dtype], CPU)
     assert work.tensor.dtype == DTYPES[dtype]
     assert work.bytes > 0
+    backends = machine.backends_of(case.public, work.tensor)
     with torch.inference_mode(work.inference):
-        expected = work.rivals["tokenops"]().call()
+        expected = work.make("tokenops")()
         for name in ("reference", "composed", "native", "eager", "index", "sdpa+bias"):
-            if name not in work.rivals:
+            if name not in {*work.rivals, *backends}:
                 continue
-            rival = work.rivals[name]()
-            with rival.context():
-                result = rival.call()
-                again = rival.call()
+            with context(name):
+                call = work.make(name)
+                result, again = call(), call()
             for value in (result, again):  # a backward must be able to run twice
                 assert abs(work.difference(name, value, expected)) <= work.tolerance
 
@@ -106,7 +106,7 @@ def test_rows_are_timed_against_these_rows_alone(case):
             return out
 
     with torch.inference_mode(), Shapes():
-        work.rivals["eager"]().call()
+        work.make("eager")()
     shape = case.tiny().shape
     whole = shape.batch * shape.heads * shape.tokens**2
     counts_all = shape.weights == "columns"
@@ -140,7 +140,7 @@ def test_a_step_has_the_gradients_that_the_models_need(name):
     work = case.prepare(torch.float32, CPU)
     learned = case.shape.weights != "size" and case.shape.policy_grad == "exact"
     for rival in ("tokenops", "eager", "sdpa+bias", "sdpa", "unweighted"):
-        results = work.rivals[rival]().call()
+        results = work.make(rival)()
         weighted = rival not in ("sdpa", "unweighted")
         assert len(results) == 4 + (learned and weighted)
         assert all(t.isfinite().all() for t in results)
@@ -150,7 +150,7 @@ def test_a_step_has_the_gradients_that_the_models_need(name):
 def test_a_wrong_policy_gradient_is_noticed():
     work = find("policy_attention_forward_backward", "vit-b-keep50").tiny()
     work = work.prepare(torch.float32, CPU)
-    right = work.rivals["tokenops"]().call()
+    right = work.make("tokenops")()
     wrong = (*right[:-1], right[-1] * (right[-1] > 0))
     assert work.difference("eager", right, right) == 0
     assert work.difference("eager", wrong, right) > work.tolerance
@@ -160,7 +160,7 @@ def test_a_worse_matching_is_noticed():
     case = find("match", "vit-b").tiny()
     metric = make_metric(case.shape, torch.float32, CPU)
     work = case.prepare(torch.float32, CPU)
-    best = work.rivals["tokenops"]().call()
+    best = work.make("tokenops")()
     arbitrary = rivals.tome_match(torch.randn_like(metric), case.shape.r, True)
     assert work.difference("eager", arbitrary, best) > work.tolerance
     assert mean_similarity(metric, case.shape, best) <= 1

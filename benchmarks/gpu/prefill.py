@@ -101,6 +101,4 @@ def _time(case: Case, which: str) -> None:
     work = case.prepare(torch.bfloat16, CPU)
     if which in work.rivals:
         with torch.inference_mode(work.inference):
-            rival = work.rivals[which]()
-            with rival.context():
-                rival.call()
+            work.make(which)()
