@@ -52,7 +52,7 @@ def results_and_gradients(sizes, operators):
 
 def of_tokens(dtype, device="cpu"):
     """Matching and merging, on inputs large enough for several threads."""
-    sizes = Sizes(3, 4, 401, 32, 136, dtype, device)
+    sizes = Sizes(3, 4, 401, 32, channels=136, dtype=dtype, device=device)
     operators = [n for n in _library.operators if "attention" not in n]
     return results_and_gradients(sizes, operators)
 
@@ -60,11 +60,9 @@ def of_tokens(dtype, device="cpu"):
 def of_attention(dtype, device="cpu"):
     """Few images and heads, so that threads share the rows of one; then many."""
     operators = [n for n in _library.operators if "attention" in n]
-    few, many = Sizes(1, 2, 301, 40, 1, dtype, device), Sizes(5, 4, 67, 32, 1, dtype, device)
-    return [
-        *results_and_gradients(few, operators),
-        *results_and_gradients(many, operators),
-    ]
+    few = Sizes(1, 2, 301, 40, channels=1, dtype=dtype, device=device)
+    many = Sizes(5, 4, 67, 32, channels=1, dtype=dtype, device=device)
+    return results_and_gradients(few, operators) + results_and_gradients(many, operators)
 
 
 @pytest.fixture
