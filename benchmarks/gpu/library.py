@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the compiled library, or builds one: ``python -m benchmarks.gpu.library``.
 
-A library that was built elsewhere is used as it is: ``TOKENOPS_LIBRARY`` names it, or it is in the
-package. Without any, only Triton kernels and plain PyTorch can be checked.
+Without a library, only Triton kernels and plain PyTorch can be checked.
 """
 
 from __future__ import annotations
