@@ -13,7 +13,7 @@ pytestmark = pytest.mark.cuda
 
 CUDA = torch.device("cuda")
 
-SIZES = Sizes(3, 3, 197, 64, 64, torch.float16, CUDA)
+SIZES = Sizes(3, 3, 197, 64, channels=64, dtype=torch.float16, device=CUDA)
 NAMES = [f"{call.operator}-{call.name}" for call in calls(Sizes())]
 
 
