@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/policy-gradient.md says: its code, its table, and each of its statements."""
+"""The code, the table and the statements of docs/policy-gradient.md."""
 
 import math
 import re
@@ -23,30 +23,36 @@ class Example:
         self.own = torch.eye(q.shape[2], dtype=torch.bool)
 
     def reading_kept_rows(self):
-        """The same with a loss that does not read dropped tokens."""
+        """The same with a loss that reads kept tokens only."""
         g = self.g * self.policy[:, None, :, None]
         return Example(self.q, self.k, self.v, g, self.policy)
 
     def logits(self):
         return self.q @ self.k.mT / math.sqrt(self.q.shape[-1])
 
+    def policy_map(self, policy):
+        """The policy of each query and key: a token's own key is always kept."""
+        return torch.where(self.own, 1, policy[:, None, None])
+
+    def probabilities(self):
+        """P_ij of the document."""
+        e = self.logits().exp()
+        return e / (e * self.policy_map(self.policy)).sum(-1, keepdim=True)
+
     def loss(self, policy):
-        """The formula of the document, for any policy, negative ones too."""
-        keep = torch.where(self.own, 1, policy[:, None, None])
-        w = self.logits().exp() * keep
+        """The formula of the document, also for negative policies."""
+        w = self.logits().exp() * self.policy_map(policy)
         return (w @ self.v / w.sum(-1, keepdim=True) * self.g).sum()
 
     def terms(self):
         """T_ij of the document, [B, H, N, N], without the diagonal."""
-        e = self.logits().exp()
-        keep = torch.where(self.own, 1, self.policy[:, None, None])
-        total = (e * keep).sum(-1, keepdim=True)
-        out = (e * keep) @ self.v / total
+        p = self.probabilities()
+        out = (p * self.policy_map(self.policy)) @ self.v
         delta = (self.g * out).sum(-1, keepdim=True)
-        return (e / total * (self.g @ self.v.mT - delta)).masked_fill(self.own, 0)
+        return (p * (self.g @ self.v.mT - delta)).masked_fill(self.own, 0)
 
     def differences(self, step=1e-5):
-        """Central differences of fourth order: a dropped token may dominate its rows."""
+        """Central differences of fourth order: the loss may have large third derivatives."""
         grad = torch.empty_like(self.policy)
         for b, j in torch.cartesian_prod(*(torch.arange(n) for n in grad.shape)).tolist():
             move = torch.zeros_like(grad)
@@ -87,7 +93,7 @@ class Example:
         return torch.autograd.grad(out, policy, g)[0]
 
     def biased(self, bias):
-        """Plain softmax with a bias that depends on the policy, but for a token's own key."""
+        """Softmax with a bias that depends on the policy, except for a token's own key."""
         policy = self.policy.clone().requires_grad_()
         s = self.logits() + torch.where(self.own, 0, bias(policy)[:, None, None])
         out = s.softmax(-1) @ self.v
@@ -110,7 +116,7 @@ SEEDS = range(5)
 
 @pytest.fixture(scope="module")
 def document():
-    """What the blocks of code leave behind when they run one after the other."""
+    """Names after the blocks of code ran one after the other."""
     names = {}
     for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
         exec(block, names)
@@ -126,7 +132,7 @@ def example(document):
 
 
 def compute_table(example):
-    """The rows of the document's table, by their first column."""
+    """Rows of the document's table by their first column."""
     kept = example.reading_kept_rows()
     return {
         "policy": example.policy[0],
@@ -142,7 +148,7 @@ def compute_table(example):
 
 
 def render_table(rows):
-    header = ["gradient by the policy of token", *map(str, range(6))]
+    header = ["gradient of the policy of token", *map(str, range(6))]
     lines = [header, ["---", *["---:"] * 6]]
     for name, values in rows.items():
         digits = 0 if name == "policy" else 3 if "1e5" in name else 9
@@ -178,7 +184,7 @@ def test_the_blocks_of_code_compute_the_table(document, example):
 
 
 def test_scores_get_the_gradient_of_the_policy(document, example):
-    """Through topk_keep, but for the class token, which nobody decides about."""
+    """Through topk_keep; the class token is not a decision."""
     scores = document["scores"].detach().clone().requires_grad_()
     policy = tokenops.topk_keep(scores, 3, num_prefix=1)
     out = tokenops.policy_attention(example.q, example.k, example.v, policy)
@@ -187,7 +193,7 @@ def test_scores_get_the_gradient_of_the_policy(document, example):
     assert grad[0, 0] == 0
 
 
-# ---- its statements, on random layers ----
+# ---- the statements, on random layers ----
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -207,7 +213,7 @@ def test_mask_and_probe_agree_where_dropped_rows_have_no_gradient(seed, eps):
     layer = random_example(seed)
     kept = layer.reading_kept_rows()
     torch.testing.assert_close(kept.mask(eps), kept.probe(eps), rtol=1e-9, atol=1e-11)
-    # probe does not look at dropped rows, whatever is read there
+    # probe has no dropped rows, so their gradient does not matter
     assert torch.equal(layer.probe(eps), kept.probe(eps))
     if eps == 0:
         missing = (layer.terms() * (1 - layer.policy)[:, None, :, None]).sum((1, 2))
@@ -222,7 +228,7 @@ def test_probe_and_gather_agree_for_kept_tokens(seed):
     probe, gather = layer.probe(), layer.gather()
     torch.testing.assert_close(probe[kept], gather[kept], rtol=1e-9, atol=1e-11)
     assert (gather[~kept] == 0).all()
-    # With eps not exactly: dropped keys count in the maximum and in the mean. The order is eps.
+    # With eps, dropped keys count for the maximum and for the mean: a difference of order eps.
     gaps = [
         (layer.probe(eps)[kept] - layer.gather(eps)[kept]).abs().max().item()
         for eps in (1e-8, 1e-6)
@@ -254,7 +260,7 @@ def test_the_values_agree(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_diagonal_contributes_nothing(seed):
-    """Where a token is read by nobody but itself, its own decision has no gradient."""
+    """If the loss reads one row only, the decision about its token has no gradient."""
     layer = random_example(seed)
     for j in range(3):
         row = torch.zeros(9, dtype=torch.float64)
@@ -293,7 +299,7 @@ def test_values_of_dropped_tokens_get_a_gradient_of_the_order_of_eps(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_two_layers(seed):
-    """The total is a sum over layers; of a dropped token, probe and then gather have the first."""
+    """The gradient is a sum over layers; for a dropped token, probe and gather have one term."""
     generator = torch.Generator().manual_seed(seed)
     x, g = torch.randn(2, 1, 7, 6, generator=generator, dtype=torch.float64)
     weights = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64) / 6**0.5
@@ -341,15 +347,13 @@ def test_ways_that_do_not_work(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_effect_of_a_whole_token(seed):
     layer = random_example(seed, batch=1, heads=1)
-    share = layer.logits().exp()
-    keep = torch.where(layer.own, 1, layer.policy[:, None, None])
-    share = share / (share * keep).sum(-1, keepdim=True)
+    probabilities = layer.probabilities()
     out = tokenops.policy_attention(layer.q, layer.k, layer.v, layer.policy)
     for j in range(9):
         turned = layer.policy.clone()
         turned[0, j] = 1 - turned[0, j]
         other = tokenops.policy_attention(layer.q, layer.k, layer.v, turned)
-        p = share[..., j : j + 1]
+        p = probabilities[..., j : j + 1]
         factor = p / (1 + p) if layer.policy[0, j] == 0 else -p / (1 - p)
         expected = out + factor * (layer.v[:, :, j : j + 1] - out)
         rows = [i for i in range(9) if i != j]
@@ -357,7 +361,7 @@ def test_the_effect_of_a_whole_token(seed):
 
 
 def test_images_that_keep_different_numbers():
-    """The padded map that the document names, in both modes that remove tokens."""
+    """A padded map, in both modes that remove tokens."""
     layer = random_example(0, batch=3)
     layer.policy[0, :] = 1
     layer.policy[2, 1:] = 0
