@@ -4,7 +4,7 @@
 
 #include "matching/match_cuda.cu"
 #include "matching/select_cuda.cu"
-#include "merging/map_cuda.cu"
+#include "merging/invert_cuda.cu"
 #include "merging/merging_cuda.cu"
 #include "sort.cu"
 

@@ -157,22 +157,38 @@ struct Parameter<P, std::void_t<decltype(std::declval<P&>().fields())>> {
   }
 };
 
+// The outputs of a kernel: the elements of a tuple, or one value.
+template <class R>
+struct Outputs {
+  static constexpr size_t kCount = 1;
+  static void put(StableIValue* stack, R output) {
+    torch::stable::detail::box_from_tuple<R>(stack, std::tuple<R>(std::move(output)));
+  }
+};
+template <class... R>
+struct Outputs<std::tuple<R...>> {
+  static constexpr size_t kCount = sizeof...(R);
+  static void put(StableIValue* stack, std::tuple<R...> outputs) {
+    torch::stable::detail::box_from_tuple<R...>(stack, std::move(outputs));
+  }
+};
+
 template <auto kernel>
 struct Boxed;
-template <class... R, class... P, std::tuple<R...> (*kernel)(P...)>
+template <class R, class... P, R (*kernel)(P...)>
 struct Boxed<kernel> {
   static void call(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
     constexpr size_t kArguments = (Parameter<std::decay_t<P>>::kArguments + ...);
-    STD_TORCH_CHECK(num_args == kArguments && num_outputs == sizeof...(R), "tokenops: a schema of ",
-                    num_args, " arguments and ", num_outputs, " outputs has a kernel of ",
-                    kArguments, " and ", sizeof...(R));
+    STD_TORCH_CHECK(num_args == kArguments && num_outputs == Outputs<R>::kCount,
+                    "tokenops: a schema of ", num_args, " arguments and ", num_outputs,
+                    " outputs has a kernel of ", kArguments, " and ", Outputs<R>::kCount);
     StableIValue* next = stack;
     std::tuple<std::decay_t<P>...> arguments{Parameter<std::decay_t<P>>::take(next)...};
-    torch::stable::detail::box_from_tuple<R...>(stack, std::apply(kernel, arguments));
+    Outputs<R>::put(stack, std::apply(kernel, arguments));
   }
 };
 
 }  // namespace tokenops
 
-// TORCH_BOX for a kernel that returns a tuple and whose parameters may be structs with `fields()`.
+// TORCH_BOX for a kernel whose parameters may be structs with `fields()`.
 #define TOKENOPS_BOX(kernel) (&::tokenops::Boxed<kernel>::call)

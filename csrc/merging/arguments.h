@@ -1,32 +1,71 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the merging operators of every device make of their arguments.
+// The arguments of the merging operators on every device: as their schemas list them, then checked.
 #pragma once
 
+#include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "merging.h"
 
-namespace tokenops {
+namespace tokenops::merging {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// A tensor [B, rows, C] whose last dimension is contiguous.
-struct Data {
+// A token map as the schemas list it.
+struct Index {
+  Tensor assign;   // int32 [B, N]
+  Tensor offsets;  // int32 [B, M + 1]
+  Tensor members;  // int32 [B, N]
+
+  auto fields() { return std::tie(assign, offsets, members); }
+};
+
+// ---- checked tensors ----
+
+inline std::string text(const int64_t* sizes, size_t count) {
+  std::string all;
+  for (size_t i = 0; i < count; ++i) all += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
+  return "[" + all + "]";
+}
+
+inline void check(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                  std::initializer_list<int64_t> shape) {
+  const auto sizes = t.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), op,
+                  ": expected ", name, " ", text(shape.begin(), shape.size()), ", got ",
+                  text(sizes.data(), sizes.size()));
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype, ", got ",
+                  t.scalar_type());
+}
+
+struct Argument {
+  const char* name;
   Tensor tensor;
+};
+
+// A tensor [B, rows, C] whose last dimension is contiguous.
+struct Tokens : Argument {
   ScalarType dtype;
   int64_t batch, rows, channels;
   int64_t batch_stride, row_stride;
 
-  Data(const char* op, const char* name, const Tensor& given) : tensor(given) {
-    const auto sizes = tensor.sizes();
+  Tokens(const char* op, const char* argument, const Tensor& given)
+      : Argument{argument, given}, dtype(given.scalar_type()) {
+    const auto sizes = given.sizes();
     STD_TORCH_CHECK(sizes.size() == 3, op, ": expected ", name, " to have 3 dimensions, got ",
                     sizes.size());
     batch = sizes[0], rows = sizes[1], channels = sizes[2];
-    if (channels > 1 && tensor.stride(2) != 1) tensor = torch::stable::contiguous(tensor);
-    const auto strides = tensor.strides();
-    batch_stride = strides[0], row_stride = strides[1];
-    dtype = tensor.scalar_type();
+    if (channels > 1 && given.stride(2) != 1) tensor = torch::stable::contiguous(given);
+    batch_stride = tensor.stride(0), row_stride = tensor.stride(1);
+  }
+  // The same for an argument with the batch, channels and dtype of another one.
+  Tokens(const char* op, const char* argument, const Tensor& given, int64_t rows_,
+         const Tokens& like)
+      : Tokens(op, argument, given) {
+    check(op, name, given, like.dtype, {like.batch, rows_, like.channels});
   }
 
   template <class T>
@@ -35,64 +74,34 @@ struct Data {
   }
 };
 
-// A contiguous matrix [rows, cols] of the given dtype, for as long as the object lives.
-struct Matrix {
-  Tensor tensor;
-  const void* data;
+template <class T>
+Rows<const T> rows_of(const std::optional<Tokens>& tokens) {
+  return tokens ? tokens->as<T>() : Rows<const T>{nullptr, 0, 0};
+}
 
-  Matrix(const char* op, const char* name, const Tensor& given, int64_t rows, int64_t cols,
+// A contiguous matrix [rows, columns] of the given dtype.
+struct Matrix : Argument {
+  Matrix(const char* op, const char* argument, const Tensor& given, int64_t rows, int64_t columns,
          ScalarType dtype)
-      : tensor(as_contiguous(given)), data(tensor.const_data_ptr()) {
-    const auto sizes = tensor.sizes();
-    STD_TORCH_CHECK(sizes.size() == 2, op, ": expected ", name, " to have 2 dimensions, got ",
-                    sizes.size());
-    STD_TORCH_CHECK(sizes[0] == rows && sizes[1] == cols, op, ": expected ", name, " [", rows, ", ",
-                    cols, "], got [", sizes[0], ", ", sizes[1], "]");
-    STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype,
-                    ", got ", tensor.scalar_type());
+      : Argument{argument, as_contiguous(given)} {
+    check(op, name, given, dtype, {rows, columns});
+  }
+
+  template <class T>
+  const T* as() const {
+    return static_cast<const T*>(tensor.const_data_ptr());
   }
 };
 
 inline std::optional<Matrix> matrix(const char* op, const char* name, const OptionalTensor& given,
-                                    int64_t rows, int64_t cols, ScalarType dtype) {
+                                    int64_t rows, int64_t columns, ScalarType dtype) {
   if (!given) return std::nullopt;
-  return Matrix(op, name, *given, rows, cols, dtype);
+  return Matrix(op, name, *given, rows, columns, dtype);
 }
 
 template <class T>
-const T* data_of(const std::optional<Matrix>& m) {
-  return m ? static_cast<const T*>(m->data) : nullptr;
-}
-
-// The three index tensors of a token map from `inputs` tokens.
-struct MapTensors {
-  int64_t outputs;
-  Matrix assign, offsets, members;
-  Map map;
-
-  MapTensors(const char* op, const Tensor& assign_, const Tensor& offsets_, const Tensor& members_,
-             int64_t batch, int64_t inputs)
-      : outputs(columns(op, offsets_) - 1),
-        assign(op, "assign", assign_, batch, inputs, ScalarType::Int),
-        offsets(op, "offsets", offsets_, batch, outputs + 1, ScalarType::Int),
-        members(op, "members", members_, batch, inputs, ScalarType::Int),
-        map{pointer(assign), pointer(offsets), pointer(members), batch, inputs, outputs} {}
-
-  static const int32_t* pointer(const Matrix& m) { return static_cast<const int32_t*>(m.data); }
-  static int64_t columns(const char* op, const Tensor& offsets) {
-    const auto sizes = offsets.sizes();
-    STD_TORCH_CHECK(sizes.size() == 2 && sizes[1] > 0, op, ": expected offsets [B, M + 1]");
-    return sizes[1];
-  }
-};
-
-inline void check_like(const char* op, const char* name, const Data& got, int64_t rows,
-                       const Data& x) {
-  STD_TORCH_CHECK(got.batch == x.batch && got.rows == rows && got.channels == x.channels, op,
-                  ": expected ", name, " [", x.batch, ", ", rows, ", ", x.channels, "], got [",
-                  got.batch, ", ", got.rows, ", ", got.channels, "]");
-  STD_TORCH_CHECK(got.dtype == x.dtype, op, ": expected ", name, " of dtype ", x.dtype, ", got ",
-                  got.dtype);
+const T* data_of(const std::optional<Matrix>& matrix) {
+  return matrix ? matrix->as<T>() : nullptr;
 }
 
 template <class T>
@@ -100,14 +109,135 @@ T* output(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-inline Fold parse_fold(const char* op, const Text& reduce, bool weighted) {
-  if (reduce == "sum") return weighted ? Fold::weighted_sum : Fold::sum;
-  if (reduce == "mean") return Fold::sum;
-  if (reduce == "amax") return Fold::amax;
-  if (reduce == "amin") return Fold::amin;
-  STD_TORCH_CHECK(reduce == "prod", op, ": expected reduce sum, mean, amax, amin or prod, got ",
-                  reduce);
-  return Fold::prod;
+inline int64_t columns(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2, op, ": expected ", name, " to have 2 dimensions, got ", t.dim());
+  return t.size(1);
 }
 
-}  // namespace tokenops
+// The tensors of a token map.
+struct MapTensors {
+  Matrix assign, offsets, members;
+  TokenMap map;
+
+  MapTensors(const char* op, const Index& index, int64_t batch, int64_t inputs)
+      : MapTensors(op, index, batch, inputs, columns(op, "offsets", index.offsets) - 1) {}
+
+ private:
+  MapTensors(const char* op, const Index& index, int64_t batch, int64_t inputs, int64_t outputs)
+      : assign(op, "assign", index.assign, batch, inputs, ScalarType::Int),
+        offsets(op, "offsets", index.offsets, batch, outputs + 1, ScalarType::Int),
+        members(op, "members", index.members, batch, inputs, ScalarType::Int),
+        map{assign.as<int32_t>(),
+            offsets.as<int32_t>(),
+            members.as<int32_t>(),
+            batch,
+            inputs,
+            outputs} {
+    STD_TORCH_CHECK(outputs >= 0, op, ": expected offsets [B, M + 1], got [B, 0]");
+  }
+};
+
+// ---- checked arguments of operators ----
+
+// Of `merge` and `merge_wavg`, besides x.
+struct MergeInputs {
+  MapTensors index;
+  Reduce reduce;
+  bool mean;
+  std::optional<Matrix> weight, scale;
+
+  MergeInputs(const char* op, const Tokens& x, const Index& index_, const OptionalTensor& weight_,
+              const OptionalTensor& scale_, const Text& name)
+      : index(op, index_, x.batch, x.rows),
+        reduce(parse(op, name, weight_.has_value())),
+        mean(name == "mean"),
+        weight(matrix(op, "weight", weight_, x.batch, x.rows, acc_dtype(x.dtype))),
+        scale(matrix(op, "scale", scale_, x.batch, index.map.outputs, acc_dtype(x.dtype))) {
+    STD_TORCH_CHECK(name == "sum" || (!weight && !scale), op,
+                    ": weight and scale go with reduce sum only, got ", name);
+  }
+  MergeInputs(const char* op, const Tokens& x, const Index& index_, const OptionalTensor& size)
+      : index(op, index_, x.batch, x.rows),
+        reduce(size ? Reduce::weighted_sum : Reduce::sum),
+        mean(true),
+        weight(matrix(op, "size", size, x.batch, x.rows, acc_dtype(x.dtype))) {}
+
+ private:
+  static Reduce parse(const char* op, const Text& name, bool weighted) {
+    if (name == "sum") return weighted ? Reduce::weighted_sum : Reduce::sum;
+    if (name == "mean") return Reduce::sum;
+    if (name == "amax") return Reduce::amax;
+    if (name == "amin") return Reduce::amin;
+    STD_TORCH_CHECK(name == "prod", op, ": expected reduce sum, mean, amax, amin or prod, got ",
+                    name);
+    return Reduce::prod;
+  }
+};
+
+// Of `unmerge`, besides y.
+struct UnmergeInputs {
+  MapTensors index;
+  std::optional<Matrix> weight, scale;
+  std::optional<Tokens> residual;
+
+  UnmergeInputs(const char* op, const Tokens& y, const Index& index_, const OptionalTensor& weight_,
+                const OptionalTensor& scale_, const OptionalTensor& residual_)
+      : index(op, index_, y.batch, columns(op, "assign", index_.assign)),
+        weight(matrix(op, "weight", weight_, y.batch, index.map.inputs, acc_dtype(y.dtype))),
+        scale(matrix(op, "scale", scale_, y.batch, index.map.outputs, acc_dtype(y.dtype))) {
+    check(op, "y", y.tensor, y.dtype, {y.batch, index.map.outputs, y.channels});
+    if (residual_) residual.emplace(op, "residual", *residual_, index.map.inputs, y);
+  }
+};
+
+struct PairDotInputs {
+  Tokens x;
+  MapTensors index;
+  Tokens y;
+
+  PairDotInputs(const char* op, const Tensor& x_, const Tensor& y_, const Index& index_)
+      : x(op, "x", x_), index(op, index_, x.batch, x.rows), y(op, "y", y_, index.map.outputs, x) {}
+};
+
+// Of the backward of amax, amin and prod.
+struct ReduceBackwardInputs {
+  Tokens x;
+  MapTensors index;
+  Tokens grad, out;
+  bool prod;
+
+  ReduceBackwardInputs(const char* op, const Tensor& grad_, const Tensor& x_, const Tensor& out_,
+                       const Index& index_, const Text& reduce)
+      : x(op, "x", x_),
+        index(op, index_, x.batch, x.rows),
+        grad(op, "grad", grad_, index.map.outputs, x),
+        out(op, "out", out_, index.map.outputs, x),
+        prod(reduce == "prod") {
+    STD_TORCH_CHECK(prod || reduce == "amax" || reduce == "amin", op,
+                    ": expected reduce amax, amin or prod, got ", reduce);
+  }
+};
+
+// Of `invert` and `compose`.
+struct InvertInputs {
+  Matrix assign;
+  std::optional<Matrix> earlier;
+  Assignment map;
+
+  InvertInputs(const char* op, const Tensor& assign_, const OptionalTensor& earlier_,
+               int64_t outputs)
+      : assign(op, "assign", assign_, assign_.size(0), columns(op, "assign", assign_),
+               ScalarType::Int),
+        map{assign.as<int32_t>(), nullptr,         assign_.size(0),
+            assign_.size(1),      assign_.size(1), outputs} {
+    if (earlier_) {
+      map.inputs = columns(op, "earlier", *earlier_);
+      earlier.emplace(op, "earlier", *earlier_, map.batch, map.inputs, ScalarType::Int);
+      map.earlier = earlier->as<int32_t>();
+    }
+    STD_TORCH_CHECK(0 <= outputs && outputs < INT32_MAX && map.inputs < INT32_MAX, op,
+                    ": expected fewer than 2^31 - 1 tokens, got ", map.inputs, " to ", outputs);
+  }
+};
+
+}  // namespace tokenops::merging

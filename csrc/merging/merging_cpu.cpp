@@ -1,29 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// Merging on the CPU: checks, allocation and loops; the arithmetic is in merging_kernels.h.
+// CPU operators of merging: allocation and loops; the arithmetic is in merging_kernels.h.
 #include "../common.h"
-#include "route.h"
+#include "arguments.h"
 
-namespace tokenops {
+namespace tokenops::merging {
 
-namespace portable {
-#include "merging_kernels.h"
-}
-#if TOKENOPS_X86
-TOKENOPS_TARGET_AVX2
-namespace avx2 {
-#include "merging_kernels.h"
-}
-TOKENOPS_TARGET_END
-TOKENOPS_TARGET_AVX512
-namespace avx512 {
-#include "merging_kernels.h"
-}
-TOKENOPS_TARGET_END
-#endif
+// Each kernel makes the rows [begin, end) of its output, the rows of all images counted together.
+template <class T>
+struct Kernels {
+  void (*merge[5])(const MergeArgs<T>&, int64_t begin, int64_t end);  // by Reduce
+  void (*unmerge)(const UnmergeArgs<T>&, int64_t begin, int64_t end);
+  void (*pair_dot)(const PairDotArgs<T>&, int64_t begin, int64_t end);
+  void (*reduce_backward[2])(const ReduceBackwardArgs<T>&, int64_t begin, int64_t end);  // by prod
+};
+
+#define TOKENOPS_KERNELS "merging/merging_kernels.h"
+#define TOKENOPS_NO_PAIRS
+#include "../isa_kernels.h"
 
 namespace {
 
-// Run a kernel over its rows in parallel; each costs some time besides that for its bytes.
+// Run a kernel on its rows in parallel; 64 stands for the cost of a row beside its bytes.
 template <class Args>
 void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t rows,
          int64_t bytes_per_row) {
@@ -33,253 +30,222 @@ void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_
   });
 }
 
-// Whether to store `rows` rows per image past the caches: where input and output together do not
-// fit there, the output would end up in memory anyway, but would be read from it first.
 template <class T>
-bool streams(const Data& input, int64_t rows, const T* out) {
-  const int64_t row_bytes = input.channels * static_cast<int64_t>(sizeof(T));
-  return input.batch * (input.rows + rows) * row_bytes > kCacheBytes && row_bytes % 64 == 0 &&
+int64_t row_bytes(const Tokens& tokens) {
+  return tokens.channels * static_cast<int64_t>(sizeof(T));
+}
+
+// Whether to store `rows` rows per image past the caches: where input and output together exceed
+// the caches, a plain store would read the output from memory before it is written there.
+template <class T>
+bool streams(const Tokens& input, int64_t rows, const T* out) {
+  const int64_t bytes = row_bytes<T>(input);
+  return input.batch * (input.rows + rows) * bytes > kCacheBytes && bytes % 64 == 0 &&
          reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
-// ---- operators ----
+// ---- invert and compose ----
 
-// Counting sort: sizes, their running sum, then each token into the last free slot of its group,
-// from the back, which turns ends into beginnings.
-void invert_into(const int32_t* from, int64_t batch, int64_t inputs, int64_t outputs,
-                 int32_t* all_ends, int32_t* all_slots) {
+// Counting sort: count the members of each output token, sum the counts to the segments' ends, then
+// place the tokens from the last one on, which moves each end to the beginning of its segment.
+void invert_into(const int32_t* assign, int64_t batch, int64_t inputs, int64_t outputs,
+                 int32_t* all_offsets, int32_t* all_members) {
   parallel_for(batch, 16 * inputs + 8 * outputs, [=](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const int32_t* a = from + b * inputs;
-      int32_t* ends = all_ends + b * (outputs + 1);
-      int32_t* slots = all_slots + b * inputs;
-      for (int64_t m = 0; m <= outputs; ++m) ends[m] = 0;
+      const int32_t* a = assign + b * inputs;
+      int32_t* offsets = all_offsets + b * (outputs + 1);
+      int32_t* members = all_members + b * inputs;
+      for (int64_t m = 0; m <= outputs; ++m) offsets[m] = 0;
       for (int64_t n = 0; n < inputs; ++n) {
-        if (0 <= a[n] && a[n] < outputs) ++ends[a[n]];
+        if (0 <= a[n] && a[n] < outputs) ++offsets[a[n]];
       }
       int32_t total = 0;
-      for (int64_t m = 0; m <= outputs; ++m) total = ends[m] += total;
-      for (int64_t n = total; n < inputs; ++n) slots[n] = -1;
+      for (int64_t m = 0; m <= outputs; ++m) total = offsets[m] += total;
+      for (int64_t n = total; n < inputs; ++n) members[n] = -1;
       for (int64_t n = inputs - 1; n >= 0; --n) {
-        if (0 <= a[n] && a[n] < outputs) slots[--ends[a[n]]] = static_cast<int32_t>(n);
+        if (0 <= a[n] && a[n] < outputs) members[--offsets[a[n]]] = static_cast<int32_t>(n);
       }
     }
   });
 }
 
 std::tuple<Tensor, Tensor> invert(const Tensor& assign, int64_t num_tokens) {
-  const Inversion given("tokenops::invert", assign, num_tokens);
-  const int64_t batch = given.batch, inputs = given.route.inputs;
-  const Tensor offsets = empty({batch, num_tokens + 1}, ScalarType::Int);
+  const InvertInputs given("tokenops::invert", assign, std::nullopt, num_tokens);
+  const auto [from, _, batch, inputs, middle, outputs] = given.map;
+  const Tensor offsets = empty({batch, outputs + 1}, ScalarType::Int);
   const Tensor members = empty({batch, inputs}, ScalarType::Int);
-  invert_into(given.route.assign, batch, inputs, num_tokens, output<int32_t>(offsets),
-              output<int32_t>(members));
+  invert_into(from, batch, inputs, outputs, output<int32_t>(offsets), output<int32_t>(members));
   return {offsets, members};
 }
 
 std::tuple<Tensor, Tensor, Tensor> compose(const Tensor& assign, const Tensor& earlier,
                                            int64_t num_tokens) {
-  const Composition given("tokenops::compose", assign, earlier, num_tokens);
-  const int64_t batch = given.batch, inputs = given.route.inputs;
+  const InvertInputs given("tokenops::compose", assign, earlier, num_tokens);
+  const Assignment map = given.map;
+  const int64_t batch = map.batch, inputs = map.inputs;
   const Tensor composed = empty({batch, inputs}, ScalarType::Int);
   const Tensor offsets = empty({batch, num_tokens + 1}, ScalarType::Int);
   const Tensor members = empty({batch, inputs}, ScalarType::Int);
   int32_t* const to = output<int32_t>(composed);
-  parallel_for(batch, 16 * inputs, [&](int64_t begin, int64_t end) {
+  parallel_for(batch, 16 * inputs, [=](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      for (int64_t n = 0; n < inputs; ++n) to[b * inputs + n] = given.route(b, n);
+      for (int64_t n = 0; n < inputs; ++n) to[b * inputs + n] = map(b, n);
     }
   });
   invert_into(to, batch, inputs, num_tokens, output<int32_t>(offsets), output<int32_t>(members));
   return {composed, offsets, members};
 }
 
-template <class T>
-auto merge_kernel(Fold fold) {
-  switch (fold) {
-    case Fold::weighted_sum: return TOKENOPS_KERNEL(merge_rows<Fold::weighted_sum, T>);
-    case Fold::amax: return TOKENOPS_KERNEL(merge_rows<Fold::amax, T>);
-    case Fold::amin: return TOKENOPS_KERNEL(merge_rows<Fold::amin, T>);
-    case Fold::prod: return TOKENOPS_KERNEL(merge_rows<Fold::prod, T>);
-    default: return TOKENOPS_KERNEL(merge_rows<Fold::sum, T>);
-  }
-}
+// ---- merge, merge_many and merge_wavg ----
 
 template <class T>
-void run_merge(Fold fold, const MergeArgs<T>& args) {
-  const int64_t rows = args.map.batch * args.map.outputs;
+void run_merge(const Tokens& x, const MergeInputs& given, const Tensor& out, acc_t<T>* total) {
+  using A = acc_t<T>;
+  const TokenMap& map = given.index.map;
+  const int64_t rows = map.batch * map.outputs;
   if (rows == 0) return;
-  const int64_t per_output = 2 + args.map.inputs / args.map.outputs;
-  run(merge_kernel<T>(fold), args, rows,
-      per_output * args.channels * static_cast<int64_t>(sizeof(T)));
+  const MergeArgs<T> args = {map,
+                             x.channels,
+                             x.as<T>(),
+                             data_of<A>(given.weight),
+                             data_of<A>(given.scale),
+                             given.mean,
+                             output<T>(out),
+                             streams(x, map.outputs, output<T>(out)),
+                             total};
+  run(kernels_for<T>().merge[static_cast<int>(given.reduce)], args, rows,
+      (2 + map.inputs / map.outputs) * row_bytes<T>(x));
 }
 
-Tensor merge(const Tensor& x, const Tensor& assign, const Tensor& offsets, const Tensor& members,
-             const OptionalTensor& weight, const OptionalTensor& scale, const Text& reduce) {
+Tensor merge(const Tensor& x_in, const Index& index, const OptionalTensor& weight,
+             const OptionalTensor& scale, const Text& reduce) {
   const char* op = "tokenops::merge";
-  const Data data(op, "x", x);
-  const MapTensors index(op, assign, offsets, members, data.batch, data.rows);
-  const Fold fold = parse_fold(op, reduce, weight.has_value());
-  STD_TORCH_CHECK(reduce == "sum" || (!weight && !scale), op,
-                  ": weight and scale go with reduce sum only, got ", reduce);
-  const ScalarType acc = acc_dtype(data.dtype);
-  const auto w = matrix(op, "weight", weight, data.batch, data.rows, acc);
-  const auto s = matrix(op, "scale", scale, data.batch, index.outputs, acc);
-  const Tensor out = empty({data.batch, index.outputs, data.channels}, data.dtype);
-  if (data.channels == 0) return out;
-  dispatch(op, data.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    using A = acc_t<T>;
-    run_merge<T>(fold, {index.map, data.channels, data.as<T>(), data_of<A>(w), data_of<A>(s),
-                        reduce == "mean", output<T>(out),
-                        streams(data, index.outputs, output<T>(out)), nullptr});
-  });
+  const Tokens x(op, "x", x_in);
+  const MergeInputs given(op, x, index, weight, scale, reduce);
+  const Tensor out = empty({x.batch, given.index.map.outputs, x.channels}, x.dtype);
+  if (x.channels == 0) return out;
+  dispatch(op, x.dtype,
+           [&](auto type) { run_merge<typename decltype(type)::type>(x, given, out, nullptr); });
   return out;
 }
 
-std::vector<Tensor> merge_many(const std::vector<Tensor>& x, const Tensor& assign,
-                               const Tensor& offsets, const Tensor& members,
+std::vector<Tensor> merge_many(const std::vector<Tensor>& x, const Index& index,
                                const OptionalTensor& weight, const Text& reduce) {
   std::vector<Tensor> out;
-  for (const Tensor& t : x) {
-    out.push_back(merge(t, assign, offsets, members, weight, std::nullopt, reduce));
-  }
+  for (const Tensor& t : x) out.push_back(merge(t, index, weight, std::nullopt, reduce));
   return out;
 }
 
-std::tuple<Tensor, Tensor> merge_wavg(const Tensor& x, const Tensor& assign, const Tensor& offsets,
-                                      const Tensor& members, const OptionalTensor& size) {
+std::tuple<Tensor, Tensor> merge_wavg(const Tensor& x_in, const Index& index,
+                                      const OptionalTensor& size) {
   const char* op = "tokenops::merge_wavg";
-  const Data data(op, "x", x);
-  const MapTensors index(op, assign, offsets, members, data.batch, data.rows);
-  const ScalarType acc = acc_dtype(data.dtype);
-  const auto w = matrix(op, "size", size, data.batch, data.rows, acc);
-  const Tensor out = empty({data.batch, index.outputs, data.channels}, data.dtype);
-  const Tensor total = empty({data.batch, index.outputs}, acc);
-  dispatch(op, data.dtype, [&](auto type) {
+  const Tokens x(op, "x", x_in);
+  const MergeInputs given(op, x, index, size);
+  const Tensor out = empty({x.batch, given.index.map.outputs, x.channels}, x.dtype);
+  const Tensor total = empty({x.batch, given.index.map.outputs}, acc_dtype(x.dtype));
+  dispatch(op, x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    using A = acc_t<T>;
-    run_merge<T>(size ? Fold::weighted_sum : Fold::sum,
-                 {index.map, data.channels, data.as<T>(), data_of<A>(w), nullptr, true,
-                  output<T>(out), streams(data, index.outputs, output<T>(out)), output<A>(total)});
+    run_merge<T>(x, given, out, output<acc_t<T>>(total));
   });
   return {out, total};
 }
 
-Tensor unmerge(const Tensor& y, const Tensor& assign, const Tensor& offsets, const Tensor& members,
-               const OptionalTensor& weight, const OptionalTensor& scale,
-               const OptionalTensor& residual, bool mean) {
+// ---- unmerge and unmerge_many ----
+
+Tensor unmerge(const Tensor& y_in, const Index& index, const OptionalTensor& weight,
+               const OptionalTensor& scale, const OptionalTensor& residual, bool mean) {
   const char* op = "tokenops::unmerge";
-  const Data data(op, "y", y);
-  const auto sizes = assign.sizes();
-  STD_TORCH_CHECK(sizes.size() == 2, op, ": expected assign [B, N]");
-  const int64_t inputs = sizes[1];
-  const MapTensors index(op, assign, offsets, members, data.batch, inputs);
-  STD_TORCH_CHECK(data.rows == index.outputs, op, ": expected y [B, M, C] with M = ", index.outputs,
-                  ", got M = ", data.rows);
-  const ScalarType acc = acc_dtype(data.dtype);
-  const auto w = matrix(op, "weight", weight, data.batch, inputs, acc);
-  const auto s = matrix(op, "scale", scale, data.batch, index.outputs, acc);
-  std::optional<Data> added;
-  if (residual) {
-    added.emplace(op, "residual", *residual);
-    check_like(op, "residual", *added, inputs, data);
-  }
-  const Tensor out = empty({data.batch, inputs, data.channels}, data.dtype);
-  if (data.channels == 0) return out;
-  dispatch(op, data.dtype, [&](auto type) {
+  const Tokens y(op, "y", y_in);
+  const UnmergeInputs given(op, y, index, weight, scale, residual);
+  const TokenMap& map = given.index.map;
+  const Tensor out = empty({y.batch, map.inputs, y.channels}, y.dtype);
+  if (y.channels == 0) return out;
+  dispatch(op, y.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
-    const UnmergeArgs<T> args = {index.map,
-                                 data.channels,
-                                 data.as<T>(),
-                                 data_of<A>(w),
-                                 data_of<A>(s),
-                                 added.has_value(),
-                                 added ? added->as<T>() : Rows<const T>{nullptr, 0, 0},
+    const UnmergeArgs<T> args = {map,
+                                 y.channels,
+                                 y.as<T>(),
+                                 data_of<A>(given.weight),
+                                 data_of<A>(given.scale),
+                                 rows_of<T>(given.residual),
                                  mean,
                                  output<T>(out),
-                                 streams(data, inputs, output<T>(out))};
-    run(TOKENOPS_KERNEL(unmerge_rows<T>), args, data.batch * inputs,
-        2 * data.channels * static_cast<int64_t>(sizeof(T)));
+                                 streams(y, map.inputs, output<T>(out))};
+    run(kernels_for<T>().unmerge, args, y.batch * map.inputs, 2 * row_bytes<T>(y));
   });
   return out;
 }
 
-std::vector<Tensor> unmerge_many(const std::vector<Tensor>& y, const Tensor& assign,
-                                 const Tensor& offsets, const Tensor& members,
+std::vector<Tensor> unmerge_many(const std::vector<Tensor>& y, const Index& index,
                                  const OptionalTensor& weight, bool mean) {
   std::vector<Tensor> out;
   for (const Tensor& t : y) {
-    out.push_back(unmerge(t, assign, offsets, members, weight, std::nullopt, std::nullopt, mean));
+    out.push_back(unmerge(t, index, weight, std::nullopt, std::nullopt, mean));
   }
   return out;
 }
 
-Tensor pair_dot(const Tensor& x, const Tensor& y, const Tensor& assign, const Tensor& offsets,
-                const Tensor& members) {
+// ---- backwards ----
+
+Tensor pair_dot(const Tensor& x, const Tensor& y, const Index& index) {
   const char* op = "tokenops::pair_dot";
-  const Data a(op, "x", x), b(op, "y", y);
-  const MapTensors index(op, assign, offsets, members, a.batch, a.rows);
-  check_like(op, "y", b, index.outputs, a);
-  const Tensor out = empty({a.batch, a.rows}, acc_dtype(a.dtype));
-  dispatch(op, a.dtype, [&](auto type) {
+  const PairDotInputs given(op, x, y, index);
+  const int64_t batch = given.x.batch, inputs = given.x.rows;
+  const Tensor out = empty({batch, inputs}, acc_dtype(given.x.dtype));
+  dispatch(op, given.x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const PairDotArgs<T> args = {index.map, a.channels, a.as<T>(), b.as<T>(),
-                                 output<acc_t<T>>(out)};
-    run(TOKENOPS_KERNEL(pair_dot_rows<T>), args, a.batch * a.rows,
-        2 * a.channels * static_cast<int64_t>(sizeof(T)));
+    const PairDotArgs<T> args = {given.index.map, given.x.channels, given.x.as<T>(),
+                                 given.y.as<T>(), output<acc_t<T>>(out)};
+    run(kernels_for<T>().pair_dot, args, batch * inputs, 2 * row_bytes<T>(given.x));
   });
   return out;
 }
 
 Tensor merge_reduce_backward(const Tensor& grad, const Tensor& x, const Tensor& out,
-                             const Tensor& assign, const Tensor& offsets, const Tensor& members,
-                             const Text& reduce) {
+                             const Index& index, const Text& reduce) {
   const char* op = "tokenops::merge_reduce_backward";
-  const Data data(op, "x", x), slope(op, "grad", grad), best(op, "out", out);
-  const MapTensors index(op, assign, offsets, members, data.batch, data.rows);
-  check_like(op, "grad", slope, index.outputs, data);
-  check_like(op, "out", best, index.outputs, data);
-  const bool prod = reduce == "prod";
-  STD_TORCH_CHECK(prod || reduce == "amax" || reduce == "amin", op,
-                  ": expected reduce amax, amin or prod, got ", reduce);
-  const int64_t inputs = data.rows, rows = data.batch * inputs, channels = data.channels;
-  const Tensor result = empty({data.batch, inputs, channels}, data.dtype);
-  if (rows == 0 || channels == 0) return result;
-  Scratch<uint8_t> visited(rows);
-  std::memset(visited.data(), 0, static_cast<size_t>(rows));
-  dispatch(op, data.dtype, [&](auto type) {
+  const ReduceBackwardInputs given(op, grad, x, out, index, reduce);
+  const TokenMap& map = given.index.map;
+  const int64_t rows = map.batch * map.inputs, channels = given.x.channels;
+  const Tensor grad_x = empty({map.batch, map.inputs, channels}, given.x.dtype);
+  if (rows == 0 || channels == 0) return grad_x;
+  Scratch<uint8_t> written(rows);
+  std::memset(written.data(), 0, static_cast<size_t>(rows));
+  dispatch(op, given.x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const int64_t row_bytes = channels * static_cast<int64_t>(sizeof(T));
-    const SelectBackwardArgs<T> args = {index.map,     channels,     slope.as<T>(),
-                                        data.as<T>(),  best.as<T>(), output<T>(result),
-                                        visited.data()};
-    const auto kernel = prod ? TOKENOPS_KERNEL(select_backward_rows<true, T>)
-                             : TOKENOPS_KERNEL(select_backward_rows<false, T>);
-    if (index.outputs > 0) {
-      run(kernel, args, data.batch * index.outputs, (2 + 2 * inputs / index.outputs) * row_bytes);
+    const int64_t bytes = row_bytes<T>(given.x);
+    const ReduceBackwardArgs<T> args = {map,
+                                        channels,
+                                        given.grad.as<T>(),
+                                        given.x.as<T>(),
+                                        given.out.as<T>(),
+                                        output<T>(grad_x),
+                                        written.data()};
+    if (map.outputs > 0) {
+      run(kernels_for<T>().reduce_backward[given.prod], args, map.batch * map.outputs,
+          (2 + 2 * map.inputs / map.outputs) * bytes);
     }
-    for (int64_t row = 0; row < rows; ++row) {  // tokens of no output token
-      if (args.visited[row]) continue;
-      void* unset = args.out + row * channels;
-      std::memset(unset, 0, static_cast<size_t>(row_bytes));
+    for (int64_t row = 0; row < rows; ++row) {  // dropped tokens
+      if (args.written[row]) continue;
+      void* zeros = args.grad_x + row * channels;
+      std::memset(zeros, 0, static_cast<size_t>(bytes));
     }
   });
-  return result;
+  return grad_x;
 }
 
 }  // namespace
-}  // namespace tokenops
+}  // namespace tokenops::merging
 
 STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
-  m.impl("invert", TORCH_BOX(&tokenops::invert));
-  m.impl("compose", TORCH_BOX(&tokenops::compose));
-  m.impl("merge_many", TORCH_BOX(&tokenops::merge_many));
-  m.impl("unmerge_many", TORCH_BOX(&tokenops::unmerge_many));
-  m.impl("merge", TORCH_BOX(&tokenops::merge));
-  m.impl("merge_reduce_backward", TORCH_BOX(&tokenops::merge_reduce_backward));
-  m.impl("merge_wavg", TORCH_BOX(&tokenops::merge_wavg));
-  m.impl("pair_dot", TORCH_BOX(&tokenops::pair_dot));
-  m.impl("unmerge", TORCH_BOX(&tokenops::unmerge));
+  m.impl("invert", TOKENOPS_BOX(&tokenops::merging::invert));
+  m.impl("compose", TOKENOPS_BOX(&tokenops::merging::compose));
+  m.impl("merge", TOKENOPS_BOX(&tokenops::merging::merge));
+  m.impl("merge_many", TOKENOPS_BOX(&tokenops::merging::merge_many));
+  m.impl("merge_wavg", TOKENOPS_BOX(&tokenops::merging::merge_wavg));
+  m.impl("merge_reduce_backward", TOKENOPS_BOX(&tokenops::merging::merge_reduce_backward));
+  m.impl("unmerge", TOKENOPS_BOX(&tokenops::merging::unmerge));
+  m.impl("unmerge_many", TOKENOPS_BOX(&tokenops::merging::unmerge_many));
+  m.impl("pair_dot", TOKENOPS_BOX(&tokenops::merging::pair_dot));
 }

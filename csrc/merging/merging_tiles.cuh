@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How merging on CUDA divides its work. A block makes a tile of the result: some rows of one image
-// by some packs of channels. What the tile needs of the token map it puts into shared memory; then
-// its threads take the tile's packs, every kThreads-th one each, with several on their way at once.
+// by some packs of channels. It copies the tile's part of the token map to shared memory; then each
+// thread makes every kThreads-th pack of the tile, with kInFlight loads at a time.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 #include "../cuda.cuh"
 #include "merging.h"
 
-// Loops of unknown length, whose copies would only take registers.
+// For loops of unknown length: unrolled, they would only take more registers.
 #if defined(TOKENOPS_EMULATE)
 #define TOKENOPS_ROLL
 #else
@@ -21,14 +21,15 @@
 namespace tokenops::merging {
 
 constexpr int kThreads = 256;
-constexpr int kAhead = 4;      // packs that a thread asks for before it uses the first of them
-constexpr int kStaged = 1024;  // members of a tile that shared memory has room for
-constexpr int kLong = 32;      // a row of more members is summed by the whole block
+constexpr int kInFlight = 4;   // packs that a thread loads before it uses the first one
+constexpr int kStaged = 1024;  // most members of a tile that are copied to shared memory
+constexpr int kLong = 32;      // a whole block reduces a segment that has more members
 constexpr int kTensors = 8;    // most tensors of one launch
 
+// Elements of a pack of 16 bytes.
 template <class T>
 constexpr int kPack = 16 / static_cast<int>(sizeof(T));
-// Blocks that registers leave room for on a multiprocessor, at least.
+// Fewest blocks on a multiprocessor: the limit of registers follows from it.
 template <class T>
 constexpr int kBlocks = sizeof(T) == sizeof(double) ? 2 : 4;
 template <class T>
@@ -36,7 +37,7 @@ constexpr int kMergeBlocks = sizeof(T) == sizeof(double) ? 2 : 3;
 
 // ---- tiles ----
 
-// How rows [B, rows, packs] are cut into tiles, one for each block.
+// How rows [batch, rows, packs] are divided into tiles, one for each block.
 struct Tiling {
   int batch, rows, packs;
   int tile_rows, tile_packs;
@@ -47,16 +48,16 @@ struct Tiling {
 
 struct Tile {
   int64_t image;
-  int row, rows;  // the first one, and how many there are
-  int pack, packs;
+  int row, rows;    // the first one, and their number
+  int pack, packs;  // likewise
 
-  // Images one after the other.
+  // Image after image.
   static __device__ __forceinline__ Tile in_order(const Tiling& all, unsigned block) {
     const int by_column = static_cast<int>(block / all.column_tiles);
     return at(all, by_column / all.row_tiles, by_column % all.row_tiles, block % all.column_tiles);
   }
-  // The last rows of all images first: there the one token is that takes all pruned ones, and what
-  // takes longest should not begin last.
+  // The last rows of all images first. The last output token may have all pruned tokens as members
+  // (`prune` with `fuse`), and the longest segment should not begin last.
   static __device__ __forceinline__ Tile last_rows_first(const Tiling& all, unsigned block) {
     const int by_column = static_cast<int>(block / all.column_tiles);
     return at(all, by_column % all.batch, all.row_tiles - 1 - by_column / all.batch,
@@ -73,7 +74,7 @@ struct Tile {
   }
 };
 
-// The packs of a tile that a thread takes, from row to row, without a division for each.
+// Iterates over the packs of a tile that a thread makes, without a division for each of them.
 struct Walk {
   int row, pack, columns, step_rows, step_packs;
 
@@ -92,39 +93,39 @@ struct Walk {
 
 // ---- packs ----
 
-// V elements as they are stored, in whole registers for as long as nobody looks at them.
+// V elements as they are in memory; an element is converted when it is read.
 template <class T, int V>
-struct alignas(sizeof(T) * V) Raw {
+struct alignas(sizeof(T) * V) Pack {
   static constexpr bool kPairs = sizeof(T) == 2 && V > 1;
   using Word = std::conditional_t<sizeof(T) == 2 && V == 1, uint16_t, uint32_t>;
   static constexpr int kWords = static_cast<int>(sizeof(T) * V / sizeof(Word));
   Word word[kWords];
 
-  static __device__ __forceinline__ Raw at(const T* data) {
-    return *reinterpret_cast<const Raw*>(data);
+  static __device__ __forceinline__ Pack at(const T* data) {
+    return *reinterpret_cast<const Pack*>(data);
   }
-  // V of the values, from `first` on.
+  // V of the values, from values[first] on.
   template <int Count>
-  static __device__ __forceinline__ Raw of(const acc_t<T> (&values)[Count], int first = 0) {
-    Raw raw;
+  static __device__ __forceinline__ Pack of(const acc_t<T> (&values)[Count], int first = 0) {
+    Pack pack;
     TOKENOPS_UNROLL
     for (int i = 0; i < V; ++i) {
       const T value = static_cast<T>(values[first + i]);
       if constexpr (kPairs) {
         uint16_t bits;
         std::memcpy(&bits, &value, sizeof(T));
-        raw.word[i / 2] = i % 2 == 0 ? bits : raw.word[i / 2] | uint32_t{bits} << 16;
+        pack.word[i / 2] = i % 2 == 0 ? bits : pack.word[i / 2] | uint32_t{bits} << 16;
       } else {
-        std::memcpy(raw.word + i * kWords / V, &value, sizeof(T));
+        std::memcpy(pack.word + i * kWords / V, &value, sizeof(T));
       }
     }
-    return raw;
+    return pack;
   }
-  static __device__ __forceinline__ Raw zero() {
-    Raw raw;
+  static __device__ __forceinline__ Pack zero() {
+    Pack pack;
     TOKENOPS_UNROLL
-    for (int i = 0; i < kWords; ++i) raw.word[i] = 0;
-    return raw;
+    for (int i = 0; i < kWords; ++i) pack.word[i] = 0;
+    return pack;
   }
   __device__ __forceinline__ acc_t<T> operator[](int i) const {
     T value;
@@ -138,67 +139,67 @@ struct alignas(sizeof(T) * V) Raw {
   }
   __device__ __forceinline__ void store(T* data) const {
 #if !defined(TOKENOPS_EMULATE)
-    if constexpr (sizeof(Raw) == 16) {  // an assignment would be taken apart into its words
+    if constexpr (sizeof(Pack) == 16) {  // the compiler splits an assignment into words
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(data)),
                    "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
                    : "memory");
       return;
     }
 #endif
-    *reinterpret_cast<Raw*>(data) = *this;
+    *reinterpret_cast<Pack*>(data) = *this;
   }
 };
 
-// ---- what the rows of a tile are made of ----
+// ---- rows of a tile ----
 
-// What an accumulated row is multiplied with, and then divided by. For a result that is rounded to
-// a shorter type, the reciprocal is as exact, and kept in place of the divisor.
+// The factor times / over of an accumulated row. Where the result is rounded to half precision, a
+// product with the reciprocal is as exact, and `over` is the reciprocal of the divisor.
 template <class T>
 struct Factor {
   using A = acc_t<T>;
-  static constexpr bool kShort = sizeof(T) < sizeof(A);
+  static constexpr bool kHalf = sizeof(T) < sizeof(A);
   A times, over;
 
-  // A power of two keeps the reciprocal of any total finite and exact.
-  static __device__ __forceinline__ Factor average(A total) {
+  // 1 / total, both parts scaled by a power of two so that the reciprocal does not overflow.
+  static __device__ __forceinline__ Factor mean(A total) {
     const A size = total < 0 ? -total : total, big = A(uint64_t{1} << 63);
     const A times = size < 1 / big ? big : size > big ? 1 / big : A(1);
-    return {times, kShort ? 1 / (total * times) : total * times};
+    return {times, kHalf ? 1 / (total * times) : total * times};
   }
-  // What `on` takes.
-  __device__ __forceinline__ A reciprocal() const { return kShort || over == 1 ? over : 1 / over; }
-  // x * times / over as division rounds it: its remainder corrects the product.
-  __device__ __forceinline__ A on(A x, A reciprocal) const {
+  // The second argument of `apply`.
+  __device__ __forceinline__ A reciprocal() const { return kHalf || over == 1 ? over : 1 / over; }
+  // x * times / over, rounded as a division: the remainder of the quotient corrects it.
+  __device__ __forceinline__ A apply(A x, A reciprocal) const {
     x *= times;
     const A quotient = x * reciprocal;
-    if (kShort) return quotient;
-    const A left = std::fma(-quotient, over, x);
-    return left - left == 0 ? std::fma(left, reciprocal, quotient) : quotient;
+    if (kHalf) return quotient;
+    const A remainder = std::fma(-quotient, over, x);
+    return remainder - remainder == 0 ? std::fma(remainder, reciprocal, quotient) : quotient;
   }
 };
 
 template <class T>
 struct alignas(16) MergedRow {
   Factor<T> factor;
-  int begin, count;  // of its members among those of the tile
+  int begin, count;  // its segment within the members of the tile
 };
 
-// The members of a tile's rows, with their weights: in shared memory if all of them fit there, else
-// where they came from.
+// The members of a tile's rows and their weights: in shared memory if at most kStaged, else in
+// global memory.
 template <class A>
 struct TileMembers {
-  const int32_t* list;  // of the members from `begin` on
-  const A* weight;      // of the same, or of tokens, or null
+  const int32_t* list;  // members of the image from `begin` on
+  const A* weight;      // of the entries of `list` if staged, else of tokens; or null
   int inputs, begin, count;
   bool staged;
 
-  __device__ __forceinline__ TileMembers(const Map& map, const A* weights, const Tile& tile,
+  __device__ __forceinline__ TileMembers(const TokenMap& map, const A* weights, const Tile& tile,
                                          int32_t* shared_list, A* shared_weights) {
     const int32_t* const members = map.members + tile.image * map.inputs;
-    const Members last = map.members_of(tile.image, tile.row + tile.rows - 1);
+    const Segment last = map.segment(tile.image, tile.row + tile.rows - 1);
     inputs = static_cast<int>(map.inputs);
-    begin = static_cast<int>(map.members_of(tile.image, tile.row).index - members);
-    count = static_cast<int>(last.index + last.count - members) - begin;
+    begin = static_cast<int>(map.segment(tile.image, tile.row).members - members);
+    count = static_cast<int>(last.members + last.count - members) - begin;
     list = members + begin;
     weight = weights != nullptr ? weights + tile.image * map.inputs : nullptr;
     staged = count <= kStaged;
@@ -211,7 +212,7 @@ struct TileMembers {
     list = shared_list;
     if (weight != nullptr) weight = shared_weights;
   }
-  // The i-th token; a wild one is taken for the nearest that is there.
+  // The i-th token, clamped to the image.
   __device__ __forceinline__ int token(int i) const {
     const int n = list[i];
     return n < 0 ? 0 : n < inputs ? n : inputs - 1;

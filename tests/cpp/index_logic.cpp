@@ -10,7 +10,6 @@
 
 #include "matching/select.h"
 #include "merging/merging.h"
-#include "merging/route.h"
 
 using namespace tokenops;
 using namespace tokenops::matching;
@@ -144,14 +143,15 @@ void wild_indices_stay_inside() {
     };
     const std::vector<int32_t> assign = wild(inputs + middle), earlier = wild(inputs);
     const std::vector<int32_t> offsets = wild(outputs), members = wild(inputs);
-    const Map map = {assign.data(), offsets.data(), members.data(), 1, inputs, outputs};
+    const merging::TokenMap map = {assign.data(), offsets.data(), members.data(), 1,
+                                   inputs,        outputs};
     for (int64_t m = 0; m < outputs; ++m) {
-      const Members of = map.members_of(0, m);
-      CHECK(of.count >= 0 && of.index >= members.data());
-      CHECK(of.index + of.count <= members.data() + inputs);
+      const merging::Segment segment = map.segment(0, m);
+      CHECK(segment.count >= 0 && segment.members >= members.data());
+      CHECK(segment.members + segment.count <= members.data() + inputs);
     }
-    const Route direct = {assign.data(), nullptr, inputs, inputs, outputs};
-    const Route through = {assign.data(), earlier.data(), inputs, middle, outputs};
+    const merging::Assignment direct = {assign.data(), nullptr, 1, inputs, inputs, outputs};
+    const merging::Assignment through = {assign.data(), earlier.data(), 1, inputs, middle, outputs};
     for (int64_t n = 0; n < inputs; ++n) {
       const bool live = assign[n] >= 0 && assign[n] < outputs;
       CHECK(direct(0, n) == (live ? assign[n] : -1));
