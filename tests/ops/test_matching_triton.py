@@ -34,28 +34,28 @@ def test_widths_that_do_not_stay_on_the_chip(inputs):
 @interpreted
 def test_lengths_that_are_taken_before(monkeypatch):
     """What large inputs do: another kernel prepares candidates."""
-    from tokenops.ops.matching.triton import launches
+    from tokenops.ops.matching.triton import search_launches
 
     a, keys = exact_metric(2, 90, 16, dtype=torch.float16), exact_metric(2, 2, 90, 16)
     expected = [tokenops.match(x, 20, num_prefix=1).assign for x in (a, keys)]
-    monkeypatch.setattr(launches, "AGAIN", 0)
-    launches.plan.cache_clear()
+    monkeypatch.setattr(search_launches, "MAX_REREAD", 0)
+    search_launches.launches.cache_clear()
     with tokenops.use_backend("triton"):
         for x, assign in zip((a, keys), expected, strict=True):
             assert_same_bits(tokenops.match(x, 20, num_prefix=1).assign, assign)
-    launches.plan.cache_clear()
+    search_launches.launches.cache_clear()
 
 
 @interpreted
 @pytest.mark.parametrize("order", ["position", "tome"])
 @pytest.mark.parametrize("k", [2, 7])
 def test_more_tokens_than_one_program_sorts(order, k, monkeypatch):
-    from tokenops.ops.matching.triton import choice
+    from tokenops.ops.matching.triton import select_launches
 
     metric = exact_metric(2, 61, 4, nan_rows=0.1)
     options = {"split": tokenops.strided(k), "order": order, "protected": torch.arange(61) % 5 == 2}
     expected = tokenops.match(metric, 7, **options)
-    monkeypatch.setattr(choice, "LARGEST", 60)
+    monkeypatch.setattr(select_launches, "LARGEST", 60)
     with tokenops.use_backend("triton"):
         got = tokenops.match(metric, 7, **options)
     assert_same_bits(got.assign, expected.assign)

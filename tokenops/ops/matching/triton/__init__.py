@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matching by Triton kernels: a search for the best pairs, and a choice among them."""
+"""Matching by Triton kernels: search for the best pairs, and selection among them."""
 
-from .choice import match, search, select
-from .launches import nearest
+from .search_launches import nearest
+from .select_launches import match, search, select
 
 __all__ = ["match", "nearest", "search", "select"]
