@@ -18,7 +18,7 @@ class Split:
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
     ) -> SplitArgs:
-        """Apply the split to ``batch`` images of ``num_tokens``, the first ``num_prefix`` taboo."""
+        """Apply the split to ``batch`` images of ``num_tokens`` tokens, prefix included."""
         raise NotImplementedError
 
 
@@ -52,7 +52,7 @@ class Random(Split):
                 "random", "num_sources", f"at most the {free} tokens outside the prefix",
                 self.num_sources,
             )  # fmt: skip
-        if self.generator is None:  # the overload with a generator knows no symbolic shapes
+        if self.generator is None:  # with a generator, rand takes no symbolic shapes
             draw = torch.rand(batch, free, device=device)
         else:
             generator = self.generator
@@ -101,14 +101,14 @@ class Grid(Split):
 class Explicit(Split):
     """Sources and destinations given by index."""
 
-    source_index: Tensor
-    destination_index: Tensor
+    src_index: Tensor
+    dst_index: Tensor
 
     def resolve(
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
     ) -> SplitArgs:
         """Apply the split; see :meth:`Split.resolve`."""
-        a, b = self.source_index, self.destination_index
+        a, b = self.src_index, self.dst_index
         for argument, index in (("split[0]", a), ("split[1]", b)):
             _checks.check_index("match", argument, index, dims=(1, 2))
             if index.dim() == 2 and index.shape[0] != batch:
@@ -125,7 +125,7 @@ class Explicit(Split):
     def _check_values(self, batch: int, num_tokens: int, num_prefix: int) -> None:
         a, b = (
             index.long().expand(batch, index.shape[-1])
-            for index in (self.source_index, self.destination_index)
+            for index in (self.src_index, self.dst_index)
         )
         both = torch.cat([a, b], dim=1)  # [B, Ns + Nd]
         if not _checks.holds(((both >= num_prefix) & (both < num_tokens)).all()):
@@ -141,23 +141,24 @@ class Explicit(Split):
 
 
 def alternate() -> Split:
-    """Even tokens are sources, odd tokens destinations: ToMe's split.
+    """Take even tokens as sources and odd tokens as destinations: ToMe's split.
 
     Returns:
         The split, for ``match(split=...)``.
-
-    Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3.
 
     Example:
         >>> import torch, tokenops
         >>> tokenops.match(torch.ones(1, 4, 2), 1, split=tokenops.alternate()).assign.tolist()
         [[0, 0, 1, 2]]
+
+    References:
+        Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3.
     """
     return Strided(2)
 
 
 def strided(k: int) -> Split:
-    """Every k-th token is a destination (tokens k-1, 2k-1, ...), the rest are sources.
+    """Take every k-th token (k-1, 2k-1, ...) as a destination, and the rest as sources.
 
     Args:
         k: Stride, at least 1; with 1 there are no sources and nothing merges.
@@ -169,12 +170,13 @@ def strided(k: int) -> Split:
         TypeError: If ``k`` is no int.
         ValueError: If ``k`` is below 1.
 
-    Source: ToMe's ``kth_bipartite_soft_matching``.
-
     Example:
         >>> import torch, tokenops
         >>> tokenops.match(torch.ones(1, 6, 2), 3, split=tokenops.strided(3)).assign.tolist()
         [[0, 0, 0, 0, 1, 2]]
+
+    References:
+        ``kth_bipartite_soft_matching`` of ToMe.
     """
     return Strided(_checks.check_int("strided", "k", k, minimum=1))
 
@@ -183,18 +185,18 @@ def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
     """Draw the sources of each image at random; all other tokens are destinations.
 
     Args:
-        num_sources: Number of sources per image, at most the tokens outside the prefix.
-        generator: Source of randomness; the device's default one when None. ``torch.compile``
-            knows the default one only. So does activation checkpointing, which sets it back before
-            it computes a forward pass again: another one would draw other tokens then, and using it
-            there is an error.
+        num_sources: Number of sources in each image, at most the tokens outside the prefix.
+        generator: Source of randomness; the device's default one if None. ``torch.compile`` traces
+            the default one only. Activation checkpointing restores the default one before it
+            computes a forward pass again; any other generator would draw other tokens then, so
+            using it there is an error.
 
     Returns:
         The split, for ``match(split=...)``. Each use draws anew.
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If ``num_sources`` is negative or, at use, more than there are tokens, or a
+        ValueError: If ``num_sources`` is negative or, at use, more than there are tokens, or if a
             recomputation would draw anew.
 
     Example:
@@ -209,19 +211,19 @@ def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
 
 
 def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = None) -> Split:
-    """One destination in each ``sy`` by ``sx`` cell of an ``h`` by ``w`` image: tomesd's split.
+    """Take a destination in each ``sy`` by ``sx`` cell of an ``h`` by ``w`` image: tomesd's split.
 
-    The choice is shared across the batch. Tokens at the lower and right border that fill no whole
-    cell are sources, so the image need not divide. Prefix tokens come before the grid.
+    All images of a batch have the same destinations. Tokens at the lower and right border that fill
+    no whole cell are sources, so cells need not divide the image. Prefix tokens precede the grid.
 
     Args:
         h: Height in tokens.
         w: Width in tokens.
         sy: Height of a cell.
-        sx: Width of a cell. In an image that is lower or narrower than a cell there is no
-            destination, and nothing merges.
-        generator: Draws the position in each cell, anew at each use; None takes the top left one,
-            which is what works under ``torch.compile``. Under activation checkpointing: see
+        sx: Width of a cell. An image that is lower or narrower than a cell has no destination, and
+            nothing merges.
+        generator: Draws the token of each cell, anew at each use; None takes the top left one, and
+            is the only choice under ``torch.compile``. For activation checkpointing see
             :func:`random`.
 
     Returns:
@@ -230,15 +232,16 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
     Raises:
         TypeError: If an argument has a wrong type.
         ValueError: If a size is below 1 or, at use, ``h * w`` is not the number of tokens outside
-            the prefix, or a recomputation would draw anew.
-
-    Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
+            the prefix, or if a recomputation would draw anew.
 
     Example:
         >>> import torch, tokenops
         >>> split = tokenops.grid(2, 4, 2, 2)  # two cells, whose top left tokens stay
         >>> tokenops.match(torch.ones(1, 8, 2), 6, split=split).assign.tolist()
         [[0, 0, 1, 0, 0, 0, 0, 0]]
+
+    References:
+        Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
     """
     h, w, sy, sx = (
         _checks.check_int("grid", argument, value, minimum=1)
@@ -248,5 +251,5 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
     return Grid(h, w, sy, sx, generator)
 
 
-# torch.load(weights_only=True) takes a split without a generator.
+# torch.load(weights_only=True) loads splits without a generator.
 torch.serialization.add_safe_globals([Strided, Random, Grid, Explicit])

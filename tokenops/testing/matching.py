@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much similarity the choices of a matching gave away."""
+"""Regret: how much similarity a matching gave away."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def nearest_regret(
     similarity: str = "cosine",
     b_mask: Tensor | None = None,
 ) -> Tensor:
-    """How much more similar the best row of ``b`` is than the chosen one, in float64.
+    """Best similarity of each row of ``a`` minus its similarity to the chosen row of ``b``.
 
     Args:
         a: ``[B, Na, D]`` or ``[B, H, Na, D]``, as :func:`tokenops.nearest` takes it.
         b: ``[B, Nb, D]`` or ``[B, H, Nb, D]``.
-        index: Chosen rows ``[B, Na]``; -1 where there was nothing to choose.
+        index: Chosen rows ``[B, Na]``; -1 for none.
         similarity: ``"cosine"`` or ``"dot"``.
         b_mask: Bool ``[B, Nb]``, true for rows of ``b`` that take part.
 
     Returns:
-        Regret ``[B, Na]`` in float64: 0 for a best row and for -1, infinite for a masked or NaN row
-        where a finite similarity was to be had.
+        Regret ``[B, Na]`` in float64: 0 for a best row and for -1, inf for a masked or NaN row if
+        another row has a finite similarity.
 
     Example:
         >>> a = torch.tensor([[[1.0, 0.0]]])
@@ -61,26 +61,26 @@ def matching_regret(
     split: Split | tuple[Tensor, Tensor] | None = None,
     similarity: str = "cosine",
 ) -> Tensor:
-    """How much similarity a matching gave away, in float64.
+    """Largest shortfall of the similarities of the pairs that merged, for each image.
 
-    Of the ``r`` sources that merged in an image, each was merged with a similarity. With the best
-    choice of destinations and of sources, none would be lower than the larger one of its own best
-    similarity and the r-th largest of all best similarities. The regret is the largest shortfall.
+    In the best matching of ``r`` sources, each source merges with its own best similarity, which is
+    at least the r-th largest of all best similarities. The shortfall of a pair is the larger of the
+    two minus the similarity of the pair.
 
     Args:
         metric: ``[B, N, D]`` or ``[B, H, N, D]``, as :func:`tokenops.match` took it.
-        token_map: What it returned.
-        num_prefix: As it was given to ``match``.
-        protected: As it was given to ``match``.
-        split: As it was given to ``match``; one without a generator, so that it is the same again.
+        token_map: Result of :func:`tokenops.match`.
+        num_prefix: As given to ``match``.
+        protected: As given to ``match``.
+        split: As given to ``match``; without a generator, which would draw another split.
         similarity: ``"cosine"`` or ``"dot"``.
 
     Returns:
         Regret ``[B]`` in float64, at most :func:`similarity_rounding` for a correct kernel.
 
     Raises:
-        AssertionError: If a group is none that a bipartite matching makes: two destinations, a
-            protected or prefix token together with another one.
+        AssertionError: If no bipartite matching makes a group: two destinations, or a protected or
+            prefix token together with another token.
 
     Example:
         >>> import tokenops
@@ -90,7 +90,7 @@ def matching_regret(
         True
     """
     batch, tokens, device = metric.shape[0], metric.shape[-2], metric.device
-    source, destination = _split_masks(
+    src, dst = _split_masks(
         alternate() if split is None else split, batch, tokens, num_prefix, device
     )  # [B, N] each
     token = torch.arange(tokens, device=device)
@@ -102,18 +102,18 @@ def matching_regret(
     together = together & (token[:, None] != token)
     alone = ~together.any(2)
     require(bool((free | alone).all()), "a prefix or protected token is in a group")
-    require(bool((source | destination | alone).all()), "a token of neither set is in a group")
-    pairs = together & destination[:, None, :]
-    groups = pairs.sum(2)[source]
+    require(bool((src | dst | alone).all()), "a token of neither set is in a group")
+    pairs = together & dst[:, None, :]
+    groups = pairs.sum(2)[src]
     require(bool((groups <= 1).all()), "two destinations are in one group")
-    merged = source & pairs.any(2)
-    require(bool((merged | alone | destination).all()), "sources merged without a destination")
+    merged = src & pairs.any(2)
+    require(bool((merged | alone | dst).all()), "sources merged without a destination")
 
     scores = _similarities(metric, metric, similarity)
-    scores = scores.masked_fill(~(destination & free)[:, None, :], -math.inf)
+    scores = scores.masked_fill(~(dst & free)[:, None, :], -math.inf)
     if tokens == 0:
         return torch.zeros(batch, dtype=torch.float64, device=device)
-    best = scores.amax(2).masked_fill(~(source & free), -math.inf)  # [B, N]
+    best = scores.amax(2).masked_fill(~(src & free), -math.inf)  # [B, N]
     chosen = torch.where(pairs, scores, -math.inf).amax(2)
     ranked = best.sort(dim=1, descending=True).values
     bar = ranked.gather(1, (merged.sum(1, keepdim=True) - 1).clamp(min=0))  # [B, 1]
@@ -123,14 +123,14 @@ def matching_regret(
 
 
 def similarity_rounding(metric: Tensor, similarity: str = "cosine") -> float:
-    """Largest difference of two similarities that rounding may turn around.
+    """Largest difference of two similarities whose order rounding may change.
 
-    The bound is that of a sum of D products in any order, of the means over heads and of the
-    lengths before it, in the precision that similarities accumulate in: float32, or float64 for
+    This bounds the error of a sum of D products in any order, and of the means over heads and the
+    lengths before it, in the precision in which similarities accumulate: float32, or float64 for
     double inputs.
 
     Args:
-        metric: ``[B, N, D]`` or ``[B, H, N, D]``; NaN and infinite rows do not count.
+        metric: ``[B, N, D]`` or ``[B, H, N, D]``; rows with NaN or inf are ignored.
         similarity: ``"cosine"`` or ``"dot"``.
 
     Returns:
@@ -144,7 +144,7 @@ def similarity_rounding(metric: Tensor, similarity: str = "cosine") -> float:
     heads = metric.shape[1] if metric.dim() == 4 else 1
     terms = metric.shape[-1] + 2 * heads + 8
     scale = 1.0
-    # A mean over heads that cancel is off by a part of the heads, not of the mean.
+    # Where heads cancel, the error of their mean is relative to the heads, not to the mean.
     rows = metric.detach().double()
     rows = rows.abs().mean(1) if metric.dim() == 4 else rows
     lengths = rows.norm(dim=-1)

@@ -29,40 +29,42 @@ def nearest(
     a_mask: Tensor | None = None,
     b_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Most similar row of ``b`` for each row of ``a``, without the matrix of similarities.
+    """Find the most similar row of ``b`` for each row of ``a``, without the similarity matrix.
 
-    ``score[i] = max_j sim(a[i], b[j])``, ``index[i]`` the lowest ``j`` that attains it. A row of
-    length zero has cosine similarity 0 to everything; a NaN similarity counts as -inf.
+    ``score[i] = max_j sim(a[i], b[j])``, and ``index[i]`` is the lowest ``j`` that attains it. The
+    cosine similarity of a row of length zero is 0; a NaN similarity counts as -inf.
 
     Args:
-        a: ``[B, Na, D]``, or attention keys ``[B, H, Na, D]`` whose mean over heads is meant; any
-            strides; float16, bfloat16, float32 or float64.
-        b: ``[B, Nb, D]`` or ``[B, H, Nb, D]`` of the same rank and dtype.
+        a: ``[B, Na, D]``, or attention keys ``[B, H, Na, D]`` whose mean over heads is compared;
+            float16, bfloat16, float32 or float64; any strides.
+        b: ``[B, Nb, D]`` or ``[B, H, Nb, D]``, of the rank and dtype of ``a``.
         similarity: ``"cosine"`` or ``"dot"``.
-        a_mask: Bool ``[B, Na]``, true for rows that take part.
-        b_mask: Bool ``[B, Nb]``, true for rows that take part.
+        a_mask: Bool ``[B, Na]``, true for rows of ``a`` that take part.
+        b_mask: Bool ``[B, Nb]``, true for rows of ``b`` that take part.
 
     Returns:
-        ``score`` ``[B, Na]`` in float32 (float64 for double inputs) and ``index`` int32
-        ``[B, Na]``. Rows that take no part, or have no candidate: -inf and -1.
-
-    Differentiable in: ``a`` and ``b`` through ``score`` at the chosen pair, twice and more.
-
-    Determinism: the same bits from run to run, for any number of threads. Backends may choose
-    differently where two similarities differ by less than their rounding.
+        ``score`` ``[B, Na]`` in float32 (float64 for double inputs) and ``index``, int32
+        ``[B, Na]``; -inf and -1 for a row that takes no part or has no candidate.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If shapes or devices do not fit, or ``similarity`` is unknown.
         NotImplementedError: If an explicitly chosen backend cannot serve the call.
 
-    Source: the node similarity of ToMe (Bolya et al., ICLR 2023, section 3).
+    Note:
+        ``score`` is differentiable in ``a`` and ``b`` at the chosen pairs, to any order.
+        Deterministic for any number of threads; backends may choose differently where two
+        similarities differ by less than their rounding.
 
     Example:
         >>> import torch, tokenops
         >>> a = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
         >>> tokenops.nearest(a, a.flip(1))[1].tolist()
         [[1, 0]]
+
+    References:
+        The node similarity of ToMe (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023,
+        section 3).
     """
     _checks.check_floating("nearest", "a", a, dims=(3, 4))
     _checks.check_floating("nearest", "b", b, dims=(3, 4))
@@ -93,56 +95,60 @@ def match(
     order: str = "position",
     similarity: str = "cosine",
 ) -> TokenMap:
-    """Match tokens by similarity: the ``r`` best sources merge into their best destination.
+    """Match tokens by similarity: the ``r`` best sources merge into their best destinations.
 
-    Each source's most similar destination is found without the matrix of similarities; the sources
-    with the highest similarity merge. Ties go to the lowest token index.
+    For each source, ``node_max`` is the largest similarity to a destination and ``node_idx`` the
+    lowest destination that has it; the similarity matrix is not stored. The ``r`` sources with the
+    largest ``node_max`` merge, of equal ones those of the lowest token index.
 
     Args:
-        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant;
-            any strides, for example a view of a packed qkv; float16, bfloat16, float32 or float64.
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is the
+            metric; float16, bfloat16, float32 or float64; any strides, for example a view of a
+            packed qkv.
         r: Number of tokens to merge away, clamped to the number of sources outside the prefix. To
             export a share of N under a named ``Dim``, give ``torch.export.export`` the option
             ``prefer_deferred_runtime_asserts_over_guards=True``.
-        num_prefix: Leading tokens (class, distillation, registers) that take no part.
-        protected: Bool ``[N]`` or ``[B, N]``, true for tokens that take no part. Each image needs
-            at least ``r`` sources besides, and a destination, unless a ``threshold`` is given: the
-            number of output tokens cannot depend on values. Where values cannot be checked without
-            waiting for the device, protected sources then merge as the last resort.
+        num_prefix: Number of leading tokens (class, distillation, registers) that neither merge
+            nor receive.
+        protected: Bool ``[N]`` or ``[B, N]``, true for tokens that neither merge nor receive. The
+            number of output tokens cannot depend on values, so without a ``threshold`` each image
+            needs ``r`` unprotected sources and an unprotected destination. If ``protected`` cannot
+            be checked without waiting for the device, protected sources merge as a last resort.
         split: Sources and destinations: ``alternate()`` (ToMe), ``strided(k)``, ``random(n)``,
             ``grid(h, w, sy, sx)`` (tomesd), or a pair of index tensors ``([Ns] or [B, Ns],
-            [Nd] or [B, Nd])`` that name tokens outside the prefix, each at most once; a token that
-            neither names stays as it is.
-        threshold: Merge only pairs at least that similar, at most ``r`` of them. Counts then differ
-            between images: the map has N output tokens, of which ``counts`` are live. The cosine of
-            equal tokens may round to just below 1. A floating-point tensor of no dimension, or
-            ``[B]`` with a threshold for each image, may change its value under CUDA graphs; NaN in
-            it merges nothing. A float that is an argument of a compiled function makes it compile
-            a second time for its second value, and then no more.
-        order: ``"position"``: output tokens in the order of their first member. ``"tome"``: prefix,
-            unmerged sources, destinations, as ToMe concatenates them.
+            [Nd] or [B, Nd])``, which name tokens outside the prefix at most once. Tokens that
+            neither of them names stay as they are.
+        threshold: Least similarity of a pair that merges; at most ``r`` pairs do. Counts then
+            differ between images: the map has N output tokens, of which ``counts`` are live. A
+            floating-point tensor of shape ``[]`` or ``[B]`` may change its values under CUDA
+            graphs; NaN in it merges nothing. The cosine of equal tokens may round to just below 1.
+            If a float is an argument of a compiled function, its second value compiles the function
+            once more, and further values do not.
+        order: Order of the output tokens. ``"position"``: that of their first members.
+            ``"tome"``: prefix, unmerged sources, destinations, as ToMe concatenates them.
         similarity: ``"cosine"`` or ``"dot"``.
 
     Returns:
         A map of N tokens to N - r (to N, padded, with a ``threshold``).
-
-    Differentiable in: nothing; indices carry no gradient.
-
-    Determinism: the same bits from run to run, for any number of threads. Backends may choose
-    differently where two similarities differ by less than their rounding.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape, device or value does not fit.
         NotImplementedError: If an explicitly chosen backend cannot serve the call.
 
-    Source: ToMe's ``bipartite_soft_matching`` (Bolya et al., ICLR 2023, section 3).
+    Note:
+        Not differentiable; indices carry no gradient. Deterministic for any number of threads;
+        backends may choose differently where two similarities differ by less than their rounding.
 
     Example:
         >>> import torch, tokenops
         >>> metric = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 0.5]]])
         >>> tokenops.match(metric, 1).assign.tolist()
         [[0, 0, 1, 2]]
+
+    References:
+        ``bipartite_soft_matching`` of ToMe (Bolya et al., "Token Merging: Your ViT But Faster",
+        ICLR 2023, section 3).
     """
     _checks.check_floating("match", "metric", metric, dims=(3, 4))
     _check_heads("match", "metric", metric)
@@ -191,7 +197,7 @@ def _check_heads(name: str, argument: str, x: Tensor) -> None:
 
 
 def _check_threshold(threshold: object, metric: Tensor) -> tuple[float | None, Tensor | None]:
-    """A threshold as a number for all images, or as a tensor ``[B]``."""
+    """A threshold for all images as a float, or one for each image as a tensor ``[B]``."""
     batch = metric.shape[0]
     if isinstance(threshold, Tensor):
         if not threshold.dtype.is_floating_point:
@@ -202,9 +208,9 @@ def _check_threshold(threshold: object, metric: Tensor) -> tuple[float | None, T
     if isinstance(threshold, bool) or not isinstance(threshold, Real):
         expected = "a float, a floating-point tensor or None"
         raise _checks.type_error("match", "threshold", expected, threshold)
-    if threshold != threshold:  # NaN, in words that are traced
+    if threshold != threshold:  # NaN, in a form that torch.compile traces
         raise _checks.value_error("match", "threshold", "a number", threshold)
-    if torch.compiler.is_dynamo_compiling():  # graphs take numbers as tensors, or one for each
+    if torch.compiler.is_dynamo_compiling():  # else the graph serves this value only
         each: Tensor = metric.new_zeros(batch, dtype=acc_dtype(metric)) + threshold  # type: ignore[assignment]
         return None, each
     return float(threshold), None

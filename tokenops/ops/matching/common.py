@@ -137,6 +137,28 @@ def protected_tokens(batch: int, tokens: int, split: SplitArgs, device: torch.de
     return prefix if split.protected is None else prefix | split.protected
 
 
+def rank_sources(
+    node_max: Tensor, src: Tensor, protected: Tensor, prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rank sources: those of grade 0 merge first, of grade 1 as a last resort, of grade 2 never.
+
+    Args:
+        node_max: ``[B, Ns]`` score of each source, in the order of their tokens.
+        src: ``[B, Ns]`` tokens of the sources, ascending.
+        protected: Bool ``[B, N]``, true for protected tokens, which have grade 1.
+        prefix: Number of tokens in the prefix, which have grade 2.
+
+    Returns:
+        Scores, with -inf for grades above 0; grades; indices of the sources by falling score; and
+        by grade, then falling score. Of equal sources the first comes first.
+    """
+    grade = protected.gather(1, src).int() + (src < prefix)
+    node_max = node_max.masked_fill(grade > 0, -math.inf)
+    by_score = node_max.argsort(dim=1, descending=True, stable=True)
+    by_grade = grade.gather(1, by_score).argsort(dim=1, stable=True)
+    return node_max, grade, by_score, by_score.gather(1, by_grade)
+
+
 def thresholds(request: Request, dtype: torch.dtype) -> float | Tensor | None:
     """Least similarity of a pair that merges: a number, one for each image [B, 1], or None."""
     if request.thresholds is None:
@@ -163,23 +185,18 @@ def select(
     (batch, _), device = best.node_max.shape, best.node_max.device
     src, dst, dst_listed = sides("select", batch, tokens, split, device)
     protected = protected_tokens(batch, tokens, split, device)
-    prefix, r = split.num_prefix, mergeable(tokens, request.r)
+    prefix, r = max(split.num_prefix, 0), mergeable(tokens, request.r)
     least = thresholds(request, best.node_max.dtype)
     token = torch.arange(tokens, device=device)
     src, by_token = src.sort(dim=1)  # of equal scores, the one of the lowest token comes first
     node_max, node_idx = best.node_max.gather(1, by_token), best.node_idx.gather(1, by_token)
-    # Grade 0 merges first, grade 1 (protected) as a last resort, grade 2 (prefix) never.
-    grade = protected.gather(1, src).int() + (src < prefix)  # [B, Ns]
-    node_max = torch.where(grade > 0, -math.inf, node_max)
+    node_max, grade, by_score, ranking = rank_sources(node_max, src, protected, prefix)
     if dst.shape[1] == 0:
         merged = torch.zeros_like(src, dtype=torch.bool)
         target = src
     else:
         target = dst.gather(1, node_idx.clamp(min=0).long())  # [B, Ns]
-        ranking = node_max.argsort(dim=1, descending=True, stable=True)
-        ranking = ranking.gather(1, grade.gather(1, ranking).argsort(dim=1, stable=True))
-        rank = ranking.argsort(dim=1)
-        merged = (rank < r) & (grade < 2)
+        merged = (ranking.argsort(dim=1) < r) & (grade < 2)
         if least is not None:
             merged = merged & (grade == 0) & (node_idx >= 0) & (node_max >= least)
 
@@ -199,8 +216,7 @@ def select(
         key[:, :prefix] = 0
         within = token.repeat(batch, 1)
         if prefix == 0:
-            by_score = node_max.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            within = within.scatter(1, src, by_score)
+            within = within.scatter(1, src, by_score.argsort(dim=1))
         index = torch.arange(dst_listed.shape[1], device=device).expand_as(dst_listed)
         listed = torch.zeros_like(within).scatter(1, dst_listed, index)
         within = torch.where(key == 3, listed, within)

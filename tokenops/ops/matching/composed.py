@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matching put together from PyTorch's operators: what serves where there is no kernel.
+"""Matching by PyTorch's operators, which serves where there is no kernel.
 
-Products of blocks of rows with all candidates, whose maximum is taken while a block is in the
-cache; the best sources by one partial sort; places of the output tokens by counting.
+The search multiplies blocks of rows with all candidates and takes the maximum while a block is in
+the cache. The selection takes the best sources by one partial sort and numbers output tokens by
+prefix sums.
 
 Letters: B batch, N tokens, Na or Ns sources, Nb or Nd destinations, D width of the metric.
 """
@@ -21,55 +22,59 @@ from . import common
 from .arguments import Best, Map, Request, SplitArgs
 
 
-class _Split(NamedTuple):
-    """Tokens by their role; by a stride, else by ascending lists, int64 ``[B, .]``."""
+class _Sides(NamedTuple):
+    """Sources and destinations: those of a stride, else ascending lists, int64 ``[B, .]``.
+
+    An index of a source or destination is its index among the ascending ones.
+    """
 
     tokens: int
-    num_sources: int
-    num_destinations: int
-    stride: int  # 0 where the tokens are listed
-    prefix_sources: int  # the first sources and destinations of a stride are in the prefix
-    prefix_destinations: int
-    sources: Tensor | None = None
-    destinations: Tensor | None = None
-    source_order: Tensor | None = None  # places in the order of the split
-    destination_order: Tensor | None = None
+    prefix: int
+    stride: int  # 0 where tokens are listed
+    num_src: int
+    num_dst: int
+    prefix_src: int = 0  # of a stride, so many sources and destinations are in the prefix
+    prefix_dst: int = 0
+    src: Tensor | None = None
+    dst: Tensor | None = None
+    src_order: Tensor | None = None  # indices in the order of the split
+    dst_order: Tensor | None = None
 
-    def source_tokens(self, place: Tensor) -> Tensor:
-        """Token of each source [B, K] by its place."""
-        if self.sources is not None:
-            return self.sources.gather(1, place)
-        return place + place // (self.stride - 1) if self.stride > 2 else place * self.stride
+    def src_tokens(self, index: Tensor) -> Tensor:
+        """Tokens [B, K] of sources by their indices."""
+        if self.src is not None:
+            return self.src.gather(1, index)
+        return index + index // (self.stride - 1) if self.stride > 2 else index * self.stride
 
-    def destination_tokens(self, place: Tensor) -> Tensor:
-        """Token of each destination [B, K] by its place."""
-        if self.destinations is not None:
-            return self.destinations.gather(1, place)
-        return (place * self.stride).add_(self.stride - 1)
+    def dst_tokens(self, index: Tensor) -> Tensor:
+        """Tokens [B, K] of destinations by their indices."""
+        if self.dst is not None:
+            return self.dst.gather(1, index)
+        return (index * self.stride).add_(self.stride - 1)
 
     def lists(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """All sources and destinations, ascending: int64 [B, Ns], [B, Nd]."""
-        if self.sources is not None and self.destinations is not None:
-            return self.sources, self.destinations
-        sources = torch.arange(self.num_sources, device=device).expand(batch, -1)
-        destinations = torch.arange(self.num_destinations, device=device).expand(batch, -1)
-        return self.source_tokens(sources), self.destination_tokens(destinations)
+        if self.src is not None and self.dst is not None:
+            return self.src, self.dst
+        src = torch.arange(self.num_src, device=device).expand(batch, -1)
+        dst = torch.arange(self.num_dst, device=device).expand(batch, -1)
+        return self.src_tokens(src), self.dst_tokens(dst)
 
-    def sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the sources and of the destinations: [B, N, D] -> [B, Ns, D], [B, Nd, D]."""
         if self.stride == 2:
             return x[:, 0::2], x[:, 1::2]
-        sources, destinations = self.lists(x.shape[0], x.device)
-        return _rows(x, sources), _rows(x, destinations)
+        src, dst = self.lists(x.shape[0], x.device)
+        return _rows(x, src), _rows(x, dst)
 
 
 class _Pairs(NamedTuple):
-    """Sources that merge: all int64 ``[B, r]``, places among the ascending ones of their side."""
+    """Sources that merge and their destinations, by index: int64 ``[B, r]``."""
 
-    sources: Tensor
-    destinations: Tensor
+    src: Tensor
+    dst: Tensor
     live: Tensor | None  # bool, false for a source that does not merge after all
-    by_score: Tensor | None  # all sources [B, Ns] by descending score, where they are sorted
+    by_score: Tensor | None  # all sources [B, Ns] by falling score, where they are sorted
 
 
 def nearest(
@@ -86,57 +91,74 @@ def nearest(
 
 def search(metric: Tensor, similarity: str, split: SplitArgs) -> Best:
     """Best destination of each source."""
-    batch, tokens = metric.shape[0], metric.shape[-2]
-    split = split._replace(num_prefix=common.prefix_of(tokens, split.num_prefix))
-    sides = _split("search", batch, tokens, split, metric.device)
+    sides = _sides("search", metric.shape[0], metric.shape[-2], split, metric.device)
     best = _best_pairs(metric, split, sides, similarity == "cosine")
-    if sides.source_order is not None:
-        best = Best(*(torch.empty_like(x).scatter_(1, sides.source_order, x) for x in best))
+    if sides.src_order is not None:
+        best = Best(*(torch.empty_like(x).scatter_(1, sides.src_order, x) for x in best))
     return best
 
 
 def match(metric: Tensor, similarity: str, request: Request, split: SplitArgs) -> Map:
     """The token map of the best pairs."""
-    batch, tokens = metric.shape[0], metric.shape[-2]
-    num_prefix = common.prefix_of(tokens, split.num_prefix)
-    split = split._replace(num_prefix=num_prefix)
-    sides = _split("match", batch, tokens, split, metric.device)
-    least, cosine = common.thresholds(request, acc_dtype(metric)), similarity == "cosine"
-    r, order = common.mergeable(tokens, request.r), request.order
-    free = sides.num_sources - sides.prefix_sources
+    sides = _sides("match", metric.shape[0], metric.shape[-2], split, metric.device)
+    cosine, r = similarity == "cosine", common.mergeable(sides.tokens, request.r)
+    free = sides.num_src - sides.prefix_src
     if metric.is_cpu and split.protected is None and sides.stride > 0 and 0 < r <= free:
-        pairs = _few_pairs(metric, r, sides, least, _sorts(order, num_prefix), cosine)
+        pairs = _few_pairs(metric, r, sides, request, cosine)
         if pairs is not None:
-            return _map(pairs, sides, r, num_prefix, least is not None, order)
-    best = _best_pairs(metric, split, sides, cosine)
-    return _select(best, r, split, sides, least, order)
+            return _map(pairs, sides, r, request)
+    return _select(_best_pairs(metric, split, sides, cosine), sides, request, split)
 
 
 def select(best: Best, num_tokens: int, request: Request, split: SplitArgs) -> Map:
     """The token map of the best pairs."""
-    batch, device = best.node_max.shape[0], best.node_max.device
-    split = split._replace(num_prefix=common.prefix_of(num_tokens, split.num_prefix))
-    sides = _split("select", batch, num_tokens, split, device)
-    if sides.source_order is not None:
-        best = Best(*(x.gather(1, sides.source_order) for x in best))
-    least = common.thresholds(request, best.node_max.dtype)
-    r = common.mergeable(num_tokens, request.r)
-    return _select(best, r, split, sides, least, request.order)
+    sides = _sides("select", best.node_max.shape[0], num_tokens, split, best.node_max.device)
+    if sides.src_order is not None:
+        best = Best(*(x.gather(1, sides.src_order) for x in best))
+    return _select(best, sides, request, split)
 
 
-# ---- the search ----
+# ---- the sides of the split ----
 
 
-def _best_pairs(metric: Tensor, split: SplitArgs, sides: _Split, cosine: bool) -> Best:
+def _sides(
+    operator: str, batch: int, tokens: int, split: SplitArgs, device: torch.device
+) -> _Sides:
+    common.check_split(operator, split)
+    counts = common.count_sides(operator, tokens, split)
+    prefix = common.prefix_of(tokens, split.num_prefix)
+    if split.src_index is not None and split.dst_index is not None:
+        last, lists = max(tokens - 1, 0), []
+        for index in (split.src_index, split.dst_index):
+            ascending, order = index.long().clamp(0, last).sort(dim=-1, stable=True)
+            lists += [ascending.expand(batch, -1), order.expand(batch, -1)]
+        return _Sides(tokens, prefix, 0, *counts, lists[0], lists[2], lists[1], lists[3])
+    if split.grid_width == 0:
+        return _Sides(tokens, prefix, split.stride, *counts)
+    src, dst, _ = common.sides(operator, batch, tokens, split, device)  # both ascending
+    return _Sides(tokens, prefix, 0, *counts, src, dst)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Gather tokens: [B, N, D], [B, K] -> [B, K, D]."""
+    if index.stride(0) == 0 and index.shape[0] > 0:  # the same for every image
+        return x.index_select(1, index[0])
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+# ---- search ----
+
+
+def _best_pairs(metric: Tensor, split: SplitArgs, sides: _Sides, cosine: bool) -> Best:
     """Best destination of each source and its similarity, [B, Ns], both sides ascending."""
     x = _comparable(metric, cosine)
     receives, first = None, 0
-    if split.protected is not None or (sides.stride == 0 and split.num_prefix > 0):
+    if split.protected is not None or (sides.stride == 0 and sides.prefix > 0):
         protected = common.protected_tokens(x.shape[0], x.shape[1], split, x.device)
         receives = ~protected.gather(1, sides.lists(x.shape[0], x.device)[1])
     else:
-        first = sides.prefix_destinations
-    a, b = sides.sides(x)
+        first = sides.prefix_dst
+    a, b = sides.rows(x)
     node_max, node_idx = _search(a, b[:, first:], receives)
     if first > 0:
         node_idx = torch.where(node_idx >= 0, node_idx + first, node_idx)
@@ -144,41 +166,42 @@ def _best_pairs(metric: Tensor, split: SplitArgs, sides: _Split, cosine: bool) -
 
 
 def _few_pairs(
-    metric: Tensor, r: int, split: _Split, least: float | Tensor | None, sort: bool, cosine: bool
+    metric: Tensor, r: int, sides: _Sides, request: Request, cosine: bool
 ) -> _Pairs | None:
-    """The best pairs, of which only the r that merge are looked up; None where that does not do.
+    """The best pairs, if all scores fit into one block and none of them is NaN.
 
-    For images whose similarities fit a block: the largest one of each row takes a fraction of the
-    time that its place takes.
+    ``amax`` takes a fraction of the time of ``max``, which also finds the index of the maximum:
+    destinations are looked up for the r sources that merge only.
     """
     batch = metric.shape[0]
-    rows = split.num_sources - split.prefix_sources
-    columns = split.num_destinations - split.prefix_destinations
-    if batch * rows * columns > block_entries(metric.device) or columns <= 0 or metric.numel() == 0:
+    num_src, num_dst = sides.num_src - sides.prefix_src, sides.num_dst - sides.prefix_dst
+    if batch * num_src * num_dst > block_entries(metric.device):
         return None
-    a, b = split.sides(_comparable(metric, cosine))
-    a = a[:, split.prefix_sources :] if split.prefix_sources > 0 else a
-    b = b[:, split.prefix_destinations :] if split.prefix_destinations > 0 else b
+    if num_dst <= 0 or metric.numel() == 0:
+        return None
+    a, b = sides.rows(_comparable(metric, cosine))
+    a = a[:, sides.prefix_src :] if sides.prefix_src > 0 else a
+    b = b[:, sides.prefix_dst :] if sides.prefix_dst > 0 else b
     with no_autocast(a.device.type):
-        scores = torch.bmm(a, b.mT)  # [B, Na, Nb]
+        scores = torch.bmm(a, b.mT)  # [B, Ns, Nd]
     best = scores.amax(dim=2)  # NaN if there is one
-    sources, by_score = _top(best, r, sort)
+    src, by_score = _top(best, r, _sorts(request, sides))
     if math.isnan(best.amax()):
-        return None  # it counts as the largest of all
-    chosen = scores.gather(1, sources[..., None].expand(-1, -1, columns))
-    destinations = chosen.argmax(dim=2)  # the first of equal maxima
-    live = None if least is None else best.gather(1, sources) >= least
-    if split.prefix_sources > 0:
-        sources = sources + split.prefix_sources
-    if split.prefix_destinations > 0:
-        destinations += split.prefix_destinations
-    return _Pairs(sources, destinations, live, by_score)
+        return None  # topk and argsort take NaN for the largest
+    dst = scores.gather(1, src[..., None].expand(-1, -1, num_dst)).argmax(dim=2)  # the first
+    least = common.thresholds(request, best.dtype)
+    live = None if least is None else best.gather(1, src) >= least
+    if sides.prefix_src > 0:
+        src = src + sides.prefix_src
+    if sides.prefix_dst > 0:
+        dst += sides.prefix_dst
+    return _Pairs(src, dst, live, by_score)
 
 
 def _comparable(x: Tensor, cosine: bool) -> Tensor:
     """Rows [B, N, D], in the type of sums, whose dot products are the similarities."""
     dtype = acc_dtype(x)
-    # Attention keys [B, H, N, D] count by their mean.
+    # The metric of attention keys [B, H, N, D] is their mean over heads.
     x = x.mean(1, dtype=dtype) if x.dim() == 4 else x.to(dtype)
     if not cosine:
         return x
@@ -194,14 +217,14 @@ def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor
         return score, torch.full_like(score, -1, dtype=torch.int32)
     block = max(ROWS_AT_LEAST, block_entries(a.device) // (batch * columns))
     if rows <= block:
-        return _nearest_block(a, b, b_mask, None)
+        return _search_block(a, b, b_mask, None)
     buffer = a.new_empty(batch * block * columns)
     starts = range(0, rows, block)
-    parts = [_nearest_block(a[:, i : i + block], b, b_mask, buffer) for i in starts]
+    parts = [_search_block(a[:, i : i + block], b, b_mask, buffer) for i in starts]
     return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1)
 
 
-def _nearest_block(
+def _search_block(
     a: Tensor, b: Tensor, b_mask: Tensor | None, buffer: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     shape = a.shape[0], a.shape[1], b.shape[1]
@@ -214,7 +237,7 @@ def _nearest_block(
     if may_be_true(score.isnan()):
         scores.masked_fill_(scores.isnan(), -math.inf)
         score, index = scores.max(dim=2)
-    # Nothing but NaN among the candidates: the first candidate, or none at all.
+    # Where no score is above -inf: the first candidate that takes part, else -1.
     if may_be_true(none := score == -math.inf):
         first = torch.zeros_like(index[:, :1])
         if b_mask is not None:
@@ -223,174 +246,130 @@ def _nearest_block(
     return score, index.int()
 
 
-# ---- the split ----
+# ---- selection, and the token map ----
 
 
-def _split(
-    operator: str, batch: int, tokens: int, split: SplitArgs, device: torch.device
-) -> _Split:
-    common.check_split(operator, split)
-    counts = common.count_sides(operator, tokens, split)
-    if split.src_index is not None and split.dst_index is not None:
-        last, lists = max(tokens - 1, 0), []
-        for index in (split.src_index, split.dst_index):
-            ascending, order = index.long().clamp(0, last).sort(dim=-1, stable=True)
-            lists += [ascending.expand(batch, -1), order.expand(batch, -1)]
-        return _Split(tokens, *counts[:2], 0, 0, 0, lists[0], lists[2], lists[1], lists[3])
-    if split.grid_width == 0:
-        return _Split(tokens, *counts[:2], split.stride, *counts[2:])
-    src, dst, _ = common.sides(operator, batch, tokens, split, device)  # both ascending
-    return _Split(tokens, *counts[:2], 0, 0, 0, src, dst)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Gather tokens: [B, N, D], [B, K] -> [B, K, D]."""
-    if index.stride(0) == 0 and index.shape[0] > 0:  # the same for every image
-        return x.index_select(1, index[0])
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-
-
-# ---- the choice of the sources, and the map ----
-
-
-def _sorts(order: str, num_prefix: int) -> bool:
-    """Whether unmerged sources stand by their score, so that all must be sorted."""
-    return order == "tome" and num_prefix == 0
+def _sorts(request: Request, sides: _Sides) -> bool:
+    """Whether unmerged sources are ordered by score, for which all sources must be sorted."""
+    return request.order == "tome" and sides.prefix == 0
 
 
 def _top(score: Tensor, r: int, sort: bool) -> tuple[Tensor, Tensor | None]:
-    """The r best sources [B, r], of equals the first; and all by their score if so asked."""
+    """The r best sources [B, r], of equal ones the first; and all by falling score if ``sort``."""
     if not sort and score.is_cpu and r > 0:
         best, index = score.topk(min(r + 1, score.shape[1]), dim=1)
+        # topk takes any of equal scores: it serves where the last one taken has no equal.
         if all(a != b for a, *rest in best[:, r - 1 :].tolist() for b in rest):
             return index[:, :r], None
     by_score = score.argsort(dim=1, descending=True, stable=True)
     return by_score[:, :r], by_score if sort else None
 
 
-def _select(
-    best: Best,
-    r: int,
-    split: SplitArgs,
-    sides: _Split,
-    least: float | Tensor | None,
-    order: str,
-) -> Map:
+def _select(best: Best, sides: _Sides, request: Request, split: SplitArgs) -> Map:
     """The token map of the best pairs, both sides ascending."""
-    (score, choice), num_prefix = best, split.num_prefix
-    batch, device, sort = score.shape[0], score.device, _sorts(order, num_prefix)
-    r_here = r if sides.num_destinations > 0 else 0
-    if split.protected is None and (num_prefix == 0 or sides.stride > 0):
-        first = sides.prefix_sources
-        sources, by_score = _top(score[:, first:], min(r_here, score.shape[1] - first), sort)
-        sources, live = sources + first, None
+    node_max, node_idx = best
+    batch, device, sort = node_max.shape[0], node_max.device, _sorts(request, sides)
+    r, least = common.mergeable(sides.tokens, request.r), common.thresholds(request, node_max.dtype)
+    take = r if sides.num_dst > 0 else 0
+    if split.protected is None and (sides.prefix == 0 or sides.stride > 0):
+        first = sides.prefix_src
+        src, by_score = _top(node_max[:, first:], min(take, node_max.shape[1] - first), sort)
+        src, live = src + first, None
     else:
-        # Eligible sources come first, protected ones as a last resort, prefix tokens never.
-        tokens_of_sources = sides.lists(batch, device)[0]
         protected = common.protected_tokens(batch, sides.tokens, split, device)
-        grade = protected.gather(1, tokens_of_sources).int() + (tokens_of_sources < num_prefix)
-        score = score.masked_fill(grade > 0, -math.inf)
-        by_score = score.argsort(dim=1, descending=True, stable=True)
-        by_grade = grade.gather(1, by_score).argsort(dim=1, stable=True)
-        sources = by_score.gather(1, by_grade)[:, :r_here]
-        live = grade.gather(1, sources) < (2 if least is None else 1)
-    destinations = choice.gather(1, sources)
+        node_max, grade, by_score, ranking = common.rank_sources(
+            node_max, sides.lists(batch, device)[0], protected, sides.prefix
+        )
+        src = ranking[:, :take]
+        live = grade.gather(1, src) < (2 if least is None else 1)
+    dst = node_idx.gather(1, src)
     if least is not None:
-        similar = (score.gather(1, sources) >= least) & (destinations >= 0)
+        similar = (node_max.gather(1, src) >= least) & (dst >= 0)
         live = similar if live is None else live & similar
-    pairs = _Pairs(sources, destinations.clamp(min=0).long(), live, by_score if sort else None)
-    return _map(pairs, sides, r, num_prefix, least is not None, order)
+    pairs = _Pairs(src, dst.clamp(min=0).long(), live, by_score if sort else None)
+    return _map(pairs, sides, r, request)
 
 
-def _map(
-    pairs: _Pairs,
-    split: _Split,
-    r: int,
-    num_prefix: int,
-    limited: bool,
-    order: str,
-) -> Map:
-    """Output token of each token, its inverse, and the number of live output tokens."""
-    (batch, merged), tokens = pairs.sources.shape, split.tokens
-    outputs = tokens if limited else tokens - r
-    if order == "position" or merged == 0:  # where nothing merges, the identity in either order
-        number = _by_position(pairs, split)
+def _map(pairs: _Pairs, sides: _Sides, r: int, request: Request) -> Map:
+    """The token map that merges pairs."""
+    (batch, merged), tokens = pairs.src.shape, sides.tokens
+    outputs = tokens if request.limited() else tokens - r
+    if request.order == "position" or merged == 0:  # if nothing merges, both are the identity
+        number = _by_position(pairs, sides)
     else:
-        number = _as_tome(pairs, split, num_prefix)
+        number = _as_tome(pairs, sides)
     if pairs.live is None:
         counts = number.new_full((batch,), min(tokens - merged, outputs), dtype=torch.int32)
     else:
         counts = (tokens - pairs.live.sum(dim=1)).clamp(max=outputs).int()
-    if split.stride > 0 and (limited or (pairs.live is None and merged == r)):
+    if sides.stride > 0 and (request.limited() or (pairs.live is None and merged == r)):
         inverse = invert_partition(number, outputs)
         return Map(number.sub_(1).int(), *inverse, counts)
-    # Fewer may have merged than r; what has no place among the outputs is dropped.
+    # If fewer sources than r merged, there are more groups than outputs: the last ones are dropped.
     assign = torch.where(number <= outputs, number - 1, -1)
     return Map(assign.int(), *invert(assign, outputs), counts)
 
 
-def _by_position(pairs: _Pairs, split: _Split) -> Tensor:
+def _by_position(pairs: _Pairs, sides: _Sides) -> Tensor:
     """Output token of each token, plus 1, int64 [B, N], in the order of their first members."""
-    batch = pairs.sources.shape[0]
-    token = torch.arange(split.tokens, device=pairs.sources.device)
+    batch = pairs.src.shape[0]
+    token = torch.arange(sides.tokens, device=pairs.src.device)
     leader = token.expand(batch, -1).clone()  # first member of each token's group
-    if pairs.sources.shape[1] == 0:
+    if pairs.src.shape[1] == 0:
         return leader.add_(1)
-    source = split.source_tokens(pairs.sources)  # [B, r]
-    group = split.destination_tokens(pairs.destinations)
+    src, group = sides.src_tokens(pairs.src), sides.dst_tokens(pairs.dst)  # [B, r]
     if pairs.live is not None:
-        group = torch.where(pairs.live, group, source)
-    leader.scatter_reduce_(1, group, source, "amin")
-    leader.scatter_(1, source, leader.gather(1, group))
+        group = torch.where(pairs.live, group, src)
+    leader.scatter_reduce_(1, group, src, "amin")
+    leader.scatter_(1, src, leader.gather(1, group))
     return (leader == token).cumsum(1).gather(1, leader)
 
 
-def _as_tome(pairs: _Pairs, split: _Split, num_prefix: int) -> Tensor:
+def _as_tome(pairs: _Pairs, sides: _Sides) -> Tensor:
     """The same in ToMe's order: prefix, tokens of neither side, unmerged sources, destinations."""
-    batch, device = pairs.sources.shape[0], pairs.sources.device
-    stays = torch.ones(batch, split.num_sources, dtype=torch.int64, device=device)
-    stays.scatter_(1, pairs.sources, 0 if pairs.live is None else (~pairs.live).long())
-    first: Tensor | int = num_prefix - split.prefix_sources
-    neither, order = None, split.destination_order
-    if split.stride == 0 and num_prefix + split.num_sources + split.num_destinations > 0:
-        sources, destinations = split.lists(batch, device)
-        neither = torch.ones(batch, split.tokens, dtype=torch.int64, device=device)
-        neither.scatter_(1, sources, 0).scatter_(1, destinations, 0)
-        neither[:, :num_prefix] = 1  # whatever is listed
+    batch, device, prefix = pairs.src.shape[0], pairs.src.device, sides.prefix
+    stays = torch.ones(batch, sides.num_src, dtype=torch.int64, device=device)
+    stays.scatter_(1, pairs.src, 0 if pairs.live is None else (~pairs.live).long())
+    first: Tensor | int = prefix - sides.prefix_src  # outputs before the unmerged sources
+    neither, dst_order = None, sides.dst_order
+    if sides.stride == 0 and prefix + sides.num_src + sides.num_dst > 0:
+        src, dst = sides.lists(batch, device)
+        neither = torch.ones(batch, sides.tokens, dtype=torch.int64, device=device)
+        neither.scatter_(1, src, 0).scatter_(1, dst, 0)
+        neither[:, :prefix] = 1  # even if a list names them
         neither = neither.cumsum(1)
         first = neither[:, -1:]
-        if num_prefix > 0:
-            stays = stays * (sources >= num_prefix)
-            outside = (destinations >= num_prefix).long()
-            if order is not None:
-                outside = torch.empty_like(outside).scatter_(1, order, outside)
-            places = outside.cumsum(1).sub_(1)
-            order = places if order is None else places.gather(1, order)
+        if prefix > 0:
+            stays = stays * (src >= prefix)
+            outside = (dst >= prefix).long()
+            if dst_order is not None:
+                outside = torch.empty_like(outside).scatter_(1, dst_order, outside)
+            rank = outside.cumsum(1).sub_(1)
+            dst_order = rank if dst_order is None else rank.gather(1, dst_order)
     if pairs.by_score is None:
-        place = stays.cumsum(1).add_(first)
-        last = place[:, -1:]
+        src_number = stays.cumsum(1).add_(first)
+        last = src_number[:, -1:]
     else:
         ranked = stays.gather(1, pairs.by_score).cumsum(1).add_(first)
-        place = torch.empty_like(ranked).scatter_(1, pairs.by_score, ranked)
+        src_number = torch.empty_like(ranked).scatter_(1, pairs.by_score, ranked)
         last = ranked[:, -1:]
-    begin = 1 - split.prefix_destinations
-    if order is None:
-        order = torch.arange(split.num_destinations, device=device)
-    at = order + (last + begin)  # [B, Nd]
-    target = at.gather(1, pairs.destinations)
-    if num_prefix > 0 and (split.stride == 0 or split.prefix_destinations > 0):
-        # Not merged into, but where there is no other one.
-        token = split.destination_tokens(pairs.destinations)
-        target = torch.where(token < num_prefix, token + 1, target)
+    if dst_order is None:
+        dst_order = torch.arange(sides.num_dst, device=device)
+    dst_number = dst_order + (last + (1 - sides.prefix_dst))  # [B, Nd]
+    target = dst_number.gather(1, pairs.dst)
+    if prefix > 0 and (sides.stride == 0 or sides.prefix_dst > 0):
+        # Sources merge into a token of the prefix only if there is no other destination.
+        token = sides.dst_tokens(pairs.dst)
+        target = torch.where(token < prefix, token + 1, target)
     if pairs.live is not None:
-        target = torch.where(pairs.live, target, place.gather(1, pairs.sources))
-    place.scatter_(1, pairs.sources, target)
-    number = place.new_zeros(batch, split.tokens) if neither is None else neither
-    if split.stride == 2:
-        number[:, 0::2], number[:, 1::2] = place, at
+        target = torch.where(pairs.live, target, src_number.gather(1, pairs.src))
+    src_number.scatter_(1, pairs.src, target)
+    number = src_number.new_zeros(batch, sides.tokens) if neither is None else neither
+    if sides.stride == 2:
+        number[:, 0::2], number[:, 1::2] = src_number, dst_number
     else:
-        sources, destinations = split.lists(batch, device)
-        number.scatter_(1, sources, place).scatter_(1, destinations, at)
-    if num_prefix > 1 or (num_prefix > 0 and split.stride == 0):
-        number[:, :num_prefix] = torch.arange(1, num_prefix + 1, device=device)
+        src, dst = sides.lists(batch, device)
+        number.scatter_(1, src, src_number).scatter_(1, dst, dst_number)
+    if prefix > 1 or (prefix > 0 and sides.stride == 0):
+        number[:, :prefix] = torch.arange(1, prefix + 1, device=device)
     return number
