@@ -43,26 +43,24 @@ def nearest_image(a, b, a_mask, b_mask, kind):
     return scores, indices
 
 
-def match_image(
-    rows, r, sources, destinations, *, prefix=0, protected=(), threshold=None, order, kind
-):
+def match_image(rows, r, src, dst, *, prefix=0, protected=(), threshold=None, order, kind):
     """Output token of each token, and the number of output tokens."""
     tokens = range(len(rows))
     if r == 0:
         return list(tokens), len(rows)
     free = [n >= prefix and n not in protected for n in tokens]
-    open_destinations = sorted(d for d in destinations if free[d])
+    receiving = sorted(d for d in dst if free[d])
     best = {}
-    for s in sources:
-        values = [(-similarity(rows[s], rows[d], kind), d) for d in open_destinations]
-        best[s] = min(values, default=(math.inf, min(destinations, default=None)))
-    ranked = sorted((best[s][0], s) for s in sources if free[s])
+    for s in src:
+        values = [(-similarity(rows[s], rows[d], kind), d) for d in receiving]
+        best[s] = min(values, default=(math.inf, min(dst, default=None)))
+    ranked = sorted((best[s][0], s) for s in src if free[s])
     merging = [s for _, s in ranked]
     if threshold is None:
-        merging += sorted(s for s in sources if not free[s] and s >= prefix)  # the last resort
+        merging += sorted(s for s in src if not free[s] and s >= prefix)  # the last resort
     else:
-        merging = [s for s in merging if open_destinations and -best[s][0] >= threshold]
-    merging = merging[:r] if len(destinations) > 0 else []
+        merging = [s for s in merging if receiving and -best[s][0] >= threshold]
+    merging = merging[:r] if len(dst) > 0 else []
 
     group = {n: {n} for n in tokens if n not in merging}
     for s in merging:
@@ -70,18 +68,18 @@ def match_image(
     if order == "position":
         leaders = sorted(group, key=lambda n: min(group[n]))
     else:
-        listed = {*sources, *destinations}
-        kept = [s for s in group if s in sources and s >= prefix]
+        listed = {*src, *dst}
+        kept = [s for s in group if s in src and s >= prefix]
         if prefix == 0:
             kept.sort(key=lambda s: (best[s][0] if free[s] else math.inf, s))
         leaders = [
             *range(prefix),
             *(n for n in tokens if n >= prefix and n not in listed),
             *kept,
-            *(d for d in destinations if d >= prefix),
+            *(d for d in dst if d >= prefix),
         ]
-    place = {n: m for m, leader in enumerate(leaders) for n in group[leader]}
-    return [place[n] for n in tokens], len(leaders)
+    output = {n: m for m, leader in enumerate(leaders) for n in group[leader]}
+    return [output[n] for n in tokens], len(leaders)
 
 
 # ---- merging, as products with the dense matrix of sources ----

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """match and nearest: the right pairs, in the right order, on every backend, dtype and layout.
 
-Metrics whose similarities no precision rounds must give the very indices that loops in Python give;
-on all others, what counts is how much similarity a choice gave away.
+A metric whose similarities are exact in every precision must give the indices that loops in Python
+give. For any other metric, tests bound the regret: the similarity that a choice gave away.
 """
 
 import math
@@ -61,7 +61,7 @@ def strided_indices(batch, tokens, k=2):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nearest(dtype, layout, heads, similarity, backend, device):
-    """Values and gradients; the dtype's own error is that of the reference."""
+    """Values and gradients, within the error of plain PyTorch in the same dtype."""
     lead = (2,) if heads is None else (2, heads)
     a = random_tokens(*lead, 23, 24, dtype=dtype, device=device, layout=layout, seed=1)
     b = random_tokens(*lead, 40, 24, dtype=dtype, device=device, layout=layout, seed=2)
@@ -90,7 +90,7 @@ def test_nearest(dtype, layout, heads, similarity, backend, device):
     got = run(lambda *x: tokenops.nearest(*x, similarity=similarity, b_mask=mask)[0], a, b)
     plain = run(at_index, a, b)
     truth = run(at_index, a.double(), b.double())
-    # A score is a sum of products of either sign, whose absolute values add up to so much at most.
+    # Bound of the sum of absolute values of the products that a score adds up.
     lengths = [
         (x.mean(1) if x.dim() == 4 else x).norm(dim=-1).max() for x in (a.double(), b.double())
     ]
@@ -120,7 +120,7 @@ def test_nearest_exactly(
     backend, device, similarity, batch, rows, columns, width, heads, zero_rows, nan_rows, masks,
     dtype, layout, seed,
 ):  # fmt: skip
-    """Ties, NaN, tokens of length zero, masks: the very indices of the loops."""
+    """Ties, NaN, tokens of length zero, masks: the indices are those of the loops."""
     lead = (batch,) if heads is None else (batch, heads)
     a, b = (
         as_layout(
@@ -338,7 +338,7 @@ def test_match_with_protected_tokens_and_given_indices(
     ids=str,
 )
 def test_protected_sources_merge_as_the_last_resort(r, prefix, protected, order):
-    """What the API refuses where it may look at values, the operator still answers."""
+    """The operator serves masks that the public function refuses when it reads their values."""
     metric = exact_metric(2, 12, 4, seed=3)
     mask = torch.zeros(12, dtype=torch.bool)
     mask[list(protected)] = True
@@ -442,7 +442,7 @@ def test_images_are_independent(backend, device, similarity, seed, r, tokens):
 
 
 def test_renaming_tokens_renames_the_map(backend, device):
-    """With no ties, the groups depend on the tokens and the split, not on where they stand."""
+    """With no ties, the groups depend on the tokens and the split, not on their indices."""
     generator = torch.Generator().manual_seed(0)
     metric = random_tokens(1, 20, 8, device=device)
     pair = torch.arange(0, 20, 2, device=device), torch.arange(1, 20, 2, device=device)
@@ -477,7 +477,7 @@ def test_nan_is_chosen_last(backend, device):
     token_map = tokenops.match(metric, 4)
     assign = token_map.assign[0].tolist()
     assert assign.count(assign[0]) == 1, "a source that is NaN merges last"
-    assert assign.count(assign[3]) == 1, "nobody merges into a destination that is NaN"
+    assert assign.count(assign[3]) == 1, "no source merges into a destination that is NaN"
     assert_valid_token_map(tokenops.match(metric, 5), num_tokens=4, partition=True)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splits by rule, thresholds as tensors, and arguments that only the operators themselves take."""
+"""Splits given by patterns, thresholds as tensors, and arguments that only operators take."""
 
 import itertools
 import math
@@ -22,14 +22,14 @@ ORDERS = ("position", "tome")
 FIELDS = ("assign", "offsets", "members")
 
 
-def cells_by_hand(h, w, sy, sx, prefix, places):
-    """Ascending sources and destinations of a grid; ``places`` are one for each cell."""
-    destinations = set()
+def cells_by_hand(h, w, sy, sx, prefix, offsets):
+    """Ascending sources and destinations of a grid; ``offsets`` has one offset for each cell."""
+    dst = set()
     for number, (y, x) in enumerate(itertools.product(range(h // sy), range(w // sx))):
-        place = min(max(places[number], 0), sy * sx - 1)
-        destinations.add(prefix + (y * sy + place // sx) * w + x * sx + place % sx)
-    sources = [n for n in range(prefix, prefix + h * w) if n not in destinations]
-    return tuple(torch.tensor(x, dtype=torch.int64) for x in (sources, sorted(destinations)))
+        offset = min(max(offsets[number], 0), sy * sx - 1)
+        dst.add(prefix + (y * sy + offset // sx) * w + x * sx + offset % sx)
+    src = [n for n in range(prefix, prefix + h * w) if n not in dst]
+    return tuple(torch.tensor(x, dtype=torch.int64) for x in (src, sorted(dst)))
 
 
 def same_maps(got, expected):
@@ -37,7 +37,7 @@ def same_maps(got, expected):
         assert torch.equal(a, b), name
 
 
-# ---- a grid as a rule ----
+# ---- a grid as a pattern ----
 
 
 @pytest.mark.isa
@@ -56,15 +56,15 @@ def same_maps(got, expected):
 def test_grid_is_the_lists_of_its_cells(
     backend, device, h, w, sy, sx, prefix, batch, order, share, drawn, seed
 ):
-    """Bit for bit, whatever the rest of the call is."""
+    """A grid gives the same bits as the lists of its tokens."""
     tokens = prefix + h * w
     metric = exact_metric(batch, tokens, 4, nan_rows=0.1, device=device, seed=seed)
     generator = torch.Generator().manual_seed(seed) if drawn else None
-    places = [0] * ((h // sy) * (w // sx))
+    offsets = [0] * ((h // sy) * (w // sx))
     if drawn:
         again = torch.Generator().manual_seed(seed)
-        places = torch.randint(sy * sx, (h // sy, w // sx, 1), generator=again).flatten().tolist()
-    pair = cells_by_hand(h, w, sy, sx, prefix, places)
+        offsets = torch.randint(sy * sx, (h // sy, w // sx, 1), generator=again).flatten().tolist()
+    pair = cells_by_hand(h, w, sy, sx, prefix, offsets)
     options = {"num_prefix": prefix, "order": order}
     r = math.ceil(share * tokens)
     split = tokenops.grid(h, w, sy, sx, generator)
@@ -74,21 +74,21 @@ def test_grid_is_the_lists_of_its_cells(
     for name in FIELDS:
         assert_same_bits(getattr(got, name), getattr(expected, name))
     if drawn:
-        assert torch.equal(generator.get_state(), again.get_state()), "the stream of one draw"
+        assert torch.equal(generator.get_state(), again.get_state()), "one draw from the generator"
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("each", [False, True])
-def test_places_in_cells_are_clamped(each, dtype, order, backend, device):
-    """Nobody looks at them before the kernels do; images may have places of their own."""
+def test_offsets_in_cells_are_clamped(each, dtype, order, backend, device):
+    """Only the kernels read offsets in cells; images may have offsets of their own."""
     metric = exact_metric(2, 1 + 5 * 7, 4, device=device, seed=3)
-    places = torch.tensor([[-(2**31), -1, 0, 3, 4, 2**31 - 1], [1, 2, 3, 0, 9, -9]], dtype=dtype)
-    cell = places.to(device) if each else places[0].to(device)
+    offsets = torch.tensor([[-(2**31), -1, 0, 3, 4, 2**31 - 1], [1, 2, 3, 0, 9, -9]], dtype=dtype)
+    cell = offsets.to(device) if each else offsets[0].to(device)
     request = Request(9, order=order)
     expected = []
     for image in range(2):
-        own = places[image if each else 0].tolist()
+        own = offsets[image if each else 0].tolist()
         lists = (side.to(device) for side in cells_by_hand(5, 7, 2, 2, 1, own))
         split = SplitArgs(1, None, *lists)
         expected.append(reference.match(metric[image : image + 1], "cosine", request, split))
@@ -170,7 +170,7 @@ def test_vmap_over_thresholds(backend, device):
 @pytest.mark.parametrize("pattern", [(2, 0, 1), (3, 4, 2)], ids=["alternate", "grid"])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 12])
 def test_more_than_there_is_to_merge(tokens, pattern, limit, order, backend, device):
-    """One output is left at least, and the shapes are those that tracing sees."""
+    """At least one output is left, and shapes are those of the fake."""
     metric = exact_metric(2, tokens, 4, device=device, seed=1)
     for r in (-3, tokens - 1, tokens, tokens + 5):
         request = Request(r, limit, None, order)
@@ -198,8 +198,8 @@ def test_one_list_is_none(name, side, device):
         "search": (metric, "cosine", *split),
         "select": (torch.zeros(1, 2, device=device), index[None].int(), 6, *request, *split),
     }[name]
-    for place in (device, "meta"):
-        moved = [a.to(place) if isinstance(a, torch.Tensor) else a for a in arguments]
+    for target in (device, "meta"):
+        moved = [a.to(target) if isinstance(a, torch.Tensor) else a for a in arguments]
         for function in (getattr(OPS, name), getattr(references, name)):
             with pytest.raises((ValueError, RuntimeError), match=f"{missing} must be given"):
                 function(*moved)
@@ -236,7 +236,7 @@ def test_recomputation_draws_nothing_else(kind, use_reentrant):
 
 
 def test_a_map_from_outside_serves_recomputation():
-    """What to do with a generator of one's own: match before the checkpoint."""
+    """With a generator of your own, match before the checkpoint."""
     x = random_tokens(2, 16, 8).requires_grad_()
     split = tokenops.random(6, torch.Generator().manual_seed(0))
     token_map = tokenops.match(x, 5, split=split)

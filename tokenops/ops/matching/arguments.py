@@ -62,9 +62,9 @@ class Best(NamedTuple):
     """The best destination of each source, sources in the order of the split.
 
     Attributes:
-        node_max: Similarity to it, float32 or float64 ``[B, Ns]``; -inf if no number is known.
-        node_idx: Its index among the destinations in ascending order, int32 ``[B, Ns]``; -1 if
-            every destination is protected.
+        node_max: Its similarity, float32 or float64 ``[B, Ns]``; -inf if none is above -inf.
+        node_idx: Its index among the ascending destinations, int32 ``[B, Ns]``; -1 if all of them
+            are protected.
     """
 
     node_max: Tensor

@@ -16,8 +16,7 @@ from ..merging.reference import invert
 from . import common
 from .arguments import Best, Map, Request, SplitArgs
 
-#: Similarities that are held at a time: rows of the score matrix come in blocks of so many entries,
-#: which keeps memory linear in N.
+#: Scores that are computed at a time, in blocks of rows, so that memory is linear in N.
 SCORES_AT_A_TIME = 1 << 24
 
 
@@ -30,7 +29,7 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def metric_rows(x: Tensor) -> Tensor:
-    """The metric as [B, N, D] in the type of sums; attention keys [B, H, N, D] as their mean."""
+    """The metric as [B, N, D] in the type of sums: the mean over heads of keys [B, H, N, D]."""
     x = x.to(acc_dtype(x))
     return x.mean(1) if x.dim() == 4 else x
 
@@ -50,7 +49,7 @@ def nearest(
         index = index.masked_fill(~a_mask, -1)
     if score.numel() == 0 or b.shape[1] == 0:
         return score, index
-    # The chosen pairs again, for the gradient, in which nothing else (NaN above all) has a part.
+    # The scores of the chosen pairs again, for autograd; NaN of other pairs does not reach them.
     chosen = (score > -math.inf)[..., None]
     pairs = torch.where(chosen, _rows(b, index.clamp(min=0).long()), 0)  # [B, Na, D]
     similar = (torch.where(chosen, a, 0) * pairs).sum(-1)
@@ -72,19 +71,19 @@ def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor
     if b_mask is None:
         b_mask = torch.ones(1, 1, dtype=torch.bool, device=b.device).expand(batch, columns)
     if batch * rows * columns <= SCORES_AT_A_TIME:
-        return _nearest_block(a, b, b_mask)
-    # A loop over blocks fixes the sizes when traced, hence it stands apart.
+        return _search_block(a, b, b_mask)
+    # A trace of this loop is for these sizes only; the code above serves any size.
     block = max(1, SCORES_AT_A_TIME // (batch * columns))
-    parts = [_nearest_block(a[:, i : i + block], b, b_mask) for i in range(0, rows, block)]
+    parts = [_search_block(a[:, i : i + block], b, b_mask) for i in range(0, rows, block)]
     return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1)
 
 
-def _nearest_block(a: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
+def _search_block(a: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
     with no_autocast(a.device.type):
         scores = a @ b.transpose(1, 2)  # [B, block, Nb]
     scores = scores.masked_fill(scores.isnan() | ~b_mask[:, None, :], -math.inf)
     score, index = scores.max(dim=2)  # the first of equal maxima
-    # Nothing but NaN among the candidates: the first candidate, or none at all.
+    # Where no score is above -inf: the first candidate that takes part, else -1.
     first = b_mask.int().argmax(dim=1)
     fallback = torch.where(b_mask.any(dim=1), first, -1)[:, None]
     return score, torch.where(score == -math.inf, fallback, index).int()

@@ -22,10 +22,7 @@ def _nearest_fake(
     a: Tensor, b: Tensor, a_mask: Tensor | None, b_mask: Tensor | None, similarity: str
 ) -> tuple[Tensor, Tensor]:
     shape = (a.shape[0], a.shape[-2])
-    return (
-        a.new_empty(shape, dtype=acc_dtype(a)),
-        a.new_empty(shape, dtype=torch.int32),
-    )
+    return a.new_empty(shape, dtype=acc_dtype(a)), a.new_empty(shape, dtype=torch.int32)
 
 
 def _nearest_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -61,7 +58,7 @@ def _nearest_backward(ops: Any, ctx: Any, grad: Tensor, _: Tensor | None) -> tup
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Rows that were never chosen may hold anything; they must not spoil the others' gradients."""
+    """Replace NaN and inf, which rows without a gradient may hold, so that 0 times them is 0."""
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -90,14 +87,14 @@ register(
 )
 
 
-# ---- match, and its two halves ----
+# ---- match, search and select ----
 
 _SHARED = ("protected", "src_index", "dst_index", "cell")
 
 
 def _map_fake(like: Tensor, tokens: int, request: Request) -> Map:
     batch, outputs = like.shape[0], tokens
-    if not request.limited():  # one token is left, which exporting with a proportional r must see
+    if not request.limited():  # at least one token is left: an export with r ~ N needs to know
         outputs = torch.sym_max(tokens - torch.sym_max(request.r, 0), torch.sym_min(tokens, 1))
     shapes = (batch, tokens), (batch, outputs + 1), (batch, tokens), (batch,)
     return Map(*(like.new_empty(shape, dtype=torch.int32) for shape in shapes))
