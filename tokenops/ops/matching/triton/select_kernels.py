@@ -154,7 +154,12 @@ def select_image(
     image = tl.program_id(0).to(tl.int64)
     # The key of the last source that merges.
     index = tl.arange(0, 1 << BITS_S)
-    token = tokens_of(src, image, src_b, src_n, index, num_src, tokens, run, 1, 0).to(tl.int32)
+    if src is None:
+        token = index + index // run
+    else:  # tokens_of would do, but its inlined line numbers make ptxas spill on sm_100
+        pointers = src + image * src_b + index.to(tl.int64) * src_n
+        token = tl.load(pointers, mask=index < num_src, other=0).to(tl.int64)
+        token = tl.minimum(tl.maximum(token, 0), tokens - 1).to(tl.int32)
     key, _, _, _, _ = _source_key(
         node_max, node_idx, protected, image, index, token, prefix, index < num_src, num_src,
         protected_b, protected_n,
