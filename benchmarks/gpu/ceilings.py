@@ -10,17 +10,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils import benchmark
 
-from .. import machine, timing
+from .. import machine
 
 #: Exponentials of an element, and elements of a program of :func:`repeat_exp`.
 ROUNDS, BLOCK = 256, 1024
+
+Call = Callable[[], Any]
 
 
 @triton.jit
@@ -37,7 +42,7 @@ def exponentials(x: Tensor) -> None:
     repeat_exp[(x.numel() // BLOCK,)](x, ROUNDS, BLOCK, num_warps=4)
 
 
-def replays(call: timing.Call, times: int) -> timing.Call:
+def replays(call: Call, times: int) -> Call:
     """Several replays of a CUDA graph that makes a call."""
     call()
     graph = torch.cuda.CUDAGraph()
@@ -49,7 +54,6 @@ def replays(call: timing.Call, times: int) -> timing.Call:
 def measure(device: torch.device, seconds: float) -> dict[str, float]:
     """The ceilings: bytes, operations and exponentials per second, and seconds of a launch."""
     on_gpu = device.type == "cuda"
-    timer = timing.TIMERS["events" if on_gpu else "wall clock"]
     source = torch.ones((1 << 28) if on_gpu else (1 << 20), device=device)
     target = torch.empty_like(source)
     size = 8192 if on_gpu else 256
@@ -57,8 +61,9 @@ def measure(device: torch.device, seconds: float) -> dict[str, float]:
     x = torch.rand((1 << 24) if on_gpu else (1 << 16), device=device)
     one, launches = torch.zeros(1, device=device), 100
 
-    def best(call: timing.Call) -> float:
-        return timing.best(call, timer, seconds)
+    def best(call: Call) -> float:
+        timer = benchmark.Timer("call()", globals={"call": call})
+        return min(timer.blocked_autorange(min_run_time=seconds).times)
 
     def add() -> None:
         one.add_(1)
