@@ -20,7 +20,7 @@ class Example:
     def __init__(self, q, k, v, g, policy):
         self.q, self.k, self.v, self.g = q, k, v, g  # [B, H, N, D]
         self.policy = policy  # [B, N]
-        self.own = torch.eye(q.shape[2], dtype=torch.bool)
+        self.is_self = torch.eye(q.shape[2], dtype=torch.bool)
 
     def reading_kept_rows(self):
         """The same with a loss that reads kept tokens only."""
@@ -32,7 +32,7 @@ class Example:
 
     def policy_map(self, policy):
         """The policy of each query and key: a token's own key is always kept."""
-        return torch.where(self.own, 1, policy[:, None, None])
+        return torch.where(self.is_self, 1, policy[:, None, None])
 
     def probabilities(self):
         """P_ij of the document."""
@@ -49,7 +49,7 @@ class Example:
         p = self.probabilities()
         out = (p * self.policy_map(self.policy)) @ self.v
         delta = (self.g * out).sum(-1, keepdim=True)
-        return (p * (self.g @ self.v.mT - delta)).masked_fill(self.own, 0)
+        return (p * (self.g @ self.v.mT - delta)).masked_fill(self.is_self, 0)
 
     def differences(self, step=1e-5):
         """Central differences of fourth order: the loss may have large third derivatives."""
@@ -95,7 +95,7 @@ class Example:
     def biased(self, bias):
         """Softmax with a bias that depends on the policy, except for a token's own key."""
         policy = self.policy.clone().requires_grad_()
-        s = self.logits() + torch.where(self.own, 0, bias(policy)[:, None, None])
+        s = self.logits() + torch.where(self.is_self, 0, bias(policy)[:, None, None])
         out = s.softmax(-1) @ self.v
         return torch.autograd.grad(out, policy, self.g)[0]
 
@@ -340,7 +340,7 @@ def test_ways_that_do_not_work(seed):
     torch.testing.assert_close(large[kept], 1e5 * exact[kept])
     assert (large[~kept] == 0).all()
     policy = layer.policy.clone().requires_grad_()
-    hidden = layer.logits().masked_fill((policy == 0)[:, None, None] & ~layer.own, -math.inf)
+    hidden = layer.logits().masked_fill((policy == 0)[:, None, None] & ~layer.is_self, -math.inf)
     assert not hidden.softmax(-1).requires_grad
 
 

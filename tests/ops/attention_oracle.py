@@ -25,7 +25,7 @@ def valid_keys(k, size, key_padding_mask):
     return valid
 
 
-def own_and_seen(q, k, size, key_padding_mask, query_position, is_causal):
+def self_and_seen(q, k, size, key_padding_mask, query_position, is_causal):
     """Bool [B, 1, Nq, Nk] each: the key at the query's position; the keys that the query sees."""
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     position = torch.arange(queries) if query_position is None else query_position.long()
@@ -35,10 +35,10 @@ def own_and_seen(q, k, size, key_padding_mask, query_position, is_causal):
     return position == key, seen & (key <= position) if is_causal else seen
 
 
-def policy_map(policy, own, shape, dtype, self_keep, policy_grad="exact"):
+def policy_map(policy, is_self, shape, dtype, self_keep, policy_grad="exact"):
     """The policy of each query and key, [B, H, Nq, Nk]."""
     if policy is None:
-        return torch.ones(shape, dtype=dtype, device=own.device)
+        return torch.ones(shape, dtype=dtype, device=is_self.device)
     if policy.dim() == 3 and policy.shape[1:] == (shape[3], 1):
         policy = policy[..., 0]
     if policy_grad == "none":
@@ -48,7 +48,7 @@ def policy_map(policy, own, shape, dtype, self_keep, policy_grad="exact"):
     policy = policy.to(dtype)
     policy = policy[:, None, None] if policy.dim() == 2 else policy[:, :, None]
     policy = policy.expand(shape)
-    return torch.where(own, 1, policy) if self_keep else policy
+    return torch.where(is_self, 1, policy) if self_keep else policy
 
 
 def maps(
@@ -59,14 +59,14 @@ def maps(
     q, k = q.double(), k.double()
     heads, width = q.shape[1], q.shape[3]
     scale = 1 / math.sqrt(max(width, 1)) if scale is None else scale
-    own, seen = own_and_seen(q, k, size, key_padding_mask, query_position, is_causal)
+    is_self, seen = self_and_seen(q, k, size, key_padding_mask, query_position, is_causal)
     valid = valid_keys(k, size, key_padding_mask)
     k = torch.where(valid[:, None, :, None], k, 0).repeat_interleave(heads // k.shape[1], 1)
     s = scale * (q @ k.mT)  # [B, H, Nq, Nk]
     if s.numel() == 0:
         return s, s.sum(-1) - math.inf, {}
-    policy = policy_map(policy, own, s.shape, s.dtype, self_keep, policy_grad)
-    own, seen = own.expand(s.shape), seen.expand(s.shape)
+    policy = policy_map(policy, is_self, s.shape, s.dtype, self_keep, policy_grad)
+    is_self, seen = is_self.expand(s.shape), seen.expand(s.shape)
     if size is not None:
         z = size.double().reshape(valid.shape)
         s = s + torch.where(valid, z, 1).log()[:, None, None]
@@ -87,10 +87,10 @@ def maps(
     count = seen.sum(-1, keepdim=True).clamp(min=1)
     y = torch.where(empty, 0, p * policy + p_eps / count * seen)
     if exclude_self:
-        y = torch.where(own, 0, y)
+        y = torch.where(is_self, 0, y)
     lse = torch.where(empty, -math.inf, shift + total.log())[..., 0]
     parts = {
-        "p": p, "policy": policy, "p_eps": p_eps, "own": own, "seen": seen, "scale": scale,
+        "p": p, "policy": policy, "p_eps": p_eps, "is_self": is_self, "seen": seen, "scale": scale,
         "is_max": torch.arange(s.shape[3], device=s.device) == argmax, "self_keep": self_keep,
         "logits": scale * (q.abs() @ k.abs().mT), "valid": valid, "k": k,
     }  # fmt: skip
@@ -143,14 +143,14 @@ def recipe_maps(
     """softmax_with_policy with sizes and masks: logits in the dtype of q, exp in float32."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    own, seen = own_and_seen(q, k, size, key_padding_mask, query_position, is_causal)
+    is_self, seen = self_and_seen(q, k, size, key_padding_mask, query_position, is_causal)
     valid = valid_keys(k, size, key_padding_mask)
     k = k.masked_fill(~valid[:, None, :, None], 0).repeat_interleave(q.shape[1] // k.shape[1], 1)
     attn = product(q, k.mT) * scale
     if size is not None:
         z = size.reshape(valid.shape)
         attn = attn + torch.where(valid, z, 1).log()[:, None, None].to(attn.dtype)
-    policy = policy_map(policy, own, attn.shape, wide, self_keep, policy_grad)
+    policy = policy_map(policy, is_self, attn.shape, wide, self_keep, policy_grad)
     attn = attn.masked_fill(~seen, -math.inf)
     m = attn.amax(-1, keepdim=True)
     weights = (attn - m).to(wide).exp()
@@ -158,7 +158,7 @@ def recipe_maps(
     count = seen.sum(-1, keepdim=True)
     y = (weights * policy + eps / count * seen) / total
     if exclude_self:
-        y = y.masked_fill(own, 0)
+        y = y.masked_fill(is_self, 0)
     return y, (m.to(wide) + total.log())[..., 0]
 
 
@@ -209,7 +209,7 @@ def magnitudes(q, k, v, policy=None, *, grad, grad_lse=None, **options):
         mean = (dp * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
         ds = ds + parts["p_eps"] * (mean + delta) * parts["is_max"]
     if parts["self_keep"]:
-        dpolicy = dpolicy.masked_fill(parts["own"], 0)
+        dpolicy = dpolicy.masked_fill(parts["is_self"], 0)
     dpolicy = dpolicy.sum(2)
 
     def per_group(x):

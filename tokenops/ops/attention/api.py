@@ -101,9 +101,9 @@ def policy_attention(
 
         Differentiable twice in ``q``, ``k``, ``v``, ``policy`` and ``size``, also through ``lse``.
         The second derivative keeps maps of queries by keys. Keep policies in float32: the gradient
-        of a dropped key that would dominate its rows overflows float16. The probability of such a
-        key, ``exp(s_ij + log(z_j) - lse_i)``, is clamped at ``2^64`` (float64: ``2^512``), which it
-        reaches where its logit exceeds those of all kept keys by 44 (float64: 354).
+        of a dropped key that would dominate its rows overflows float16. Its probability
+        ``exp(s_ij + log(z_j) - lse_i)`` is clamped at ``2^64`` (float64: ``2^512``), which it
+        reaches where its logit exceeds the logits of all kept keys by 44 (float64: 354).
 
         Autocast lowers the precision of ``q``, ``k`` and ``v`` as it does for
         :func:`torch.nn.functional.scaled_dot_product_attention`. ``torch.compile`` compiles again

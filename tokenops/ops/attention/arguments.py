@@ -35,7 +35,7 @@ class Saved(NamedTuple):
 
     out: Tensor  # [B, Nq, H, Dv]
     lse: Tensor  # [B, H, Nq], log-sum-exp of each row
-    p_eps: Tensor  # [B, H, Nq], the share of a row's softmax that eps takes; [B, H, 0] without eps
+    p_eps: Tensor  # [B, H, Nq], share of a row's softmax that eps takes; [B, H, 0] without eps
     argmax: Tensor  # int32 as p_eps, the key where a row has its maximum; -1 for an empty row
 
 
@@ -47,7 +47,7 @@ class OutputGrads(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Gradients that the backward has to compute, besides those of q and k."""
+    """Whether the backward computes the gradients besides dq and dk."""
 
     need_v: bool
     need_policy: bool
@@ -65,7 +65,7 @@ class InputGrads(NamedTuple):
 
 
 class ScoreInputs(NamedTuple):
-    """Arguments of ``attention_scores``; those of the same name are as in :class:`Inputs`."""
+    """Arguments of ``attention_scores``; fields that ``Inputs`` has too are the same."""
 
     q: Tensor
     k: Tensor
@@ -74,7 +74,7 @@ class ScoreInputs(NamedTuple):
     size: Tensor | None
     key_padding_mask: Tensor | None
     query_position: Tensor | None
-    lse: Tensor | None  # [B, H, Nq], from policy_attention; spares kernels a pass over the logits
+    lse: Tensor | None  # [B, H, Nq] of policy_attention; kernels then skip a pass over the keys
     self_keep: bool
     exclude_self: bool
     eps: float

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reference and the composed functions of attention share; letters as in ``arguments``."""
+"""Functions that the reference and the composed functions of attention share."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def reduce_heads(scores: Tensor, head_reduce: str) -> Tensor:
 def weight_grads(
     dpolicy: Tensor, dlog_size: Tensor, inputs: Inputs, needs: Needs
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of policy and size, from those of policy and log(size) by head, [B, H, Nk]."""
+    """Gradients of policy and size from gradients of policy and log(size) by head [B, H, Nk]."""
     policy, size = inputs.policy, inputs.size
     dsize = dlog_size[..., :0].sum(1)  # [B, 0]
     if size is not None and needs.need_size:

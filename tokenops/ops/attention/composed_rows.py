@@ -323,7 +323,7 @@ def _logits_and_policy(rows: Tensor, block: Block, keys: Keys, buffers: Buffers)
 def _softmax(qk: Tensor, min_probability: float) -> Tensor | None:
     """Softmax of each row, in place; returns lse [b, H, R].
 
-    For any key, lse = logit - log(probability). The first key's spares two passes for the maximum.
+    For any key, lse = logit - log(probability). The first key avoids two passes for the maximum.
     Returns None, with ``qk`` overwritten, if its probability is below ``min_probability`` or NaN
     (an empty row).
     """

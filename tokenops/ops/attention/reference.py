@@ -30,7 +30,7 @@ class _Rows(NamedTuple):
     p_kept: Tensor  # p times the policy, which is 1 for a row's own key under self_keep
     attention: Tensor  # factor of each value: p_kept + p_eps / (number of seen keys)
     seen: Tensor  # bool
-    own: Tensor  # bool, the row's own key
+    is_self: Tensor  # bool, the row's own key
     lse: Tensor  # [B, H, Nq]
     p_eps: Tensor  # [B, H, Nq]
     argmax: Tensor  # int32 [B, H, Nq]; -1 without eps
@@ -46,7 +46,7 @@ def _attend(inputs: Inputs | ScoreInputs, rows: slice) -> _Rows:
     position = torch.arange(rows.start, rows.stop, device=q.device)
     if inputs.query_position is not None:
         position = inputs.query_position[..., rows]
-    own = (position[..., None] == key).unsqueeze(-3)  # [1, Nq, Nk] or [B, 1, Nq, Nk]
+    is_self = (position[..., None] == key).unsqueeze(-3)  # [1, Nq, Nk] or [B, 1, Nq, Nk]
     seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
     if valid is not None:
         seen = valid[:, None, None]
@@ -65,8 +65,8 @@ def _attend(inputs: Inputs | ScoreInputs, rows: slice) -> _Rows:
         policy = policy[:, None, None] if policy.dim() == 2 else policy[:, :, None]
         policy = policy.expand(qk.shape)
         if inputs.self_keep:
-            policy = torch.where(own, 1, policy)
-    seen, own = seen.expand(qk.shape), own.expand(qk.shape)
+            policy = torch.where(is_self, 1, policy)
+    seen, is_self = seen.expand(qk.shape), is_self.expand(qk.shape)
     qk = qk.masked_fill(~seen, -math.inf)
     lse, p_eps, p, l_i, argmax = _normalize(qk, policy, seen, inputs.eps)
 
@@ -74,8 +74,8 @@ def _attend(inputs: Inputs | ScoreInputs, rows: slice) -> _Rows:
     p = (p / l_i[..., None]).clamp(max=math.exp(max_exponent(dtype)))
     attention = p_kept + (p_eps / seen.sum(-1).clamp(min=1))[..., None] * seen
     if inputs.exclude_self:
-        attention = attention.masked_fill(own, 0)
-    return _Rows(p, p_kept, attention, seen, own, lse, p_eps, argmax)
+        attention = attention.masked_fill(is_self, 0)
+    return _Rows(p, p_kept, attention, seen, is_self, lse, p_eps, argmax)
 
 
 def _normalize(
@@ -184,10 +184,10 @@ def _backward(
     dtype, heads, valid = acc_dtype(q), q.shape[1], valid_keys(inputs)
     k, v = (per_head(t, valid, dtype, heads) for t in (inputs.k, inputs.v))
     do = grads.grad_out[:, rows].transpose(1, 2).to(dtype)  # [B, H, Nq, Dv]
-    p, p_kept, attention, seen, own, _, p_eps, argmax = _attend(inputs, rows)
+    p, p_kept, attention, seen, is_self, _, p_eps, argmax = _attend(inputs, rows)
     dp = do @ v.transpose(-1, -2)
     if inputs.exclude_self:
-        dp = dp.masked_fill(own, 0)
+        dp = dp.masked_fill(is_self, 0)
     delta = (attention * dp).sum(-1)
     if grads.grad_lse is not None:
         delta = delta - grads.grad_lse[:, :, rows]
@@ -197,7 +197,7 @@ def _backward(
         dp_mean = (dp * seen).sum(-1) / seen.sum(-1).clamp(min=1)
         key = torch.arange(k.shape[2], device=k.device)
         ds = ds + (p_eps * (dp_mean - delta))[..., None] * (argmax[..., None] == key)
-    dpolicy = (dpolicy.masked_fill(own, 0) if inputs.self_keep else dpolicy).sum(-2)
+    dpolicy = (dpolicy.masked_fill(is_self, 0) if inputs.self_keep else dpolicy).sum(-2)
     dq = inputs.scale * (ds @ k)
     dk = inputs.scale * (ds.transpose(-1, -2) @ q.to(dtype))
     return dq, dk, attention.transpose(-1, -2) @ do, dpolicy, ds.sum(-2)
