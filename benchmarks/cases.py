@@ -36,9 +36,11 @@ LEGEND = {
     "copy": "a torch copy_ that moves as many bytes, read and written together",
     "bmm": "nothing but the product of the scores, of rows averaged and gathered beforehand",
     "bmm+max": "that product and the maximum of each row",
+    "dense": "the model without merging",
+    "slicing": "the model that drops its last tokens instead: a wrong result, and no time for it",
 }
 
-#: What differs, or is there besides, where attention is timed.
+#: Rivals of attention that differ or that no other operator has.
 ATTENTION_LEGEND = {
     "eager": "maps in PyTorch operators: DynamicViT's softmax with a policy, ToMe's logarithms of "
     "sizes, scores as sums over a map of the queries that count and no others",
@@ -120,7 +122,7 @@ def context(name: str) -> AbstractContextManager[None]:
 class Case:
     """One line of a table."""
 
-    operator: str  # public operator, with "_backward" or "_forward_backward" appended for those
+    operator: str  # public operator, perhaps with "_backward" or "_forward_backward"
     name: str  # unique within the operator
     shape: Any
     setup: Callable[[Any, torch.dtype, torch.device], Work]

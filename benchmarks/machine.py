@@ -11,16 +11,16 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer
 
 import tokenops
 from tokenops import _backend, _library, _native
 
 from .cases import BACKENDS
-from .timing import usage
+from .timing import CpuTimer, best, event_timer, usage
 
 #: glibc by default gives each tensor above 32 MB new pages: page faults would be timed, and they
 #: weigh more the fewer intermediate tensors there are to reuse. Inductor otherwise keeps a pool of
@@ -124,12 +124,11 @@ class Ceilings:
 
 def ceilings(device: torch.device, dtypes: list[str], seconds: float) -> Ceilings:
     """Measure the ceilings, for so many seconds each, with the threads of PyTorch."""
-    n = 2048 if device.type == "cpu" else 8192
+    n, timer = (2048, CpuTimer) if device.type == "cpu" else (8192, event_timer)
     mm = {}
     for name in dtypes:
         a = torch.randn(n, n, device=device).to(getattr(torch, name))
-        timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-        mm[name] = 2e-9 * n**3 / min(timer.blocked_autorange(min_run_time=seconds).times)
+        mm[name] = 2e-9 * n**3 / best(partial(torch.mm, a, a), timer, seconds)
     probe = fma_peak(torch.get_num_threads(), seconds) if device.type == "cpu" else None
     if probe is None:
         return Ceilings(mm, "torch.mm", mm)

@@ -159,4 +159,5 @@ CASES = (
     Case("nearest", "vit-b", _SHAPES["vit-b"], setup_nearest),
     *(_case(name, shape, on_request=True) for name, shape in _ON_REQUEST.items()),
     *(_case(name, shape, device="cuda") for name, shape in _CUDA.items()),
+    Case("nearest", "vit-b-256", _CUDA["vit-b-256"], setup_nearest, "cuda"),
 )

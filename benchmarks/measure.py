@@ -94,7 +94,7 @@ def new_row(case: Case, dtype: str, rival: str, common: Row) -> Row:
 def make_ready(
     case: Case, work: Work, rows: dict[str, Row], timer: str, policy: Policy
 ) -> dict[str, Sampler]:
-    """Make, warm up and check the rivals that have rows; rows of those that cannot run say why."""
+    """Make, warm up and check the rivals that have rows; the row of a failed one says why."""
     if {"compile", "flex"} & rows.keys():
         torch.compiler.reset()  # each shape counts towards a limit of recompilations
     ready: dict[str, Sampler] = {}
@@ -152,7 +152,7 @@ def _warm_up(call: Call, policy: Policy, device: torch.device) -> Any:
 
 
 def _copied(work: Work) -> int:
-    """Bytes that the yardstick ``copy`` reads and writes: those that the case must."""
+    """Bytes that the yardstick ``copy`` reads and writes: the least bytes of the case."""
     return 8 * max(1, work.bytes // 8)
 
 
@@ -169,7 +169,7 @@ def _fill(
     dtype: str,
 ) -> None:
     """Turn samples into columns."""
-    # The best copy, as for the peak: a ceiling is what the machine can do, not its average.
+    # The best copy, as for the peak: a ceiling is a limit of the machine, not an average.
     copy_rate = _copied(work) / series["copy"].seconds(0.0)  # bytes per second
     by_memory, by_compute = work.bytes / copy_rate, work.flops / (ceilings.peak[dtype] * 1e9)
     bound = max(by_memory, by_compute)
@@ -227,7 +227,7 @@ def add_choice(p: argparse.ArgumentParser) -> None:
     some: dict[str, Any] = {"nargs": "+", "default": []}
     text = f"operators or families, by default all: {', '.join(operators())}"
     p.add_argument("--op", choices=operators(), metavar="OP", help=text, **some)
-    text = f"cases, by default all but those on request: {', '.join(names)}"
+    text = f"cases, by default all except the cases on request: {', '.join(names)}"
     p.add_argument("--case", choices=names, metavar="NAME", help=text, **some)
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -253,7 +253,7 @@ def parser() -> argparse.ArgumentParser:
     text = "fail where the eager recipe takes less than FACTOR times our time"
     p.add_argument("--bar", type=float, default=0.0, metavar="FACTOR", help=text)
     p.add_argument("--no-memory", action="store_true", help="don't measure memory")
-    p.add_argument("--out", type=Path, help="CSV file; benchmarks/results/DEVICE.csv by default")
+    p.add_argument("--out", type=Path, help="CSV file; cpu.csv or gpu.csv in benchmarks/results")
     p.add_argument("--resume", action="store_true", help="leave out cases that the file has")
     p.add_argument("--list", action="store_true", help="print the cases and leave")
     return p
@@ -297,7 +297,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     if options.cuda_graph:  # autograd launches on the stream of the forward, not the captured one
         cases = [case for case in cases if not case.operator.endswith("_backward")]
     if not cases:
-        raise SystemExit("benchmarks: no case of these operators has such a name")
+        raise SystemExit("benchmarks: no case of these operators has this name")
     return [case.tiny() for case in cases] if options.rehearse else cases
 
 
@@ -344,10 +344,10 @@ def run_all(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for.
+    """Measure the cases that the command line names.
 
     Returns:
-        How many cases failed or were below the bar, those that ``--resume`` leaves out included; at
+        How many cases failed or were below the bar, cases that ``--resume`` leaves out included; at
         most 64.
     """
     options = parser().parse_args(argv)
@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     out = options.out
     if out is None and not (options.quick or options.rehearse or options.variant):
-        out = store.RESULTS / f"{options.device}.csv"
+        out = store.RESULTS / store.FILES[options.device]
     settings = settings_of(options)
     rates = settings.ceilings
     for name in options.dtype:

@@ -4,7 +4,7 @@
 *vit-b*: the layers of ViT-B/16 at 224 pixels. tokenops merges ``r``
 tokens in each layer by the attention keys, attends with token sizes, and tracks the inputs of each
 token. *dense* is PyTorch alone. *slicing* drops the last ``r`` tokens instead, which takes no time
-and gives a wrong result, and attends by the same kernel: the limit of what merging could gain.
+and gives a wrong result, and attends by the same kernel: no merging can be faster.
 
 *vit-s*: a patched ViT-S of Hugging Face, against eager ToMe within the same model.
 """

@@ -25,7 +25,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 
 
 def all_cases() -> Iterator[Case]:
-    """Every case, in the order of the tables; those for the CPU first."""
+    """Every case, in the order of the tables; cases for the CPU first."""
     for device in ("cpu", "cuda"):
         for cases in CASES.values():
             yield from (case for case in cases if case.device == device)

@@ -3,7 +3,7 @@
 
 A table NAME stands in a Markdown file between the comments ``<!-- benchmarks:NAME:start -->`` and
 ``<!-- benchmarks:NAME:end -->``, and is written anew from ``benchmarks/results/cpu.csv``; a NAME
-like ``cuda-summary`` takes ``benchmarks/results/cuda.csv``.
+like ``cuda-summary`` takes ``benchmarks/results/gpu.csv``.
 """
 
 from __future__ import annotations
@@ -57,11 +57,9 @@ def kind_of(operator: str, case: str) -> str:
         return "scores"
     if family == "attention":
         return "proportional" if case.endswith("-size") else "keep" if "-keep" in case else "policy"
-    if family == "matching":
-        return "match"
-    if family == "models" or case == "overhead":
-        return "models" if family == "models" else "overhead"
-    return "backward" if operator.endswith("_backward") else "merge"
+    if family == "merging" and case != "overhead":
+        return "backward" if operator.endswith("_backward") else "merge"
+    return {"matching": "match", "merging": "overhead"}.get(family, "models")
 
 
 def duration(microseconds: str) -> str:
@@ -76,7 +74,7 @@ def duration(microseconds: str) -> str:
 
 
 def _runs(rows: pd.DataFrame, rivals: Iterable[str], values: str = "factor") -> pd.DataFrame:
-    """The rows of tokenops, with a column for each rival, and what tells runs of a case apart."""
+    """The rows of tokenops with a column for each rival; shapes name settings that differ."""
     ours = rows[rows.rival == "tokenops"].set_index(_KEY, drop=False)
     wide = rows.pivot(index=_KEY, columns="rival", values=values).reindex(columns=list(rivals))
     ours = ours.drop(columns="tokenops")  # the version: a column of the rival may replace it
@@ -179,7 +177,8 @@ def _hardware(rows: pd.DataFrame) -> list[str]:
     """The machine that the figures were measured on."""
     names = ["hardware", "cores", "level", "threads", "torch", "python", "tokenops", "malloc"]
     lines = []
-    for values, ours in rows[rows.rival == "tokenops"].groupby(names, sort=False):
+    measured = rows[(rows.rival == "tokenops") & (rows.status == "ok")]
+    for values, ours in measured.groupby(names, sort=False):
         name, cores, level, threads, torch, python, version, malloc = values
         peaks = []
         for dtype, of in ours.groupby("dtype", sort=False):
@@ -197,7 +196,7 @@ def _hardware(rows: pd.DataFrame) -> list[str]:
 
 
 def _legend(rows: pd.DataFrame) -> list[str]:
-    """What each rival is."""
+    """A line about each rival."""
     attends = rows.operator.map(_FAMILY) == "attention"
     present, others = set(rows.rival[attends]), set(rows.rival[~attends])
     lines = [f"- *{name}*: {text}." for name, text in LEGEND.items() if name in others]
@@ -243,10 +242,10 @@ def render(name: str, results: Path = store.RESULTS) -> str:
         ValueError: If there is no such table.
     """
     device, _, table = name.rpartition("-")
-    if table not in TABLES:
+    if table not in TABLES or device not in ("", *store.FILES):
         choices = ", ".join(TABLES)
         raise ValueError(f"there is no table {name!r}; choose from {choices}, or cuda-NAME")
-    lines = TABLES[table](load(results / f"{device or 'cpu'}.csv"))
+    lines = TABLES[table](load(results / store.FILES[device or "cpu"]))
     return "".join(line + "\n" for line in lines)
 
 
@@ -338,11 +337,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="fail if a file is stale; write none")
     parser.add_argument("--print", action="store_true", help="print all tables; write nothing")
     parser.add_argument("--results", type=Path, default=store.RESULTS, help="folder of CSV files")
-    parser.add_argument("--device", default="cpu", help="results to print or plot: cpu or cuda")
+    parser.add_argument("--device", choices=store.FILES, default="cpu", help="to print or plot")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed-ups: .png or .svg")
     options = parser.parse_args(argv)
     if options.plot is not None:
-        plot(options.plot, load(options.results / f"{options.device}.csv"))
+        plot(options.plot, load(options.results / store.FILES[options.device]))
     elif options.print:
         for name in TABLES:
             print(f"## {name}\n\n{render(f'{options.device}-{name}', options.results)}")

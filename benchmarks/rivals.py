@@ -12,8 +12,8 @@ inverse one ``index_select``: the shortest code for users who have the index.
 
 Attention: DynamicViT (Rao et al., NeurIPS 2021, section 3.3) masks the softmax; ToMe adds the
 logarithm of sizes; scores that rank tokens are sums over the rows of a map of the queries that
-count. Where weights become a bias of a fused kernel, a policy of 0 stands for 1e-6. What does not
-depend on the data is made beforehand.
+count. Where weights become a bias of a fused kernel, a policy of 0 stands for 1e-6. Tensors that
+do not depend on the data are made beforehand.
 
 Letters: B batch, N tokens, Ns sources, Nd destinations, r merged sources, M outputs, C channels,
 H heads, D width of a head.

@@ -14,6 +14,8 @@ from pathlib import Path
 Row = dict[str, str]
 
 RESULTS = Path(__file__).resolve().parent / "results"
+#: Files of results by kind of device. Beside them, cuda.csv is the budget of compiled kernels.
+FILES = {"cpu": "cpu.csv", "cuda": "gpu.csv"}
 
 #: Columns. Times are of one call, in microseconds; a ratio is over the median of tokenops.
 COLUMNS = (

@@ -2,8 +2,8 @@
 """Time rivals in turns: by torch.utils.benchmark on the CPU, by triton.testing on CUDA devices.
 
 A sample is the time of a few calls of one rival. Rivals take turns in an order that is drawn anew
-each round, so that whatever else happens on the machine happens to all of them. A sample on the CPU
-counts if the system neither took the processor away nor had to hand out fresh memory meanwhile.
+each round, so that other work on the machine disturbs all of them alike. A sample on the CPU counts
+only if the system did not take the processor away during it and handed out no fresh memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ except ImportError:  # not a Unix: every sample counts as clean
 SECONDS_PER_SWITCH = 0.05
 
 #: A call may cause so many minor page faults. With more, its time is that of the system zeroing
-#: memory, which depends on what else the allocator holds.
+#: memory, which depends on the state of the allocator.
 FAULTS_PER_CALL = 16
 
 
@@ -87,7 +87,7 @@ class Series:
 
 
 class CpuTimer:
-    """Samples the wall-clock time of a call, and the disturbances of the process meanwhile."""
+    """Samples the wall-clock time of a call, and the disturbances of the process during it."""
 
     def __init__(self, call: Call, seconds: float) -> None:
         self._timer = torch.utils.benchmark.Timer(
@@ -156,6 +156,15 @@ def usage() -> tuple[int, int]:
         return 0, 0
     now = resource.getrusage(resource.RUSAGE_SELF)
     return now.ru_nivcsw, now.ru_minflt
+
+
+def best(call: Call, timer: Timer, seconds: float) -> float:
+    """Seconds of a call in the best of the samples that fit into so many seconds."""
+    sample, end = timer(call, min(seconds, Policy.sample_seconds)), time.perf_counter() + seconds
+    found = sample().seconds
+    while time.perf_counter() < end:
+        found = min(found, sample().seconds)
+    return found
 
 
 def interleave(

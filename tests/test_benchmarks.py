@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: that runs, timing and tables do what they say."""
+"""The benchmarks: cases, timing, runs and tables."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_cases_have_unique_names_and_folders():
 def test_each_public_operator_has_a_case():
     assert {case.public for case in select()} == set(_library.operators)
     on_cuda = {case.public for case in select(device="cuda")}
-    assert on_cuda == {*_library.operators, "model"} - {"nearest"}
+    assert on_cuda == {*_library.operators, "model"}
 
 
 def test_select():
@@ -120,7 +120,7 @@ def test_least_work_of_a_hard_policy(eps, policy_grad, forward, backward):
 
 
 class Script:
-    """Samplers that hand out samples by their names, and note who was asked."""
+    """Samplers that hand out samples by their names, and note the names."""
 
     def __init__(self, clean):
         self.clean, self.asked, self.now = clean, [], 0.0
@@ -440,6 +440,15 @@ def test_tables_go_between_markers(results, tmp_path, capsys):
     assert page.read_text(encoding="utf-8") == text
 
 
+def test_a_failed_case_stands_in_the_tables(results):
+    path = results / "cpu.csv"
+    common = {name: store.read(path)[0][name] for name in store.KEY}
+    row = measure.new_row(find("unmerge", "vit-b"), "float32", "tokenops", common)
+    store.merge(path, [{**row, "status": "failed", "note": "odd"}])
+    tables = {name: report.render(name, results) for name in report.TABLES}
+    assert "| unmerge | B32 N197 C768 r16 |" in tables["merge"]
+
+
 def test_attention_stands_in_tables_of_its_own(tmp_path):
     cases = {
         "policy": ("policy_attention", "vit-b"),
@@ -466,6 +475,13 @@ def test_attention_stands_in_tables_of_its_own(tmp_path):
     assert "*eager*: the recipe of ToMe" in legend
     assert "*eager* of attention: maps in PyTorch operators" in legend
     assert legend.count("*tokenops*") == 1
+
+
+def test_files_of_results_hold_results():
+    """And not the budgets of kernels, which lie beside them."""
+    for name in store.FILES.values():
+        if (store.RESULTS / name).exists():
+            assert {row["rival"] for row in store.read(store.RESULTS / name)} > {"tokenops"}
 
 
 def test_without_results_tables_are_empty(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks time: that rivals do the same work, and none of them more than it needs."""
+"""Rivals in the benchmarks compute the same as tokenops, without needless work."""
 
 from __future__ import annotations
 
