@@ -191,12 +191,11 @@ def test_one_list_is_none(name, side, device):
     metric = random_tokens(1, 6, 4, device=device)
     index = torch.tensor([0, 2], device=device)
     split = SplitArgs(**{f"{side}_index": index})
-    missing = "(dst|destination)_index" if side == "src" else "(src|source)_index"
-    request = Request(1)
+    missing = "dst_index" if side == "src" else "src_index"
     arguments = {
-        "match": (metric, "cosine", *request, *split),
+        "match": (metric, "cosine", *Request(1), *split),
         "search": (metric, "cosine", *split),
-        "select": (torch.zeros(1, 2, device=device), index[None].int(), 6, *request, *split),
+        "select": (torch.zeros(1, 2, device=device), index[None].int(), 6, *Request(1), *split),
     }[name]
     for target in (device, "meta"):
         moved = [a.to(target) if isinstance(a, torch.Tensor) else a for a in arguments]

@@ -47,8 +47,8 @@ def samples() -> Iterator[Sample]:
     cellular = {"stride": 2, "grid_width": 3, "cell_height": 2}
     patterns: dict[str, dict[str, Any]] = {
         "alternate": {},
-        "lists": {**lists, "stride": 1},
-        "lists-each": {**each, "stride": 1},
+        "lists": lists,
+        "lists-each": each,
         "grid": cellular,
         "grid-cell": {**cellular, "cell": torch.tensor([2])},
         "grid-each": {**cellular, "cell": cells},
