@@ -7,7 +7,6 @@ import pytest
 import torch
 from attention_oracle import check_exactly
 
-import tokenops
 from tokenops import _backend
 from tokenops.testing import random_attention
 
