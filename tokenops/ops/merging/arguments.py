@@ -14,9 +14,9 @@ from torch import Tensor
 class Index(NamedTuple):
     """A token map: the tensors of a :class:`tokenops.TokenMap`."""
 
-    assign: Tensor  # int32 [B, N], output token of each input token, -1 where dropped
-    offsets: Tensor  # int32 [B, M + 1], where each output token's members start
-    members: Tensor  # int32 [B, N], input tokens sorted by output token, then -1
+    assign: Tensor  # int32 [B, N], output token of each input token, -1 if dropped
+    offsets: Tensor  # int32 [B, M + 1], start of each output token's segment in members
+    members: Tensor  # int32 [B, N], input tokens sorted by output token, -1 at the end
 
     @property
     def num_tokens(self) -> int:
@@ -31,8 +31,15 @@ class Inverse(NamedTuple):
     members: Tensor
 
 
+class Factors(NamedTuple):
+    """Factors of rows in the dtype of sums; None stands for ones."""
+
+    weight: Tensor | None  # [B, N], of each input token
+    scale: Tensor | None  # [B, M], of each output token
+
+
 class Wavg(NamedTuple):
     """Results of ``merge_wavg``."""
 
-    out: Tensor  # [B, M, C], dtype of x
-    total: Tensor  # [B, M], sums of the sizes in the dtype of sums
+    out: Tensor  # [B, M, C] in the dtype of x
+    total: Tensor  # [B, M], summed sizes in the dtype of sums

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators of merging: schemas, shapes, backward formulas.
+"""Operators of merging: shapes and backward formulas.
 
-``merge`` (sum), ``unmerge`` and ``pair_dot`` are the three faces of one trilinear form
+``merge`` (sum), ``unmerge`` and ``pair_dot`` are the derivatives of one form, which is linear in
+each of its four factors:
 
-    sum_{b,n,c} scale[b, a(n)] * weight[b, n] * x[b, n, c] * y[b, a(n), c],   a = assign[b],
+    sum_{b,n,c} scale[b, m] * weight[b, n] * x[b, n, c] * y[b, m, c],   m = assign[b, n].
 
-so that each one's derivatives are the other two, to any order.
+So the derivatives of each of the three operators are the other two, to any order.
 """
 
 from __future__ import annotations
@@ -18,25 +19,51 @@ from torch import Tensor
 from ... import _backend
 from ..._library import acc_dtype, differentiates, references, register
 from . import composed, reference
-from .arguments import Index, Inverse, Wavg
+from .arguments import Factors, Index, Inverse, Wavg
 
-#: Gradient of a token map: none.
-_NO_GRADIENT = (None, None, None)
+#: Reductions whose backward reads the input and the result.
+_NONLINEAR = ("amax", "amin", "prod")
+
+#: A token map has no gradient.
+_NO_GRADIENT = Index(None, None, None)  # type: ignore[arg-type]
 
 
 def _per_output(ops: Any, value: Tensor, index: Index) -> Tensor:
-    """Spread a number per output token [B, M] to its members [B, N]."""
+    """Give each input token the number of its output token: [B, M] -> [B, N]."""
     out: Tensor = ops.unmerge(value[..., None], *index, None, None, None, False)
     return out[..., 0]
 
 
 def _per_input(ops: Any, value: Tensor, index: Index) -> Tensor:
-    """Sum a number per input token [B, N] over each output token's members [B, M]."""
+    """Sum the numbers of the members of each output token: [B, N] -> [B, M]."""
     out: Tensor = ops.merge(value[..., None], *index, None, None, "sum")
     return out[..., 0]
 
 
-# ---- invert ----
+def _grad_of_factors(
+    ops: Any, x: Tensor, y: Tensor, index: Index, weight: Tensor | None, scale: Tensor | None
+) -> Factors:
+    """Gradients of the form above with respect to weight [B, N] and scale [B, M]."""
+    dot = ops.pair_dot(x, y, *index)  # [B, N]
+    grad_weight = grad_scale = None
+    if weight is not None:
+        grad_weight = dot if scale is None else dot * _per_output(ops, scale, index)
+    if scale is not None:
+        grad_scale = _per_input(ops, dot if weight is None else dot * weight, index)
+    return Factors(grad_weight, grad_scale)
+
+
+def _reduce_backward(ops: Any) -> Any:
+    """``merge_reduce_backward``: the kernel, or the formula where that is differentiated itself."""
+    return (references if differentiates() else ops).merge_reduce_backward
+
+
+def _mapped(grads: Any) -> bool:
+    """Whether ``is_grads_batched`` maps over gradients: it cannot map operators of lists."""
+    return any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
+
+
+# ---- invert and compose ----
 
 
 def _invert_fake(assign: Tensor, num_tokens: int) -> Inverse:
@@ -45,9 +72,6 @@ def _invert_fake(assign: Tensor, num_tokens: int) -> Inverse:
 
 
 register(reference.invert, composed=composed.invert, fake=_invert_fake)
-
-
-# ---- compose ----
 
 
 def _compose_fake(assign: Tensor, earlier: Tensor, num_tokens: int) -> Index:
@@ -60,54 +84,33 @@ register(reference.compose, composed=composed.compose, fake=_compose_fake)
 # ---- merge ----
 
 
-def _merge_fake(
-    x: Tensor,
-    index: Index,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    reduce: str,
-) -> Tensor:
+def _merge_fake(x: Tensor, index: Index, factors: Factors, reduce: str) -> Tensor:
     return x.new_empty(x.shape[0], index.num_tokens, x.shape[2])
 
 
 def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, index, weight, scale, reduce = inputs
-    ctx.reduce = reduce
-    selects = reduce in ("amax", "amin", "prod")
-    # The backward of sum and mean needs x for the gradient of weight and scale alone.
-    keep_x = selects or any(ctx.needs[4:6])
-    ctx.save_for_backward(x if keep_x else None, output if selects else None, *index, weight, scale)
+    x, index, factors, ctx.reduce = inputs
+    nonlinear = ctx.reduce in _NONLINEAR
+    # The backward of a sum or a mean reads x only for the gradient of weight and scale.
+    keeps_x = nonlinear or any(ctx.needs[4:6])
+    kept = x if keeps_x else None, output if nonlinear else None
+    ctx.save_for_backward(*kept, *index, *factors)
 
 
 def _merge_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, out, *index, weight, scale = ctx.saved_tensors
-    needs = ctx.needs
-    grad_x = grad_weight = grad_scale = None
+    need_x, *_, need_weight, need_scale, _ = ctx.needs
+    grad_x, grad_factors = None, Factors(None, None)
     if ctx.reduce == "mean":
         grad_x = ops.unmerge(grad, *index, None, None, None, True)
     elif ctx.reduce == "sum":
-        if needs[0]:
+        if need_x:
             grad_x = ops.unmerge(grad, *index, weight, scale, None, False)
-        if needs[4] or needs[5]:
-            grad_weight, grad_scale = _factor_grads(ops, x, grad, index, weight, scale)
-    elif needs[0]:
-        # The fused kernel has no derivative of its own; the formula in PyTorch has.
-        source: Any = references if differentiates() else ops
-        grad_x = source.merge_reduce_backward(grad, x, out, *index, ctx.reduce)
-    return grad_x, *_NO_GRADIENT, grad_weight, grad_scale, None
-
-
-def _factor_grads(
-    ops: Any, x: Tensor, y: Tensor, index: Index, weight: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Derivatives of the trilinear form with respect to weight [B, N] and scale [B, M]."""
-    dot = ops.pair_dot(x, y, *index)  # [B, N]
-    grad_weight = grad_scale = None
-    if weight is not None:
-        grad_weight = dot if scale is None else dot * _per_output(ops, scale, index)
-    if scale is not None:
-        grad_scale = _per_input(ops, dot if weight is None else dot * weight, index)
-    return grad_weight, grad_scale
+        if need_weight or need_scale:
+            grad_factors = _grad_of_factors(ops, x, grad, index, weight, scale)
+    elif need_x:
+        grad_x = _reduce_backward(ops)(grad, x, out, *index, ctx.reduce)
+    return grad_x, _NO_GRADIENT, grad_factors, None
 
 
 register(
@@ -137,34 +140,25 @@ register(
 
 
 def _unmerge_fake(
-    y: Tensor,
-    index: Index,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    residual: Tensor | None,
-    mean: bool,
+    y: Tensor, index: Index, factors: Factors, residual: Tensor | None, mean: bool
 ) -> Tensor:
     return y.new_empty(y.shape[0], index.assign.shape[1], y.shape[2])
 
 
 def _unmerge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, index, weight, scale, _, mean = inputs
-    ctx.mean = mean
-    keep_y = any(ctx.needs[4:6])
-    ctx.save_for_backward(y if keep_y else None, *index, weight, scale)
+    y, index, factors, _, ctx.mean = inputs
+    ctx.save_for_backward(y if any(ctx.needs[4:6]) else None, *index, *factors)
 
 
 def _unmerge_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     y, *index, weight, scale = ctx.saved_tensors
-    needs = ctx.needs
-    grad_y = grad_weight = grad_scale = None
-    if needs[0]:
-        reduce = "mean" if ctx.mean else "sum"
-        grad_y = ops.merge(grad, *index, weight, scale, reduce)
-    if needs[4] or needs[5]:
-        grad_weight, grad_scale = _factor_grads(ops, grad, y, index, weight, scale)
-    grad_residual = grad if needs[6] else None
-    return grad_y, *_NO_GRADIENT, grad_weight, grad_scale, grad_residual, None
+    need_y, *_, need_weight, need_scale, need_residual, _ = ctx.needs
+    grad_y, grad_factors = None, Factors(None, None)
+    if need_y:
+        grad_y = ops.merge(grad, *index, weight, scale, "mean" if ctx.mean else "sum")
+    if need_weight or need_scale:
+        grad_factors = _grad_of_factors(ops, grad, y, index, weight, scale)
+    return grad_y, _NO_GRADIENT, grad_factors, grad if need_residual else None, None
 
 
 register(
@@ -183,43 +177,36 @@ register(
 def _merge_many_fake(
     x: list[Tensor], index: Index, weight: Tensor | None, reduce: str
 ) -> list[Tensor]:
-    return [_merge_fake(t, index, weight, None, reduce) for t in x]
+    return [_merge_fake(t, index, Factors(weight, None), reduce) for t in x]
 
 
 def _merge_many_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, index, weight, reduce = inputs
-    ctx.reduce, ctx.count = reduce, len(x)
-    selects = reduce in ("amax", "amin", "prod")
-    # As for one tensor: x for what selects, and for the gradient of the weights.
-    kept = x if selects or ctx.needs[4] else ()
-    ctx.save_for_backward(*index, weight, *kept, *(output if selects else ()))
-
-
-def _loops(grads: Any) -> bool:
-    """Whether ``is_grads_batched`` maps over gradients: it knows no operators of lists."""
-    return any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
+    x, index, weight, ctx.reduce = inputs
+    ctx.count = len(x)
+    nonlinear = ctx.reduce in _NONLINEAR
+    kept = x if nonlinear or ctx.needs[4] else ()
+    ctx.save_for_backward(*index, weight, *kept, *(output if nonlinear else ()))
 
 
 def _merge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     assign, offsets, members, weight, *rest = ctx.saved_tensors
-    index = assign, offsets, members
+    index = Index(assign, offsets, members)
     x, out = rest[: ctx.count], rest[ctx.count :]
+    need_x, *_, need_weight, _ = ctx.needs
     grad_x, grad_weight = [None] * ctx.count, None
-    if ctx.reduce in ("sum", "mean"):
-        mean = ctx.reduce == "mean"
-        if _loops(grads):
-            grad_x = [ops.unmerge(g, *index, weight, None, None, mean) for g in grads]
-        elif any(ctx.needs[0]):
-            grad_x = ops.unmerge_many(grads, *index, weight, mean)
-        if ctx.needs[4]:
-            grad_weight = sum(ops.pair_dot(t, g, *index) for t, g in zip(x, grads, strict=True))
+    if ctx.reduce in _NONLINEAR:
+        backward = _reduce_backward(ops)
+        pairs = zip(grads, x, out, strict=True)
+        grad_x = [backward(g, t, o, *index, ctx.reduce) for g, t, o in pairs]
     else:
-        source: Any = references if differentiates() else ops
-        grad_x = [
-            source.merge_reduce_backward(g, t, o, *index, ctx.reduce)
-            for g, t, o in zip(grads, x, out, strict=True)
-        ]
-    return grad_x, *_NO_GRADIENT, grad_weight, None
+        mean = ctx.reduce == "mean"
+        if _mapped(grads):
+            grad_x = [ops.unmerge(g, *index, weight, None, None, mean) for g in grads]
+        elif any(need_x):
+            grad_x = ops.unmerge_many(grads, *index, weight, mean)
+        if need_weight:
+            grad_weight = sum(ops.pair_dot(t, g, *index) for t, g in zip(x, grads, strict=True))
+    return grad_x, _NO_GRADIENT, grad_weight, None
 
 
 register(
@@ -234,28 +221,27 @@ register(
 def _unmerge_many_fake(
     y: list[Tensor], index: Index, weight: Tensor | None, mean: bool
 ) -> list[Tensor]:
-    return [_unmerge_fake(t, index, weight, None, None, mean) for t in y]
+    return [_unmerge_fake(t, index, Factors(weight, None), None, mean) for t in y]
 
 
 def _unmerge_many_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    y, index, weight, mean = inputs
-    ctx.mean = mean
-    kept = y if ctx.needs[4] else ()
-    ctx.save_for_backward(*index, weight, *kept)
+    y, index, weight, ctx.mean = inputs
+    ctx.save_for_backward(*index, weight, *(y if ctx.needs[4] else ()))
 
 
 def _unmerge_many_backward(ops: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     assign, offsets, members, weight, *y = ctx.saved_tensors
-    index = assign, offsets, members
+    index = Index(assign, offsets, members)
+    need_y, *_, need_weight, _ = ctx.needs
     grad_y, grad_weight = [None] * len(grads), None
     reduce = "mean" if ctx.mean else "sum"
-    if _loops(grads):
+    if _mapped(grads):
         grad_y = [ops.merge(g, *index, weight, None, reduce) for g in grads]
-    elif any(ctx.needs[0]):
+    elif any(need_y):
         grad_y = ops.merge_many(grads, *index, weight, reduce)
-    if ctx.needs[4]:
+    if need_weight:
         grad_weight = sum(ops.pair_dot(g, t, *index) for t, g in zip(y, grads, strict=True))
-    return grad_y, *_NO_GRADIENT, grad_weight, None
+    return grad_y, _NO_GRADIENT, grad_weight, None
 
 
 register(
@@ -281,12 +267,10 @@ def _pair_dot_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _pair_dot_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, y, *index = ctx.saved_tensors
-    grad_x = grad_y = None
-    if ctx.needs[0]:
-        grad_x = ops.unmerge(y, *index, grad, None, None, False)
-    if ctx.needs[1]:
-        grad_y = ops.merge(x, *index, grad, None, "sum")
-    return grad_x, grad_y, *_NO_GRADIENT
+    need_x, need_y, *_ = ctx.needs
+    grad_x = ops.unmerge(y, *index, grad, None, None, False) if need_x else None
+    grad_y = ops.merge(x, *index, grad, None, "sum") if need_y else None
+    return grad_x, grad_y, _NO_GRADIENT
 
 
 register(
@@ -306,30 +290,32 @@ def _merge_wavg_fake(x: Tensor, index: Index, size: Tensor | None) -> Wavg:
     return Wavg(x.new_empty(*shape, x.shape[2]), x.new_empty(shape, dtype=acc_dtype(x)))
 
 
-def _merge_wavg_setup(ctx: Any, inputs: tuple[Any, ...], output: Wavg) -> None:
+def _merge_wavg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, index, size = inputs
-    # Only the gradient of the sizes needs x, and without it sizes must not hold on to the graph.
-    needs_size = ctx.needs[4]
-    if not needs_size:
-        ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x if needs_size else None, output[1], *index, size)
+    _, total = output
+    # Only the gradient of the sizes reads x. If sizes need none, the summed sizes need none either:
+    # sizes that go from layer to layer would keep the graph of all layers alive.
+    need_size = ctx.needs[4]
+    if not need_size:
+        ctx.mark_non_differentiable(total)
+    ctx.save_for_backward(x if need_size else None, total, *index, size)
 
 
 def _merge_wavg_backward(ops: Any, ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
     x, total, *index, size = ctx.saved_tensors
+    need_x, *_, need_size = ctx.needs
     empty = total == 0
     scale = torch.where(empty, 0, 1 / torch.where(empty, 1, total))  # [B, M]
     grad_x = grad_size = None
-    if ctx.needs[0]:
+    if need_x:
         grad_x = ops.unmerge(grad, *index, size, scale, None, False)
-    if ctx.needs[4]:
-        # d out / d size_n = (x_n - out) / total, with out from x again: the result was rounded.
+    if need_size:
+        # d out / d size[n] = (x[n] - out) / total. Compute out again: the result was rounded.
         dot = ops.pair_dot(x, grad, *index)  # [B, N]
         excess = _per_input(ops, dot * size, index) * scale * scale  # [B, M]
-        grad_size = dot * _per_output(ops, scale, index) + _per_output(
-            ops, grad_total - excess, index
-        )
-    return grad_x, *_NO_GRADIENT, grad_size
+        grad_size = dot * _per_output(ops, scale, index)
+        grad_size = grad_size + _per_output(ops, grad_total - excess, index)
+    return grad_x, _NO_GRADIENT, grad_size
 
 
 register(

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of merging: each writes every element of its result once, by no atomics.
+"""Kernels of merging: each writes every element of its result once, without atomics.
 
-A program works on a tile of rows by channels of one image and goes through the members of all its
-rows side by side, in ascending order. Indices come from users: each one is clamped or masked.
+A program works on a tile of BLOCK_M rows by BLOCK_C channels of one image. It reduces the segments
+of all its rows side by side, in ascending order of the members. Indices come from users: each one
+is clamped or masked.
+
+Letters: N tokens in, M tokens out, C channels; m and n index output and input tokens.
 """
 
 from __future__ import annotations
@@ -10,58 +13,65 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# ---- where a program works ----
+# ---- tiles, segments, rows ----
 
 
 @triton.jit
-def _place(tiles, blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Image, first row and block of channels of a program, and its channels."""
-    program = tl.program_id(0)
-    block = program % blocks
-    tile = program // blocks
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
-    return (tile // tiles).to(tl.int64), (tile % tiles) * ROWS, block, column
+def _tile(row_tiles, column_tiles, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Image, first row and column of tiles of a program, and its channels."""
+    pid = tl.program_id(0)
+    column = pid % column_tiles
+    tile = pid // column_tiles
+    offs_c = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    return (tile // row_tiles).to(tl.int64), (tile % row_tiles) * BLOCK_M, column, offs_c
 
 
 @triton.jit
-def _groups(offsets, m, keep, tokens):
-    """Start and number of the members of output tokens; within ``members`` at any rate."""
-    start = tl.load(offsets + m, mask=keep, other=0)
-    end = tl.load(offsets + m + 1, mask=keep, other=0)
-    start = tl.minimum(tl.maximum(start, 0), tokens)
-    end = tl.minimum(tl.maximum(end, start), tokens)
-    return start, end - start  # [rows]
+def _segment(offsets, m, mask_m, N):
+    """Start and number of members of output tokens, clamped to ``members``."""
+    start = tl.load(offsets + m, mask=mask_m, other=0)
+    end = tl.load(offsets + m + 1, mask=mask_m, other=0)
+    start = tl.minimum(tl.maximum(start, 0), N)
+    end = tl.minimum(tl.maximum(end, start), N)
+    return start, end - start  # [BLOCK_M]
 
 
 @triton.jit
-def _member(members, start, count, k, tokens):
+def _member(members, start, count, k, N):
     """The k-th member of each output token, and whether there is one."""
-    # Always so, as k is not negative; without it the compiler spills a register of some kernels.
-    here = start + k >= start
-    n = tl.load(members + start + k, mask=here & (k < count), other=-1)
-    return n, (n >= 0) & (n < tokens)  # [rows]
+    # Always true, since k >= 0; without it the compiler spills registers of some kernels.
+    true = start + k >= start
+    n = tl.load(members + start + k, mask=true & (k < count), other=-1)
+    return n, (n >= 0) & (n < N)  # [BLOCK_M]
 
 
 @triton.jit
-def _load(base, row, live, row_stride, column, stride, inside, OTHER: tl.constexpr):
-    """Rows of a matrix, and another value where they are not live and past its channels."""
-    at = row.to(tl.int64)[:, None] * row_stride + (column.to(tl.int64) * stride)[None, :]
-    return tl.load(base + at, mask=live[:, None] & inside[None, :], other=OTHER)
+def _output_of(assign, n, mask_n, M):
+    """Output token of input tokens, and whether there is one."""
+    m = tl.load(assign + n, mask=mask_n, other=-1)
+    return m, (m >= 0) & (m < M)  # [BLOCK_M]
 
 
 @triton.jit
-def _store(base, row, live, channels, column, inside, values):
-    at = row.to(tl.int64)[:, None] * channels + column[None, :]
+def _load(base, row, mask_m, row_stride, offs_c, stride, mask_c, OTHER: tl.constexpr):
+    """Rows of a matrix; ``OTHER`` where a mask is false."""
+    at = row.to(tl.int64)[:, None] * row_stride + (offs_c.to(tl.int64) * stride)[None, :]
+    return tl.load(base + at, mask=mask_m[:, None] & mask_c[None, :], other=OTHER)
+
+
+@triton.jit
+def _store(base, row, mask_m, C, offs_c, mask_c, values):
+    at = row.to(tl.int64)[:, None] * C + offs_c[None, :]
     values = values.to(base.dtype.element_ty)
-    tl.store(base + at, values, mask=live[:, None] & inside[None, :])
+    tl.store(base + at, values, mask=mask_m[:, None] & mask_c[None, :])
 
 
 @triton.jit
-def _wide(values):
-    """Values in the type of sums."""
+def _upcast(values):
+    """Values in the dtype of sums."""
     if values.dtype == tl.float64:
         return values
-    else:  # noqa: RET505 - what is constant decides which one is compiled
+    else:  # noqa: RET505 - the compiler takes one branch of a constant condition
         return values.to(tl.float32)
 
 
@@ -69,9 +79,9 @@ def _wide(values):
 
 
 @triton.jit
-def _fold(acc, total, value, weight, factor, REDUCE: tl.constexpr):
-    """One member more; NaN stays NaN. Weights are summed up beside."""
-    value = _wide(value)
+def _accumulate(acc, total, value, weight, factor, REDUCE: tl.constexpr):
+    """Reduce one more member, which may be NaN, and sum its weight."""
+    value = _upcast(value)
     if weight is not None:
         value *= factor[:, None]
         total += factor
@@ -87,13 +97,13 @@ def _fold(acc, total, value, weight, factor, REDUCE: tl.constexpr):
 
 
 @triton.jit
-def _fetch(
-    x, weight, members, start, count, k, tokens, row_stride, column, stride, inside,
+def _load_member(
+    x, weight, members, start, count, k, N, row_stride, offs_c, stride, mask_c,
     OTHER: tl.constexpr,
 ):  # fmt: skip
-    """The k-th member of each output token as it is stored, and its weight."""
-    n, live = _member(members, start, count, k, tokens)
-    value = _load(x, n, live, row_stride, column, stride, inside, OTHER)
+    """The k-th member of each output token in its own dtype, and its weight."""
+    n, live = _member(members, start, count, k, N)
+    value = _load(x, n, live, row_stride, offs_c, stride, mask_c, OTHER)
     if weight is None:
         return value, live
     else:  # noqa: RET505
@@ -103,42 +113,41 @@ def _fetch(
 @triton.jit
 def merge_rows(
     x, offsets, members, weight, scale, out, total_out,
-    tokens, outputs, channels, image_stride, row_stride, stride, tiles, blocks,
-    REDUCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    N, M, C, image_stride, row_stride, stride, row_tiles, column_tiles,
+    REDUCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``out[m] = scale[m] * fold over the members n of m of weight[n] * x[n]``, or a mean."""
-    image, first, block, column = _place(tiles, blocks, ROWS, COLUMNS)
-    m = first + tl.arange(0, ROWS)
-    keep, inside = m < outputs, column < channels
-    start, count = _groups(offsets + image * (outputs + 1), m, keep, tokens)
+    """``out[m] = scale[m] * reduction of weight[n] * x[n] over the members n of m``, or a mean."""
+    image, first, column, offs_c = _tile(row_tiles, column_tiles, BLOCK_M, BLOCK_C)
+    m = first + tl.arange(0, BLOCK_M)
+    mask_m, mask_c = m < M, offs_c < C
+    start, count = _segment(offsets + image * (M + 1), m, mask_m, N)
     x += image * image_stride
-    members += image * tokens
-    # What leaves a fold as it is stands for a member that is not there.
-    NONE: tl.constexpr = (
+    members += image * N
+    # The identity of the reduction stands for missing members.
+    IDENTITY: tl.constexpr = (
         float("-inf") if REDUCE == "amax" else float("inf") if REDUCE == "amin"
         else 1.0 if REDUCE == "prod" else 0.0
     )  # fmt: skip
-    acc = _wide(tl.full([ROWS, COLUMNS], NONE, x.dtype.element_ty))
-    total = tl.zeros([ROWS], acc.dtype)
+    acc = _upcast(tl.full([BLOCK_M, BLOCK_C], IDENTITY, x.dtype.element_ty))
+    total = tl.zeros([BLOCK_M], acc.dtype)
     if weight is not None:
-        weight += image * tokens
-    # Two members are on their way while the ones before are added; loads that are used at once
-    # would be put one after the other.
-    a, a_weight = _fetch(
-        x, weight, members, start, count, 0, tokens, row_stride, column, stride, inside, NONE
+        weight += image * N
+    # Load two members ahead: the compiler would serialize loads that are used at once.
+    a, a_weight = _load_member(
+        x, weight, members, start, count, 0, N, row_stride, offs_c, stride, mask_c, IDENTITY
     )  # fmt: skip
-    b, b_weight = _fetch(
-        x, weight, members, start, count, 1, tokens, row_stride, column, stride, inside, NONE
+    b, b_weight = _load_member(
+        x, weight, members, start, count, 1, N, row_stride, offs_c, stride, mask_c, IDENTITY
     )  # fmt: skip
     for k in range(2, tl.max(count, 0) + 2, 2):
-        acc, total = _fold(acc, total, a, weight, a_weight, REDUCE)
-        a, a_weight = _fetch(
-            x, weight, members, start, count, k, tokens, row_stride, column, stride, inside, NONE
+        acc, total = _accumulate(acc, total, a, weight, a_weight, REDUCE)
+        a, a_weight = _load_member(
+            x, weight, members, start, count, k, N, row_stride, offs_c, stride, mask_c, IDENTITY
         )  # fmt: skip
-        acc, total = _fold(acc, total, b, weight, b_weight, REDUCE)
-        b, b_weight = _fetch(
-            x, weight, members, start, count, k + 1, tokens, row_stride, column, stride, inside,
-            NONE,
+        acc, total = _accumulate(acc, total, b, weight, b_weight, REDUCE)
+        b, b_weight = _load_member(
+            x, weight, members, start, count, k + 1, N, row_stride, offs_c, stride, mask_c,
+            IDENTITY,
         )  # fmt: skip
     if REDUCE == "mean":
         acc /= tl.maximum(count, 1).to(acc.dtype)[:, None]
@@ -147,78 +156,71 @@ def merge_rows(
             total = count.to(acc.dtype)
         empty = (total == 0)[:, None]
         acc = tl.where(empty, 0, acc / tl.where(empty, 1, total[:, None]))
-        once = m < tl.where(block == 0, outputs, 0)
-        tl.store(total_out + image * outputs + m, total, mask=once)
+        once = m < tl.where(column == 0, M, 0)
+        tl.store(total_out + image * M + m, total, mask=once)
     if REDUCE == "amax" or REDUCE == "amin" or REDUCE == "prod":
         acc = tl.where((count > 0)[:, None], acc, 0)
     if scale is not None:
-        acc *= tl.load(scale + image * outputs + m, mask=keep, other=0)[:, None]
-    _store(out + image * outputs * channels, m, keep, channels, column, inside, acc)
+        acc *= tl.load(scale + image * M + m, mask=mask_m, other=0)[:, None]
+    _store(out + image * M * C, m, mask_m, C, offs_c, mask_c, acc)
 
 
 # ---- unmerge and pair_dot ----
 
 
 @triton.jit
-def _target(assign, n, keep, outputs):
-    """Output token of input tokens, and whether they have one."""
-    m = tl.load(assign + n, mask=keep, other=-1)
-    return m, (m >= 0) & (m < outputs)  # [rows]
-
-
-@triton.jit
 def unmerge_rows(
     y, assign, offsets, weight, scale, residual, out,
-    tokens, outputs, channels, image_stride, row_stride, stride,
-    residual_image_stride, residual_row_stride, residual_stride, tiles, blocks,
-    MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    N, M, C, image_stride, row_stride, stride,
+    residual_image_stride, residual_row_stride, residual_stride, row_tiles, column_tiles,
+    MEAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``out[n] = weight[n] * scale[m] * y[m] + residual[n]`` with ``m = assign[n]``."""
-    image, first, _block, column = _place(tiles, blocks, ROWS, COLUMNS)
-    n = first + tl.arange(0, ROWS)
-    keep, inside = n < tokens, column < channels
-    m, live = _target(assign + image * tokens, n, keep, outputs)
+    image, first, _column, offs_c = _tile(row_tiles, column_tiles, BLOCK_M, BLOCK_C)
+    n = first + tl.arange(0, BLOCK_M)
+    mask_n, mask_c = n < N, offs_c < C
+    m, live = _output_of(assign + image * N, n, mask_n, M)
     y += image * image_stride
-    values = _load(y, m, live, row_stride, column, stride, inside, 0)
+    values = _load(y, m, live, row_stride, offs_c, stride, mask_c, 0)
     if MEAN:
-        _start, count = _groups(offsets + image * (outputs + 1), m, live, tokens)
-        values = _wide(values)
+        _start, count = _segment(offsets + image * (M + 1), m, live, N)
+        values = _upcast(values)
         values /= tl.maximum(count, 1).to(values.dtype)[:, None]
     if scale is not None:
-        values = _wide(values) * tl.load(scale + image * outputs + m, mask=live, other=0)[:, None]
+        values = _upcast(values) * tl.load(scale + image * M + m, mask=live, other=0)[:, None]
     if weight is not None:
-        values = _wide(values) * tl.load(weight + image * tokens + n, mask=live, other=0)[:, None]
+        values = _upcast(values) * tl.load(weight + image * N + n, mask=live, other=0)[:, None]
     if residual is not None:
         residual += image * residual_image_stride
         added = _load(
-            residual, n, keep, residual_row_stride, column, residual_stride, inside, 0
+            residual, n, mask_n, residual_row_stride, offs_c, residual_stride, mask_c, 0
         )  # fmt: skip
-        values = _wide(values) + _wide(added)
-    _store(out + image * tokens * channels, n, keep, channels, column, inside, values)
+        values = _upcast(values) + _upcast(added)
+    _store(out + image * N * C, n, mask_n, C, offs_c, mask_c, values)
 
 
 @triton.jit
 def pair_dot_rows(
-    x, y, assign, out, tokens, outputs, channels,
-    x_image_stride, x_row_stride, x_stride, y_image_stride, y_row_stride, y_stride, tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, y, assign, out, N, M, C,
+    x_image_stride, x_row_stride, x_stride, y_image_stride, y_row_stride, y_stride,
+    row_tiles, column_tiles, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``out[n] = sum_c x[n, c] * y[m, c]`` with ``m = assign[n]``; 0 for dropped tokens."""
-    image, first, _block, column = _place(tiles, 1, ROWS, COLUMNS)
-    n = first + tl.arange(0, ROWS)
-    keep = n < tokens
-    m, live = _target(assign + image * tokens, n, keep, outputs)
+    image, first, _column, offs_c = _tile(row_tiles, column_tiles, BLOCK_M, BLOCK_C)
+    n = first + tl.arange(0, BLOCK_M)
+    mask_n = n < N
+    m, live = _output_of(assign + image * N, n, mask_n, M)
     x += image * x_image_stride
     y += image * y_image_stride
-    acc = _wide(tl.zeros([ROWS, COLUMNS], x.dtype.element_ty))
-    a = _load(x, n, live, x_row_stride, column, x_stride, column < channels, 0)
-    b = _load(y, m, live, y_row_stride, column, y_stride, column < channels, 0)
-    for _ in range(0, channels, COLUMNS):
-        column += COLUMNS
-        acc += _wide(a) * _wide(b)
-        a = _load(x, n, live, x_row_stride, column, x_stride, column < channels, 0)
-        b = _load(y, m, live, y_row_stride, column, y_stride, column < channels, 0)
-    tl.store(out + image * tokens + n, tl.sum(acc, 1), mask=keep)
+    acc = _upcast(tl.zeros([BLOCK_M, BLOCK_C], x.dtype.element_ty))
+    a = _load(x, n, live, x_row_stride, offs_c, x_stride, offs_c < C, 0)
+    b = _load(y, m, live, y_row_stride, offs_c, y_stride, offs_c < C, 0)
+    for _ in range(0, C, BLOCK_C):
+        offs_c += BLOCK_C
+        acc += _upcast(a) * _upcast(b)
+        a = _load(x, n, live, x_row_stride, offs_c, x_stride, offs_c < C, 0)
+        b = _load(y, m, live, y_row_stride, offs_c, y_stride, offs_c < C, 0)
+    tl.store(out + image * N + n, tl.sum(acc, 1), mask=mask_n)
 
 
 # ---- backward of amax, amin and prod ----
@@ -226,108 +228,110 @@ def pair_dot_rows(
 
 @triton.jit
 def reduce_backward_rows(
-    grad, x, best, assign, offsets, members, after, out,
-    tokens, outputs, channels, grad_image_stride, grad_row_stride, grad_stride,
-    x_image_stride, x_row_stride, x_stride, best_image_stride, best_row_stride, best_stride,
-    group_tiles, tiles, blocks, PROD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, x, out, assign, offsets, members, suffix, grad_x,
+    N, M, C, grad_image_stride, grad_row_stride, grad_stride,
+    x_image_stride, x_row_stride, x_stride, out_image_stride, out_row_stride, out_stride,
+    output_tiles, row_tiles, column_tiles,
+    PROD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the members of a tile of output tokens, or zeros for dropped tokens.
 
-    A row is written by the output token that ``assign`` names alone, whatever ``members`` holds. Of
-    products, ``after`` [tokens, channels] keeps those of all later members in between.
+    The first ``output_tiles`` tiles of an image are output tokens, the other ones are input tokens.
+    Only output token ``assign[n]`` writes row n, whatever ``members`` holds. The gradient of prod
+    keeps the products of all later members in ``suffix`` [N, C].
     """
-    image, first, _block, column = _place(tiles, blocks, ROWS, COLUMNS)
-    inside = column < channels
-    assign += image * tokens
-    out += image * tokens * channels
-    row = tl.arange(0, ROWS)
-    if first < group_tiles * ROWS:
+    image, first, _column, offs_c = _tile(row_tiles, column_tiles, BLOCK_M, BLOCK_C)
+    mask_c = offs_c < C
+    assign += image * N
+    grad_x += image * N * C
+    row = tl.arange(0, BLOCK_M)
+    if first < output_tiles * BLOCK_M:
         m = first + row
-        keep = m < outputs
-        start, count = _groups(offsets + image * (outputs + 1), m, keep, tokens)
+        mask_m = m < M
+        start, count = _segment(offsets + image * (M + 1), m, mask_m, N)
         most = tl.max(count, 0)
-        members += image * tokens
+        members += image * N
         x += image * x_image_stride
-        slope = _load(
-            grad + image * grad_image_stride, m, keep, grad_row_stride, column, grad_stride,
-            inside, 0,
+        grad_m = _load(
+            grad + image * grad_image_stride, m, mask_m, grad_row_stride, offs_c, grad_stride,
+            mask_c, 0,
         )  # fmt: skip
-        slope = _wide(slope)  # [rows, columns]
+        grad_m = _upcast(grad_m)  # [BLOCK_M, BLOCK_C]
         if PROD:
-            after += image * tokens * channels
-            product = tl.full([ROWS, COLUMNS], 1, slope.dtype)
+            suffix += image * N * C
+            product = tl.full([BLOCK_M, BLOCK_C], 1, grad_m.dtype)
             for back in range(most):
-                n, live = _member(members, start, count, most - 1 - back, tokens)
-                to, _there = _target(assign, n, live, outputs)
-                _store(after, n, live & (to == m), channels, column, inside, product)
-                product *= _wide(_load(x, n, live, x_row_stride, column, x_stride, inside, 1))
-            tl.debug_barrier()
-            product = tl.full([ROWS, COLUMNS], 1, slope.dtype)
+                n, live = _member(members, start, count, most - 1 - back, N)
+                to, _live = _output_of(assign, n, live, M)
+                _store(suffix, n, live & (to == m), C, offs_c, mask_c, product)
+                product *= _upcast(_load(x, n, live, x_row_stride, offs_c, x_stride, mask_c, 1))
+            tl.debug_barrier()  # threads read what other threads stored to suffix
+            product = tl.full([BLOCK_M, BLOCK_C], 1, grad_m.dtype)
             for k in range(most):
-                n, live = _member(members, start, count, k, tokens)
-                to, _there = _target(assign, n, live, outputs)
+                n, live = _member(members, start, count, k, N)
+                to, _live = _output_of(assign, n, live, M)
                 own = live & (to == m)
-                others = product * _load(after, n, own, channels, column, 1, inside, 0)
-                _store(out, n, own, channels, column, inside, slope * others)
-                product *= _wide(_load(x, n, live, x_row_stride, column, x_stride, inside, 1))
+                others = product * _load(suffix, n, own, C, offs_c, 1, mask_c, 0)
+                _store(grad_x, n, own, C, offs_c, mask_c, grad_m * others)
+                product *= _upcast(_load(x, n, live, x_row_stride, offs_c, x_stride, mask_c, 1))
         else:
-            value = _load(
-                best + image * best_image_stride, m, keep, best_row_stride, column, best_stride,
-                inside, 0,
+            result = _load(
+                out + image * out_image_stride, m, mask_m, out_row_stride, offs_c, out_stride,
+                mask_c, 0,
             )  # fmt: skip
-            ties = tl.zeros([ROWS, COLUMNS], tl.int32)
+            ties = tl.zeros([BLOCK_M, BLOCK_C], tl.int32)
             for k in range(most):
-                n, live = _member(members, start, count, k, tokens)
-                member = _load(x, n, live, x_row_stride, column, x_stride, inside, 0)
-                same = (member == value) | ((member != member) & (value != value))
+                n, live = _member(members, start, count, k, N)
+                member = _load(x, n, live, x_row_stride, offs_c, x_stride, mask_c, 0)
+                same = (member == result) | ((member != member) & (result != result))
                 ties += (same & live[:, None]).to(tl.int32)
-            share = slope / tl.maximum(ties, 1).to(slope.dtype)
+            share = grad_m / tl.maximum(ties, 1).to(grad_m.dtype)
             for k in range(most):
-                n, live = _member(members, start, count, k, tokens)
-                to, _there = _target(assign, n, live, outputs)
-                member = _load(x, n, live, x_row_stride, column, x_stride, inside, 0)
-                same = (member == value) | ((member != member) & (value != value))
+                n, live = _member(members, start, count, k, N)
+                to, _live = _output_of(assign, n, live, M)
+                member = _load(x, n, live, x_row_stride, offs_c, x_stride, mask_c, 0)
+                same = (member == result) | ((member != member) & (result != result))
                 part = tl.where(same, share, 0)
-                _store(out, n, live & (to == m), channels, column, inside, part)
+                _store(grad_x, n, live & (to == m), C, offs_c, mask_c, part)
     else:
-        n = first - group_tiles * ROWS + row
-        keep = n < tokens
-        _to, live = _target(assign, n, keep, outputs)
-        zeros = tl.zeros([ROWS, COLUMNS], tl.float32)
-        _store(out, n, keep & ~live, channels, column, inside, zeros)
+        n = first - output_tiles * BLOCK_M + row
+        mask_n = n < N
+        _to, live = _output_of(assign, n, mask_n, M)
+        zeros = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        _store(grad_x, n, mask_n & ~live, C, offs_c, mask_c, zeros)
 
 
 # ---- invert ----
 
 
 @triton.jit
-def invert_image(
-    assign, earlier, composed, offsets, members, tokens, middle, outputs, SIZE: tl.constexpr
-):
-    """Sort input tokens by output token, with a mark before the first one of each.
+def invert_image(assign, earlier, composed, offsets, members, N, MIDDLE, M, SIZE: tl.constexpr):
+    """Sort the input tokens of an image by output token, and write the map in CSR form.
 
-    A place behind so many marks is behind so many marks too many; a mark's place, without the
-    marks before it, is an offset. Tokens may first go through another map, ``earlier``.
+    A sentinel for each output token, and one for dropped tokens, is sorted before the tokens of its
+    segment. Subtract the sentinels before an element to get its CSR position: that of a sentinel is
+    an offset, that of a token is its index in ``members``. Under ``earlier`` (indices into MIDDLE
+    tokens) the map is composed first.
     """
     image = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
-    through = at
-    there = at < tokens
+    n = at
+    mask_n = at < N
     if earlier is not None:
-        through = tl.load(earlier + image * tokens + at, mask=there, other=-1)
-        there = (through >= 0) & (through < middle)
-    slot = tl.load(assign + image * middle + through, mask=there, other=-1)
-    live = (slot >= 0) & (slot < outputs)
+        n = tl.load(earlier + image * N + at, mask=mask_n, other=-1)
+        mask_n = (n >= 0) & (n < MIDDLE)
+    slot = tl.load(assign + image * MIDDLE + n, mask=mask_n, other=-1)
+    live = (slot >= 0) & (slot < M)
     if composed is not None:
-        tl.store(composed + image * tokens + at, tl.where(live, slot, -1), mask=at < tokens)
-    slot = tl.where(live, slot, outputs)  # the last one if dropped
-    mark = at - tokens
-    key = tl.where(at < tokens, slot * SIZE + at + 1, mark * SIZE)
-    key = tl.sort(tl.where(mark <= outputs, key, 2147483647))
+        tl.store(composed + image * N + at, tl.where(live, slot, -1), mask=at < N)
+    slot = tl.where(live, slot, M)  # slot M is for dropped tokens
+    sentinel = at - N
+    key = tl.where(at < N, slot * SIZE + at + 1, sentinel * SIZE)
+    key = tl.sort(tl.where(sentinel <= M, key, 2147483647))
     slot = key // SIZE
     token = key % SIZE - 1
-    is_mark = token < 0
-    here = at <= tokens + outputs
-    tl.store(offsets + image * (outputs + 1) + slot, at - slot, mask=here & is_mark)
-    member = tl.where(slot < outputs, token, -1)
-    tl.store(members + image * tokens + at - slot - 1, member, mask=here & (token >= 0))
+    is_sentinel = token < 0
+    mask = at <= N + M
+    tl.store(offsets + image * (M + 1) + slot, at - slot, mask=mask & is_sentinel)
+    member = tl.where(slot < M, token, -1)
+    tl.store(members + image * N + at - slot - 1, member, mask=mask & (token >= 0))
