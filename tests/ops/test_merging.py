@@ -29,11 +29,11 @@ def acc(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ---- one table of everything there is, on tokenops and by brute force ----
+# ---- all calls, by tokenops and by brute force ----
 
 
 class Operation:
-    """A call, the same one by brute force, and the names of its floating-point inputs."""
+    """A call, the same call by brute force, and the names of its floating-point inputs."""
 
     def __init__(self, call, brute, *inputs):
         self.call, self.brute, self.inputs = call, brute, inputs
@@ -92,7 +92,7 @@ OPERATIONS = {
 
 
 def make_inputs(operation, token_map, channels, dtype, device, layout="contiguous", seed=0):
-    """Values by the names of an operation; sizes and weights are positive, of the type of sums."""
+    """Inputs of an operation by name; sizes and weights are positive, in the dtype of sums."""
     batch, tokens = token_map.assign.shape
     rows = {"x": tokens, "residual": tokens, "y": token_map.num_tokens}
     inputs = {}
@@ -106,7 +106,7 @@ def make_inputs(operation, token_map, channels, dtype, device, layout="contiguou
 
 
 def values_and_gradients(call, inputs, cotangents=None):
-    """Outputs, and gradients of all inputs for random (or the given) gradients of the outputs."""
+    """Outputs, gradients of all inputs, and the (given or random) gradients of the outputs."""
     leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     outputs = call(**leaves)
     if cotangents is None:
@@ -114,7 +114,7 @@ def values_and_gradients(call, inputs, cotangents=None):
             random_tokens(*out.shape, dtype=out.dtype, device=out.device, seed=70 + i)
             for i, out in enumerate(outputs)
         ]
-    # Sizes that count tokens depend on nothing.
+    # Sizes that count tokens require no gradient.
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     gradients = torch.autograd.grad(
         [o for o, _ in pairs], list(leaves.values()), [c for _, c in pairs], materialize_grads=True
@@ -123,7 +123,7 @@ def values_and_gradients(call, inputs, cotangents=None):
 
 
 def terms_of_factors(token_map, x, cotangents, share):
-    """Absolute terms [B, N, 1] of ``sum_c x g`` and ``sum_c mean(x) g``, all arguments positive."""
+    """Terms [B, N, 1] of ``sum_c x g`` and ``sum_c mean(x) g`` for positive arguments."""
     member = brute_force.membership(token_map.assign, token_map.num_tokens).double()
     total = (member @ (share * torch.ones_like(x[..., :1]))).clamp(min=1e-9)  # [B, M, 1]
     dot = (x * (member.mT @ (cotangents[0] / total))).sum(-1, keepdim=True)
@@ -133,13 +133,13 @@ def terms_of_factors(token_map, x, cotangents, share):
 
 
 def magnitudes(brute, token_map, inputs, cotangents):
-    """Largest sum of absolute values of the terms that results, and gradients, are sums of."""
+    """Largest sum of the absolute terms of a result, and of a gradient: the scale of rounding."""
     positive = {name: value.double().abs() for name, value in inputs.items()}
     weights = [c.double().abs() for c in cotangents]
     outputs, gradients, _ = values_and_gradients(brute, positive, weights)
     if "x" in inputs:
-        # Of means, gradients of sizes and weights also subtract the mean; and of what is selected,
-        # they are sums over channels that the absolute values need not select.
+        # Gradients of sizes and weights of a mean also subtract the mean. Those of amax and amin
+        # sum over channels in which the absolute values may select another member.
         share = positive.get("size", 1.0) * positive.get(
             "weight", torch.ones_like(inputs["x"][..., :1])
         )
@@ -152,7 +152,7 @@ def magnitudes(brute, token_map, inputs, cotangents):
 
 
 def check(operation, token_map, inputs, layout="contiguous"):
-    """Compare with the reference and with brute force, by their errors."""
+    """Compare errors against brute force in float64 with the errors of the reference."""
     call = functools.partial(operation.call, token_map)
     brute = functools.partial(operation.brute, token_map.assign, token_map.num_tokens)
     with tokenops.use_backend("reference"):
@@ -185,7 +185,7 @@ def test_values_and_gradients(name, dtype, layout, backend, device):
     operation = OPERATIONS[name]
     token_map = random_token_map(3, 13, 6, dropped=0.15, device=device, seed=1)
     inputs = make_inputs(operation, token_map, 21, dtype, device, layout)
-    if layout == "expanded":  # one number per image and token still differs between tokens
+    if layout == "expanded":  # images share memory, tokens differ
         assert all(value.stride(0) == 0 for value in inputs.values())
     check(operation, token_map, inputs, "contiguous" if layout == "expanded" else layout)
 
@@ -233,7 +233,7 @@ def test_empty(name, shape, backend, device):
     assert all(not o.isnan().any() for o in (*outputs, *gradients))
 
 
-# ---- the reference against brute force, to the last digits of float64 ----
+# ---- the reference against brute force, in float64 ----
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -246,7 +246,7 @@ def test_reference_is_the_formula(name, device):
     brute = functools.partial(operation.brute, token_map.assign, token_map.num_tokens)
     expected = values_and_gradients(brute, inputs, got[2])
     for a, b in zip((*got[0], *got[1]), (*expected[0], *expected[1]), strict=True):
-        # Sizes are float32 by promise unless they came in float64.
+        # Sizes are float32, unless x and size are float64.
         torch.testing.assert_close(a.double(), b, rtol=1e-12, atol=1e-12)
 
 
@@ -277,12 +277,12 @@ def test_prod_has_derivatives_at_zeros(backend, device):
     assert torch.autograd.gradgradcheck(call, (x,))
     (gradient,) = torch.autograd.grad(call(x).sum(), x)
     assert gradient[0, 0, 0] == x[0, 1, 0]
-    assert gradient[0, 2, 0] == 0  # another zero is left
+    assert gradient[0, 2, 0] == 0  # the segment has another zero
     assert gradient[0, 5, 0] == 1
 
 
 def test_prod_under_functional_transforms():
-    """Forward over reverse and the other way round, at zeros too."""
+    """Forward over reverse and reverse over forward, at zeros too."""
     token_map = TokenMap.from_assign(torch.tensor([[0, 0, 1, 1, 1, 2, -1]]), 3)
     x = random_tokens(1, 7, 1, dtype=torch.float64)
     x[0, 0] = x[0, 2] = x[0, 3] = 0
@@ -291,7 +291,7 @@ def test_prod_under_functional_transforms():
     assert torch.equal(torch.func.jacfwd(call)(x), expected)
     assert torch.equal(torch.func.jacrev(call)(x), expected)
     expected = torch.autograd.functional.hessian(lambda x: call(x).sum(), x)
-    assert expected[0, 2, 0, 0, 3, 0] == x[0, 4, 0]  # one zero by another
+    assert expected[0, 2, 0, 0, 3, 0] == x[0, 4, 0]  # derivative by two zeros of a segment
     assert torch.equal(torch.func.hessian(lambda x: call(x).sum())(x), expected)
 
 
@@ -312,7 +312,7 @@ def test_stride_zero_gradients(name, backend, device):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_only_wanted_gradients(name, backend, device):
-    """Each input alone may ask for a gradient, and gets the one it has among all."""
+    """An input that alone requires a gradient gets the same gradient as together with others."""
     operation = OPERATIONS[name]
     token_map = random_token_map(2, 9, 4, device=device, seed=6)
     inputs = make_inputs(operation, token_map, 5, torch.float32, device)
@@ -366,7 +366,7 @@ def test_infinities_and_signed_extremes(reduce, backend, device):
 
 
 def test_half_overflows_only_at_the_end(backend, device):
-    """Half inputs accumulate in float32: large terms that cancel are no infinity."""
+    """Half inputs accumulate in float32: large terms that cancel do not become inf."""
     token_map = TokenMap.from_assign(torch.zeros(1, 3, dtype=torch.int64, device=device), 1)
     x = torch.tensor([[[60000.0], [60000.0], [-60000.0]]], dtype=torch.float16, device=device)
     assert tokenops.merge(x, token_map, reduce="sum").item() == 60000
@@ -404,7 +404,7 @@ def test_types_of_sizes(backend, device):
 
 
 def test_residual_of_another_dtype(backend, device):
-    """The result has the wider dtype, as a sum would have."""
+    """The result has the dtype of ``y + residual``."""
     token_map = random_token_map(2, 9, 4, device=device)
     y = random_tokens(2, 4, 5, device=device)
     residual = random_tokens(2, 9, 5, device=device, seed=1)
@@ -445,7 +445,7 @@ def test_weighted_values_of_half_types_are_rounded_once(reduce, dtype, backend, 
     rows = (exact * w[..., None]).view(1, 2, 2, 1)
     expected = rows.prod(2) if reduce == "prod" else getattr(rows, reduce)(2)
     expected.sum().backward()
-    # The largest product is beyond float16, and the two first ones differ in float32 alone.
+    # The largest product overflows float16, and the first two products differ only in float32.
     assert torch.equal(out.double().isinf(), expected.to(dtype).isinf())
     for got, wanted in ((out, expected), (x.grad, exact.grad), (weight.grad, w.grad)):
         assert got.dtype in (dtype, torch.float32)
@@ -506,9 +506,11 @@ def test_autocast_keeps_the_dtype(dtype, backend, device):
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("channels", [768, 760, 761])  # whole cache lines, half ones, none
+@pytest.mark.parametrize(
+    "channels", [768, 760, 761]
+)  # whole cache lines, half cache lines, neither
 def test_passes_larger_than_the_cache(channels, backend, device):
-    """Beyond 32 MB results may be stored past the caches; the bits must not differ."""
+    """Results of more than 32 MiB may be stored past the caches: the bits must not differ."""
     batch, tokens = 30, 197
     token_map = random_token_map(batch, tokens, 181, device=device, seed=2)
     x = random_tokens(batch, tokens, channels, device=device, seed=3)
@@ -525,6 +527,6 @@ def test_passes_larger_than_the_cache(channels, backend, device):
         ]
 
     whole = results(slice(None))
-    for image in (0, batch - 1):  # one image by itself fits any cache
+    for image in (0, batch - 1):  # one image fits in the caches
         for one, all_ in zip(results(slice(image, image + 1)), whole, strict=True):
             assert_same_bits(one[0], all_[image])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""merge and unmerge of several tensors by one map: what a call for each of them gives."""
+"""merge and unmerge of a list of tensors: the same results as a call for each tensor."""
 
 import functools
 
@@ -26,13 +26,13 @@ def merging(reduce, weighted=False):
     return call
 
 
-#: Functions of a map, of a tensor or several, and of a weight.
+#: Functions of a map, a tensor or a list of tensors, and a weight.
 CALLS = {
     **{reduce: merging(reduce) for reduce in ("sum", "mean", "amax", "amin", "prod")},
     **{f"{reduce}-weight": merging(reduce, weighted=True) for reduce in ("sum", "mean", "amax")},
     "unmerge": lambda token_map, y, weight: tokenops.unmerge(y, token_map),
 }
-SUMS = ("sum", "sum-weight", "mean", "unmerge")  # by kernels that have derivatives themselves
+SUMS = ("sum", "sum-weight", "mean", "unmerge")  # whose kernels have a differentiable backward
 
 
 def make_map(device, seed=1):
@@ -40,7 +40,7 @@ def make_map(device, seed=1):
 
 
 def make_tensors(name, token_map, widths, dtype=torch.float32, layouts=("contiguous",)):
-    """Tokens of so many channels each, in turn of these layouts."""
+    """A tensor for each width, of the layouts in turn."""
     batch = token_map.assign.shape[0]
     rows = token_map.num_tokens if name == "unmerge" else token_map.num_inputs
     return [
@@ -73,7 +73,7 @@ def assert_as_one_by_one(name, token_map, tensors, weight):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", CALLS)
 def test_a_list_is_a_call_for_each(name, dtype, backend, device):
-    """Of different widths, and each laid out in another way."""
+    """Tensors of different widths and layouts."""
     token_map = make_map(device)
     tensors = make_tensors(name, token_map, (21, 8, 64, 1, 200), dtype, LAYOUTS)
     assert_as_one_by_one(name, token_map, tensors, make_weight(token_map))
@@ -155,7 +155,7 @@ def leaves_of(tensors):
 
 
 def gradients(outputs, leaves, used=None):
-    """Gradients for random gradients of the outputs, or of those that are used."""
+    """Gradients for random gradients of all outputs, or of the used outputs."""
     cotangents = [
         random_tokens(*o.shape, dtype=o.dtype, device=o.device, seed=70 + i)
         for i, o in enumerate(outputs)
@@ -167,7 +167,7 @@ def gradients(outputs, leaves, used=None):
 
 
 def assert_gradients_as_one_by_one(name, token_map, tensors, weight, used=None):
-    """Bit for bit those of tensors; those of the weight are sums in an order of their own."""
+    """Gradients have equal bits, except for those of the weight: another order of sums."""
     *leaves, factor = leaves_of([*tensors, weight])
     together = gradients(CALLS[name](token_map, leaves, factor), [*leaves, factor], used)
     singly = gradients(
@@ -176,7 +176,7 @@ def assert_gradients_as_one_by_one(name, token_map, tensors, weight, used=None):
     for i in range(len(leaves)):
         if used is None or i in used:
             assert_same_bits(together[i], singly[i], name=f"gradient {i}")
-        else:  # zeros went back, where single calls are not asked at all
+        else:  # the backward of a list gets zeros for unused outputs
             assert (together[i] == 0).all()
     tolerance = 1e-12 if weight.dtype == torch.float64 else 1e-4
     torch.testing.assert_close(together[-1], singly[-1], rtol=tolerance, atol=tolerance)
@@ -211,7 +211,7 @@ def test_gradients_of_many(name, backend, device):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_only_wanted_gradients(name, backend, device):
-    """Each input alone may ask for a gradient, and gets the one it has among all."""
+    """An input that alone requires a gradient gets the same gradient as together with others."""
     token_map = make_map(device)
     inputs = [*make_tensors(name, token_map, (5, 9)), make_weight(token_map)]
 
@@ -231,7 +231,7 @@ def test_only_wanted_gradients(name, backend, device):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_gradients_of_views(name, backend, device):
-    """Queries, keys and values of one packed tensor, and a tensor that comes twice."""
+    """Views of one packed tensor, one of them twice in the list."""
     token_map = make_map(device)
     (packed,) = make_tensors(name, token_map, [3 * 8])
     weight = make_weight(token_map)
@@ -283,7 +283,7 @@ def test_gradcheck(name, backend, device):
 
 @pytest.mark.parametrize(("name", "power"), [*((name, 3) for name in SUMS), ("sum-weight", 1)])
 def test_double_backward(name, power, backend, device):
-    """As of single calls. Of a linear function, gradients depend on the weight alone."""
+    """As for single calls. The gradient of a linear function depends only on the weight."""
     token_map = make_map(device)
     tensors = make_tensors(name, token_map, (5, 9), torch.float64)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging's Triton kernels where their tiles end: long groups, many rows, blocks of channels."""
+"""Merging's Triton kernels at the ends of tiles: long segments, many rows, blocks of channels."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from chosen import ops
 
 import tokenops
 from tokenops import TokenMap
-from tokenops.ops.merging import reference
+from tokenops._library import references
 from tokenops.testing import (
     assert_same_bits,
     assert_valid_token_map,
@@ -28,15 +28,15 @@ def _triton(backend):
         pytest.skip("about the tiles of the Triton kernels")
 
 
-def groups(*lengths, dropped=0):
-    """One image whose output tokens have so many members each, shuffled."""
+def segments(*lengths, dropped=0):
+    """A map of one image with segments of these lengths, whose tokens are shuffled."""
     labels = [m for m, length in enumerate(lengths) for _ in range(length)] + [-1] * dropped
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return TokenMap.from_assign(torch.tensor([labels])[:, order], len(lengths))
 
 
 def both(call):
-    """Results of the kernels and of plain PyTorch."""
+    """Results of the kernels and of the reference."""
     got = call()
     with tokenops.use_backend("reference"):
         expected = call()
@@ -50,7 +50,7 @@ def check(call):
 
 
 def forward_and_backward(token_map, x, size):
-    """All operators on one map, with what they give back."""
+    """Outputs and gradients of all public functions."""
 
     def call():
         leaf, weight = x.clone().requires_grad_(), size.clone().requires_grad_()
@@ -69,9 +69,9 @@ def forward_and_backward(token_map, x, size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("lengths", [(61, 0, 1, 2, 3), (0, 7, 40), (1,) * 9], ids=str)
-def test_long_groups(lengths, dtype, backend, device):
-    """One group is much longer than the others of its tile, or there are more rows than fit."""
-    token_map = groups(*lengths, dropped=3).to(device)
+def test_long_segments(lengths, dtype, backend, device):
+    """One segment is much longer than the others of its tile, or there are many segments."""
+    token_map = segments(*lengths, dropped=3).to(device)
     x = 0.7 + 0.3 * random_tokens(1, sum(lengths) + 3, 5, dtype=dtype, device=device)
     size = random_tokens(1, sum(lengths) + 3, 1, dtype=torch.float64, device=device).abs() + 0.5
     size = size.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -94,8 +94,8 @@ def test_more_rows_than_a_program_has(shape, backend, device):
 
 
 def test_order_of_sums(backend, device):
-    """Members are added in ascending order, whatever stands beside them."""
-    token_map = groups(50, 3, 0, 20).to(device)
+    """Members are added in ascending order, whatever the other segments of the tile are."""
+    token_map = segments(50, 3, 0, 20).to(device)
     x = random_tokens(1, 73, 9, device=device)
     out = token_map.merge(x, reduce="sum")
     expected = torch.zeros_like(out)
@@ -105,7 +105,7 @@ def test_order_of_sums(backend, device):
 
 
 def test_transposed_rows(backend, device):
-    """Channels that do not lie side by side, images that share memory, gradients of no stride."""
+    """Strides of channels other than 1, images that share memory, gradients with strides of 0."""
     token_map = random_token_map(3, 14, 6, dropped=0.2, device=device, seed=3)
     x = 0.7 + 0.3 * random_tokens(3, 66, 14, device=device).mT
     check(forward_and_backward(token_map, x, torch.ones(3, 14, 1, device=device)))
@@ -132,25 +132,25 @@ def test_strides_of_indices_and_weights(backend, device):
 
 
 def test_factors_of_the_operators(backend, device):
-    """What the API never combines."""
+    """Arguments that the public functions never combine."""
     token_map = random_token_map(2, 21, 9, dropped=0.2, device=device, seed=5)
     index = token_map.assign, token_map.offsets, token_map.members
     x, y = (random_tokens(2, n, 33, device=device) for n in (21, 9))
     weight, scale = (random_tokens(2, n, 1, device=device)[..., 0] for n in (21, 9))
     for w, s in itertools.product((None, weight), (None, scale)):
         for calls in (
-            [(of.merge, x, *index, w, s, "sum") for of in (ops, reference)],
-            [(of.merge, x, *index, w, s, "mean") for of in (ops, reference)],
-            [(of.unmerge, y, *index, w, s, x, False) for of in (ops, reference)],
-            [(of.unmerge, y, *index, w, s, x, True) for of in (ops, reference)],
+            [(of.merge, x, *index, w, s, "sum") for of in (ops, references)],
+            [(of.merge, x, *index, w, s, "mean") for of in (ops, references)],
+            [(of.unmerge, y, *index, w, s, x, False) for of in (ops, references)],
+            [(of.unmerge, y, *index, w, s, x, True) for of in (ops, references)],
         ):
             torch.testing.assert_close(*(call(*arguments) for call, *arguments in calls))
-    torch.testing.assert_close(ops.pair_dot(x, y, *index), reference.pair_dot(x, y, *index))
+    torch.testing.assert_close(ops.pair_dot(x, y, *index), references.pair_dot(x, y, *index))
 
 
 @pytest.mark.parametrize("reduce", ["amax", "amin"])
-def test_nan_is_the_extreme(reduce, backend, device):
-    """Its gradient goes to the members that are NaN."""
+def test_nan_is_the_extremum(reduce, backend, device):
+    """The gradient of NaN goes to the members that are NaN."""
     token_map = TokenMap.from_assign(torch.tensor([[0, 0, 0, 1]], device=device), 2)
     x = torch.tensor([1.0, torch.nan, torch.nan, 2.0], device=device).view(1, 4, 1)
     x.requires_grad_()
@@ -160,8 +160,8 @@ def test_nan_is_the_extreme(reduce, backend, device):
 
 
 def test_dropped_tokens_stay_clean(backend, device):
-    """NaN of tokens that were dropped, and of weights of such tokens, reaches nothing."""
-    token_map = groups(3, 2, dropped=4).to(device)
+    """NaN in dropped tokens, and in their weights, reaches no result."""
+    token_map = segments(3, 2, dropped=4).to(device)
     dropped = token_map.assign[0] < 0
     x = 0.7 + 0.3 * random_tokens(1, 9, 5, device=device)
     clean, weight = x.clone(), torch.ones(1, 9, 1, device=device)
@@ -180,12 +180,12 @@ def test_dropped_tokens_stay_clean(backend, device):
     assert (ops.pair_dot(x, clean[:, :2], *index)[0, dropped] == 0).all()
 
 
-# ---- maps that nobody checked ----
+# ---- invalid maps ----
 
 
 @pytest.mark.parametrize("wild", WILD)
 def test_wild_members_are_skipped(wild, backend, device):
-    token_map = groups(4, 3, dropped=2).to(device)
+    token_map = segments(4, 3, dropped=2).to(device)
     members = token_map.members.clone()
     skipped = int(members[0, 1])
     members[0, 1] = wild
@@ -194,17 +194,17 @@ def test_wild_members_are_skipped(wild, backend, device):
     rest = [int(n) for n in token_map.members[0, :4] if int(n) != skipped]
     out = ops.merge(x, *index, None, None, "sum")
     torch.testing.assert_close(out[0, 0], x[0, rest].sum(0))
-    best = ops.merge(x, *index, None, None, "amax")
-    assert_same_bits(best[0, 0], x[0, rest].amax(0))
-    for reduce, result in (("amax", best), ("prod", out)):
+    largest = ops.merge(x, *index, None, None, "amax")
+    assert_same_bits(largest[0, 0], x[0, rest].amax(0))
+    for reduce, result in (("amax", largest), ("prod", out)):
         gradient = ops.merge_reduce_backward(result, x, result, *index, reduce)
         assert gradient[0, rest].isfinite().all()
 
 
 @pytest.mark.parametrize("wild", WILD)
 def test_wild_offsets_are_clamped(wild, backend, device):
-    """Each group alone may be wrong; no row is read that is not there."""
-    token_map = groups(4, 3, 2).to(device)
+    """Only the segments with wrong offsets have wrong results; no row is read out of bounds."""
+    token_map = segments(4, 3, 2).to(device)
     offsets = token_map.offsets.clone()
     offsets[0, 1] = wild
     index = token_map.assign, offsets, token_map.members
@@ -212,17 +212,17 @@ def test_wild_offsets_are_clamped(wild, backend, device):
     clean = token_map.merge(x, reduce="sum")
     out = ops.merge(x, *index, None, None, "sum")
     assert_same_bits(out[0, 2], clean[0, 2])
-    whole = [0] if wild > 0 else [1]  # members of all the tokens up to there, or from the start
-    for m in whole:
-        members = token_map.members[0, : 9 if wild > 0 else 7].long()
-        torch.testing.assert_close(out[0, m], x[0, members].sum(0))
+    # Clamped to N, segment 0 has all tokens; clamped to 0, segment 1 begins with the first token.
+    m, end = (0, 9) if wild > 0 else (1, 7)
+    members = token_map.members[0, :end].long()
+    torch.testing.assert_close(out[0, m], x[0, members].sum(0))
     for mean in (False, True):
         assert ops.unmerge(clean, *index, None, None, x, mean).isfinite().all()
 
 
 @pytest.mark.parametrize("wild", WILD)
 def test_wild_labels_are_dropped(wild, backend, device):
-    token_map = groups(4, 3, dropped=2).to(device)
+    token_map = segments(4, 3, dropped=2).to(device)
     assign = token_map.assign.clone()
     assign[0, 5] = wild
     x = random_tokens(1, 9, 3, device=device)
@@ -238,7 +238,7 @@ def test_wild_labels_are_dropped(wild, backend, device):
 
 
 def test_shapes_that_do_not_fit_are_refused(backend, device):
-    """Kernels would read past the end of what is too short."""
+    """Kernels would read past the end of a tensor that is too short."""
     token_map = random_token_map(2, 9, 4, device=device)
     index = [token_map.assign, token_map.offsets, token_map.members]
     x, y = random_tokens(2, 9, 3, device=device), random_tokens(2, 4, 3, device=device)

@@ -98,7 +98,7 @@ def test_counts_may_be_anything_up_to_all(counts, device):
 
 
 def test_from_assign_copies():
-    """A map is immutable: labels that change afterwards do not change it."""
+    """A map does not change when the labels change afterwards."""
     labels = torch.tensor([[0, 1, 0]], dtype=torch.int32)
     token_map = TokenMap.from_assign(labels, 2)
     labels.fill_(1)
@@ -219,7 +219,7 @@ def test_compose_is_the_product_of_matrices(data, later):
 
 
 def composed_by(later, earlier, num_tokens):
-    """What the operator makes of assignments."""
+    """The map that the operator ``compose`` makes."""
     token_map = TokenMap(*ops.compose(later, earlier, num_tokens))
     assert_valid_token_map(token_map, num_tokens=num_tokens)
     assert token_map.assign.shape == earlier.shape
@@ -246,7 +246,7 @@ def test_compose_drops_what_either_map_drops(shape, first, second, backend, devi
 @pytest.mark.parametrize("batch", [0, 2])
 def test_compose_through_no_tokens(batch, inputs, outputs, backend, device):
     later = torch.empty(batch, 0, dtype=torch.int32, device=device)
-    for label in (-1, 0, 2**31 - 1):  # which of them, there is nothing to go to
+    for label in (-1, 0, 2**31 - 1):  # none of them is in range of no tokens
         earlier = torch.full((batch, inputs), label, dtype=torch.int32, device=device)
         composed = composed_by(later, earlier, outputs)
         assert (composed.assign == -1).all()
@@ -256,7 +256,7 @@ def test_compose_through_no_tokens(batch, inputs, outputs, backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize("wild", [-(2**31), -7, -2, 6, 7, 9, 12, 2**30, 2**31 - 1])
 def test_compose_drops_wild_labels(wild, backend, device):
-    """In either map; the other tokens go where they went."""
+    """In either map; the other tokens stay as they are."""
     earlier = random_token_map(2, 20, 9, dropped=0.1, device=device, seed=1).assign
     later = random_token_map(2, 9, 6, dropped=0.1, device=device, seed=2).assign
     bad_later = later.clone()
@@ -310,7 +310,7 @@ def test_unmerge_after_merge_is_constant_on_groups(backend, device, token_map, c
             if m >= 0:
                 expected[b, n] = merged[b, m]
     assert_same_bits(spread, expected)
-    # A second time changes nothing.
+    # amax is idempotent.
     assert_same_bits(token_map.merge(spread, reduce="amax"), merged)
 
 
