@@ -124,13 +124,12 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// A workspace W(arena, sizes...), whose arrays lie in `memory`.
+// A workspace W{arena, sizes...}, a struct that takes its arrays from its member `arena`, in
+// `memory`.
 template <class W, class... Sizes>
 W allocate(Scratch<char>& memory, Sizes... sizes) {
-  Arena measure(nullptr);
-  W(measure, sizes...);
-  Arena arena(memory.reserve(measure.used()));
-  return W(arena, sizes...);
+  const W measured{Arena(nullptr), sizes...};
+  return W{Arena(memory.reserve(measured.arena.used())), sizes...};
 }
 
 // Call f(begin, end) on parts of [0, count) in parallel. `cost` is about the number of bytes that

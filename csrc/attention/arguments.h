@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arguments of the attention operators: as their schemas list them, then checked.
 //
-// Letters: B batch, H query heads, Hkv key heads, Nq queries, Nk keys, D head_dim, Dv head_dim_v.
+// Letters: B B, H query heads, Hkv key heads, Nq queries, Nk keys, D D, Dv Dv.
 #pragma once
 
 #include <cmath>
@@ -37,10 +37,46 @@ struct Inputs {
 struct Saved {
   Tensor out;     // [B, Nq, H, Dv]
   Tensor lse;     // [B, H, Nq]
-  Tensor p_eps;   // [B, H, Nq], [B, H, 0] without eps
+  Tensor p_eps;   // [B, H, Nq], or [B, H, 0] without eps
   Tensor argmax;  // int32, of the shape of p_eps
 
   auto fields() { return std::tie(out, lse, p_eps, argmax); }
+};
+
+struct OutputGrads {
+  Tensor grad_out;          // [B, Nq, H, Dv]
+  OptionalTensor grad_lse;  // [B, H, Nq]
+
+  auto fields() { return std::tie(grad_out, grad_lse); }
+};
+
+// The gradients to compute besides those of q and k.
+struct Needs {
+  bool v, policy, size;
+
+  auto fields() { return std::tie(v, policy, size); }
+};
+
+// The arguments of attention_scores. The fields that Inputs has too are the same.
+struct ScoreInputs {
+  Tensor q, k;
+  OptionalTensor query_weight;  // [B, Nq] or [B, H, Nq]
+  OptionalTensor policy, size, key_padding_mask, query_position;
+  OptionalTensor lse;  // [B, H, Nq]
+  bool self_keep, exclude_self;
+  double eps;
+  bool is_causal;
+  double scale;
+  Text head_reduce;  // mean, sum or none
+
+  auto fields() {
+    return std::tie(q, k, query_weight, policy, size, key_padding_mask, query_position, lse,
+                    self_keep, exclude_self, eps, is_causal, scale, head_reduce);
+  }
+  Inputs with_values(const Tensor& v) const {  // policy_grad does not matter
+    return Inputs({q, k, v, policy, size, key_padding_mask, query_position, self_keep, exclude_self,
+                   eps, is_causal, Text(), scale});
+  }
 };
 
 // ---- checks ----
@@ -99,31 +135,28 @@ Tokens<T> tokens_of(const Tensor& t, int64_t b, int64_t h, int heads = 1) {
 // are contiguous.
 struct Params : Inputs {
   ScalarType dtype, acc;  // of q, k and v; of sums
-  int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
+  int64_t B, H, Hkv, Nq, Nk, D, Dv;
   bool policy_per_head;
 
   Params(const char* op, const Inputs& inputs) : Inputs(inputs) {
     STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op,
                     ": expected q, k and v [B, heads, N, D]");
     dtype = q.scalar_type(), acc = acc_dtype(dtype);
-    batch = q.size(0), num_heads = q.size(1), seqlen_q = q.size(2), head_dim = q.size(3);
-    num_heads_k = k.size(1), seqlen_k = k.size(2), head_dim_v = v.size(3);
-    STD_TORCH_CHECK(num_heads > 0 && num_heads_k > 0 && num_heads % num_heads_k == 0, op,
-                    ": heads of k must divide those of q");
-    STD_TORCH_CHECK(seqlen_q < kMaxTokens && seqlen_k < kMaxTokens, op, ": at most 2^24 tokens");
-    q = with_rows(op, "q", q, dtype, {batch, num_heads, seqlen_q, head_dim});
-    k = with_rows(op, "k", k, dtype, {batch, num_heads_k, seqlen_k, head_dim});
-    v = with_rows(op, "v", v, dtype, {batch, num_heads_k, seqlen_k, head_dim_v});
+    B = q.size(0), H = q.size(1), Nq = q.size(2), D = q.size(3);
+    Hkv = k.size(1), Nk = k.size(2), Dv = v.size(3);
+    STD_TORCH_CHECK(H > 0 && Hkv > 0 && H % Hkv == 0, op, ": heads of k must divide those of q");
+    STD_TORCH_CHECK(Nq < kMaxTokens && Nk < kMaxTokens, op, ": at most 2^24 tokens");
+    q = with_rows(op, "q", q, dtype, {B, H, Nq, D});
+    k = with_rows(op, "k", k, dtype, {B, Hkv, Nk, D});
+    v = with_rows(op, "v", v, dtype, {B, Hkv, Nk, Dv});
     policy_per_head = policy.has_value() && policy->dim() == 3;
-    policy = policy_per_head ? dense(op, "policy", policy, acc, {batch, num_heads, seqlen_k})
-                             : dense(op, "policy", policy, acc, {batch, seqlen_k});
-    size = dense(op, "size", size, acc, {batch, seqlen_k});
-    key_padding_mask =
-        dense(op, "key_padding_mask", key_padding_mask, ScalarType::Bool, {batch, seqlen_k});
-    query_position =
-        query_position.has_value() && query_position->dim() == 2
-            ? dense(op, "query_position", query_position, ScalarType::Int, {batch, seqlen_q})
-            : dense(op, "query_position", query_position, ScalarType::Int, {seqlen_q});
+    policy = policy_per_head ? dense(op, "policy", policy, acc, {B, H, Nk})
+                             : dense(op, "policy", policy, acc, {B, Nk});
+    size = dense(op, "size", size, acc, {B, Nk});
+    key_padding_mask = dense(op, "key_padding_mask", key_padding_mask, ScalarType::Bool, {B, Nk});
+    query_position = query_position.has_value() && query_position->dim() == 2
+                         ? dense(op, "query_position", query_position, ScalarType::Int, {B, Nq})
+                         : dense(op, "query_position", query_position, ScalarType::Int, {Nq});
   }
 
   // Write log2 of each key's size to out [B, Nk]; -inf for padding and for keys of size 0.
@@ -131,7 +164,7 @@ struct Params : Inputs {
   void log2_sizes(A* out) const {
     const A* const sizes = data_of<A>(size);
     const bool* const padding = data_of<bool>(key_padding_mask);
-    parallel_for(batch * seqlen_k, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(B * Nk, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const bool valid =
             (padding == nullptr || !padding[i]) && !(sizes != nullptr && sizes[i] < kMinWeight<A>);
@@ -144,18 +177,18 @@ struct Params : Inputs {
   template <class T>
   Head<T> head(const acc_t<T>* log2_size, int64_t b, int64_t h) const {
     using A = acc_t<T>;
-    const int64_t head_k = h / (num_heads / num_heads_k);
+    const int64_t head_k = h / (H / Hkv);
     Head<T> head = {};
     head.q = tokens_of<T>(q, b, h);
     head.k = tokens_of<T>(k, b, head_k);
     head.v = tokens_of<T>(v, b, head_k);
     if (policy.has_value()) {
-      head.policy = data_of<A>(policy) + (policy_per_head ? b * num_heads + h : b) * seqlen_k;
+      head.policy = data_of<A>(policy) + (policy_per_head ? b * H + h : b) * Nk;
     }
-    head.log2_size = log2_size + b * seqlen_k;
+    head.log2_size = log2_size + b * Nk;
     if (query_position.has_value()) {
       head.query_position =
-          data_of<int32_t>(query_position) + (query_position->dim() == 2 ? b * seqlen_q : 0);
+          data_of<int32_t>(query_position) + (query_position->dim() == 2 ? b * Nq : 0);
     }
     head.self_keep = self_keep && policy.has_value();
     head.exclude_self = exclude_self;

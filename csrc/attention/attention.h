@@ -83,12 +83,12 @@ struct KeyList {
   A* log2_size;    // of each slot; -inf behind the last one
   int64_t count;
 
-  KeyList(Arena& arena, int64_t seqlen_k)
-      : index(arena.take<int32_t>(seqlen_k)),
-        slot(arena.take<int32_t>(seqlen_k)),
-        rank(arena.take<int32_t>(seqlen_k)),
-        policy(arena.take<A>(row_words(seqlen_k) + kTile)),
-        log2_size(arena.take<A>(row_words(seqlen_k) + kTile)),
+  KeyList(Arena& arena, int64_t Nk)
+      : index(arena.take<int32_t>(Nk)),
+        slot(arena.take<int32_t>(Nk)),
+        rank(arena.take<int32_t>(Nk)),
+        policy(arena.take<A>(row_words(Nk) + kTile)),
+        log2_size(arena.take<A>(row_words(Nk) + kTile)),
         count(0) {}
 
   // List the keys that rows attend to: those kept. With eps also the dropped ones; without it they
@@ -149,34 +149,24 @@ int64_t block_rows(int64_t columns, int64_t most) {
 
 // ---- forward and scores ----
 
-// The memory of one thread. Sizes in words (tile_kernels.h); v_dim is 0 for scores.
+// The memory of one thread, for Nk keys of width D and values of width Dv (0 for scores).
 template <class T>
 struct ForwardWork {
   using A = acc_t<T>;
 
-  ForwardWork(Arena& arena, int64_t seqlen_k, int64_t dim, int64_t v_dim, int64_t max_block_m)
-      : keys(arena, seqlen_k),
-        block_m(block_rows<A>(seqlen_k, max_block_m)),
-        stride(buffer_stride<A>(seqlen_k)),
-        k_t_panels(arena.take<A>(row_words(seqlen_k) * dim)),
-        v_panels(arena.take<A>((seqlen_k + 1) * row_words(v_dim))),
-        q_rows(arena.take<A>(block_m * dim)),
-        qk(arena.take<A>(block_m * stride)),
-        row_max(arena.take<A>(block_m * 16)),
-        acc(arena.take<A>(kTile * row_words(v_dim))),
-        column_sums(arena.take<A>(row_words(seqlen_k))),
-        scratch(arena.take<A>(16 * row_words(dim))) {}
+  Arena arena;
+  int64_t Nk, D, Dv, max_block_m;
 
-  KeyList<A> keys;
-  int64_t block_m, stride;
-  A* k_t_panels;   // k transposed: panels [D][keys]
-  A* v_panels;     // panels [keys][Dv]
-  A* q_rows;       // [block_m][D]
-  A* qk;           // [block_m][stride], replaced by p
-  A* row_max;      // [block_m][lanes of a vector]
-  A* acc;          // p @ v of a tile [kTile][Dv]
-  A* column_sums;  // [keys]
-  A* scratch;
+  KeyList<A> keys = {arena, Nk};
+  int64_t block_m = block_rows<A>(Nk, max_block_m), stride = buffer_stride<A>(Nk);
+  A* k_t_panels = arena.take<A>(row_words(Nk) * D);       // k transposed: panels [D][keys]
+  A* v_panels = arena.take<A>((Nk + 1) * row_words(Dv));  // panels [keys][Dv]
+  A* q_rows = arena.take<A>(block_m * D);                 // [block_m][D]
+  A* qk = arena.take<A>(block_m * stride);                // [block_m][stride], replaced by p
+  A* row_max = arena.take<A>(block_m * 16);               // [block_m][lanes of a vector]
+  A* acc = arena.take<A>(kTile * row_words(Dv));          // p @ v of a tile [kTile][Dv]
+  A* column_sums = arena.take<A>(row_words(Nk));          // [keys]
+  A* scratch = arena.take<A>(16 * row_words(D));
 };
 
 // Outputs of one head.
@@ -230,59 +220,42 @@ struct BackwardResult {
   A* dlog_size;  // [Nk], the gradient of ln(size); null if not needed
 };
 
-// The memory of one thread. M stands for the queries of a block, at most kMaxQueries.
+// The memory of one thread. M is the number of queries that are packed at a time.
 template <class T>
 struct BackwardWork {
   using A = acc_t<T>;
 
-  BackwardWork(Arena& arena, int64_t seqlen_q, int64_t seqlen_k, int64_t dim, int64_t v_dim,
-               bool causal_sums)
-      : keys(arena, seqlen_k),
-        dropped(arena, seqlen_k),
-        query_index(arena.take<int32_t>(seqlen_q)) {
-    const int64_t queries = seqlen_q < kMaxQueries ? seqlen_q : kMaxQueries;
-    const int64_t lanes = round_up(queries, 16), widest = row_words(dim > v_dim ? dim : v_dim);
-    block_n = block_rows<A>(queries, kMaxBlockN);
-    stride = buffer_stride<A>(lanes + kTile);
-    k_rows = arena.take<A>((seqlen_k + 2 * kTile) * dim);
-    v_rows = arena.take<A>((seqlen_k + 2 * kTile) * v_dim);
-    k_panels = arena.take<A>((seqlen_k + 1) * row_words(dim));
-    q_t_panels = arena.take<A>(lanes * dim);
-    dout_t_panels = arena.take<A>(lanes * v_dim);
-    q_panels = arena.take<A>((queries + 1) * row_words(dim));
-    dout_panels = arena.take<A>((queries + 1) * row_words(v_dim));
-    lse2 = arena.take<A>(lanes);
-    delta = arena.take<A>(lanes);
-    p_eps_key = arena.take<A>(lanes);
-    ds_argmax = arena.take<A>(lanes);
-    position = arena.take<A>(lanes);
-    argmax = arena.take<A>(lanes);
-    p = arena.take<A>(block_n * stride);
-    ds = arena.take<A>(block_n * stride);
-    ds_pairs = arena.take<A>(block_n / 2 * stride);
-    lane_sums = arena.take<A>(2 * block_n * 16);
-    dq = arena.take<A>((lanes + kTile) * row_words(dim));
-    v_sums = arena.take<A>((causal_sums ? seqlen_k + 1 : 1) * row_words(v_dim));
-    acc = arena.take<A>(kTile * widest);
-    scratch = arena.take<A>(16 * widest);
-  }
+  Arena arena;
+  int64_t Nq, Nk, D, Dv;
+  bool causal_sums;
 
-  KeyList<A> keys, dropped;
-  int64_t block_n, stride;
-  int32_t* query_index;           // [Nq], the queries that have a gradient
-  A *k_rows, *v_rows;             // listed keys in tiles, then dropped ones: [keys][D], [keys][Dv]
-  A* k_panels;                    // panels [keys][D]
-  A *q_t_panels, *dout_t_panels;  // q and dout transposed: panels [D][M], [Dv][M]
-  A *q_panels, *dout_panels;      // panels [M][D], [M][Dv]
-  A *lse2, *delta;                // [M], lse to base 2; rowsum(dout * out) - grad_lse
-  A *p_eps_key, *ds_argmax;       // [M], the share of p_eps of a key; what eps adds to ds at argmax
-  A *position, *argmax;           // [M], indices of keys
-  A *p, *ds;                      // transposed, of a block of keys [block_n][stride]
-  A* ds_pairs;                    // ds in pairs of keys
-  A* lane_sums;                   // of dpolicy, then of dlog_size: [block_n][lanes of a vector]
-  A* dq;                          // [M][D]
-  A* v_sums;                      // sum of the rows of v; causal: of the first 0, 1, 2... rows
-  A *acc, *scratch;
+  int64_t M = Nq < kMaxQueries ? Nq : kMaxQueries, lanes = round_up(M, 16);
+  int64_t block_n = block_rows<A>(M, kMaxBlockN), stride = buffer_stride<A>(lanes + kTile);
+  KeyList<A> keys = {arena, Nk}, dropped = {arena, Nk};
+  int32_t* query_index = arena.take<int32_t>(Nq);  // [Nq], the queries that have a gradient
+  // Listed keys in tiles [keys][D] and [keys][Dv], then the dropped ones.
+  A* k_rows = arena.take<A>((Nk + 2 * kTile) * D);
+  A* v_rows = arena.take<A>((Nk + 2 * kTile) * Dv);
+  A* k_panels = arena.take<A>((Nk + 1) * row_words(D));     // panels [keys][D]
+  A* q_t_panels = arena.take<A>(lanes * D);                 // q transposed: panels [D][M]
+  A* dout_t_panels = arena.take<A>(lanes * Dv);             // dout transposed: panels [Dv][M]
+  A* q_panels = arena.take<A>((M + 1) * row_words(D));      // panels [M][D]
+  A* dout_panels = arena.take<A>((M + 1) * row_words(Dv));  // panels [M][Dv]
+  A* lse2 = arena.take<A>(lanes);                           // [M], lse to base 2
+  A* delta = arena.take<A>(lanes);                          // [M], rowsum(dout * out) - grad_lse
+  A* p_eps_key = arena.take<A>(lanes);                      // [M], the part of p_eps of each key
+  A* ds_argmax = arena.take<A>(lanes);                      // [M], what eps adds to ds at argmax
+  A* position = arena.take<A>(lanes);                       // [M], from -1 to kMaxTokens
+  A* argmax = arena.take<A>(lanes);                         // [M], -1 without eps
+  A* p = arena.take<A>(block_n * stride);                   // p transposed, [block_n][stride]
+  A* ds = arena.take<A>(block_n * stride);                  // ds transposed, [block_n][stride]
+  A* ds_pairs = arena.take<A>(block_n / 2 * stride);        // ds in pairs of keys
+  A* lane_sums = arena.take<A>(2 * block_n * 16);  // dpolicy, then dlog_size, by key and lane
+  A* dq = arena.take<A>((lanes + kTile) * row_words(D));  // [M][D]
+  // The sum of the rows of v; with causal_sums, the sums of the first 0, 1, 2... rows.
+  A* v_sums = arena.take<A>((causal_sums ? Nk + 1 : 1) * row_words(Dv));
+  A* acc = arena.take<A>(kTile * row_words(D > Dv ? D : Dv));  // of a tile, [kTile][D or Dv]
+  A* scratch = arena.take<A>(16 * row_words(D > Dv ? D : Dv));
 };
 
 // ---- the kernels of one instruction set ----
