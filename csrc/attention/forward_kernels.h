@@ -104,10 +104,10 @@ TOKENOPS_INLINE int64_t find(const A* qk, int64_t visible, A value) {
 // ---- softmax of a block ----
 
 // work.qk = scale * log2(e) * q k^T + log2(size), for tiles of packed queries and the first `limit`
-// slots; with `maxima` also work.row_max, by row and lane.
+// slots; work.row_max = the maximum of all these slots, by row and lane.
 template <class T>
 TOKENOPS_INLINE void multiply_qk(const Head<T>& head, const ForwardWork<T>& work, int64_t tiles,
-                                 int64_t limit, bool maxima) {
+                                 int64_t limit) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const int64_t depth = depth_words<T>(head.k.dim);
@@ -130,7 +130,7 @@ TOKENOPS_INLINE void multiply_qk(const Head<T>& head, const ForwardWork<T>& work
               qk.store(work.qk + row * work.stride + column + j * V::W);
               m_i = max(qk, m_i);
             }
-            if (maxima) m_i.store(row_max);
+            m_i.store(row_max);
           }
         }
       });
@@ -173,10 +173,10 @@ int64_t softmax_block(const Head<T>& head, const ForwardWork<T>& work, const Tok
     rows[i].dropped_key = empty ? -1 : head.dropped_own_key(rows[i].m);
     limit = rows[i].visible > limit ? rows[i].visible : limit;
   }
-  const bool maxima = !head.is_causal && lse == nullptr && dots == nullptr;
+  const bool has_row_max = !head.is_causal && dots == nullptr;
   if (dots == nullptr) {
     pack_rows(x, work.q_rows);
-    multiply_qk(head, work, (x.count + kTile - 1) / kTile, limit, maxima);
+    multiply_qk(head, work, (x.count + kTile - 1) / kTile, limit);
   }
 
   for (int64_t i = 0; i < x.count; ++i) {
@@ -196,7 +196,7 @@ int64_t softmax_block(const Head<T>& head, const ForwardWork<T>& work, const Tok
       m_i = lse[row.m] * static_cast<A>(kLog2E);
     } else if (row.visible > 0) {
       const A listed =
-          maxima ? reduce_max(V::load(work.row_max + i * V::W)) : max_of(qk, row.visible);
+          has_row_max ? reduce_max(V::load(work.row_max + i * V::W)) : max_of(qk, row.visible);
       m_i = listed > qk_dropped || !has_dropped ? listed : qk_dropped;
     }
     const bool empty = row.visible == 0 && !has_dropped;
