@@ -66,10 +66,10 @@ def check_split(operator: str, split: SplitArgs) -> None:
 
 def prefix_of(tokens: int, num_prefix: int) -> int:
     """Number of tokens in the prefix: ``num_prefix`` clamped to [0, tokens]."""
-    if isinstance(tokens, int) and isinstance(num_prefix, int):
-        return min(max(num_prefix, 0), tokens)  # sym_min of PyTorch 2.10 wants symbols when traced
-    prefix: int = torch.sym_min(torch.sym_max(num_prefix, 0), tokens)
-    return prefix
+    if isinstance(tokens, torch.SymInt) or isinstance(num_prefix, torch.SymInt):
+        prefix: int = torch.sym_min(torch.sym_max(num_prefix, 0), tokens)
+        return prefix
+    return min(max(num_prefix, 0), tokens)  # sizes are tensors under torch.jit.trace
 
 
 def count_sides(operator: str, tokens: int, split: SplitArgs) -> Counts:
