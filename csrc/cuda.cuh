@@ -132,8 +132,8 @@ class Target {
 #if defined(TOKENOPS_EMULATE)
     emulate::launch<P...>(kernel, grid.blocks, grid.threads, grid.shared_bytes, P(args)...);
 #else
-    if (grid.shared_bytes >
-        48 << 10) {  // the same limit in every call, so threads can set it at once
+    constexpr int64_t kDefaultMax = 48 << 10;
+    if (grid.shared_bytes > kDefaultMax) {  // every call sets the same limit: no race of threads
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(max_shared_bytes())));
     }

@@ -52,7 +52,7 @@ namespace portable {
 template <class A>
 struct Vec;
 
-// What is the same for both types: vectors of 16 bytes by the compiler, on any architecture.
+// Vectors of 16 bytes by the compiler, on any architecture: the operations that do not depend on A.
 template <class A, class Bits, int Lanes>
 struct Vec128 {
   static constexpr int W = Lanes;

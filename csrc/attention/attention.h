@@ -91,8 +91,8 @@ struct KeyList {
         log2_size(arena.take<A>(row_words(Nk) + kTile)),
         count(0) {}
 
-  // List the keys that rows attend to: those kept. With eps also the dropped ones; without it they
-  // change nothing but m_i, on which no result depends.
+  // List the keys that rows attend to: the kept keys, with eps also the dropped ones. (Without eps
+  // a dropped key changes only m_i, which no result depends on.)
   template <class T>
   void list_keys(const Head<T>& head) {
     list(head, [&](int64_t n) { return head.eps > 0 || head.is_kept(n); });
@@ -194,7 +194,7 @@ struct ScoreRows {
 
 // ---- backward ----
 
-// What the backward of one head takes beside its Head.
+// Inputs of the backward of one head, besides its Head.
 template <class T>
 struct BackwardInputs {
   using A = acc_t<T>;

@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_attention(const Inputs& inputs
 // ---- backward ----
 
 // Returns dq [B, Nq, H, D], dk [B, Nk, Hkv, D], dv [B, Nk, Hkv, Dv], dpolicy and dsize of the
-// shapes of policy and size; Nk is 0 in those that are not needed.
+// shapes of policy and size; a gradient that is not needed is empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
     const Inputs& inputs, const Saved& saved, const OutputGrads& grads, const Needs& needs) {
   const char* const op = "tokenops::policy_attention_backward";
@@ -261,7 +261,7 @@ void multiply_few(const Params& params, const Kernels<T>& kernels, acc_t<T>* out
 }
 
 // Returns score [B, Nk], or [B, H, Nk] with head_reduce none.
-std::tuple<Tensor> attention_scores(const ScoreInputs& inputs) {
+Tensor attention_scores(const ScoreInputs& inputs) {
   const char* const op = "tokenops::attention_scores";
   const Params params(op, inputs.with_values(inputs.k));
   const auto of_rows = {params.B, params.H, params.Nq};
@@ -276,7 +276,7 @@ std::tuple<Tensor> attention_scores(const ScoreInputs& inputs) {
                   ": expected head_reduce mean, sum or none, got ", inputs.head_reduce);
   const Tensor score = all_heads ? empty({params.B, params.H, params.Nk}, params.acc)
                                  : empty({params.B, params.Nk}, params.acc);
-  if (score.numel() == 0) return {score};
+  if (score.numel() == 0) return score;
   dispatch(op, params.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
@@ -326,7 +326,7 @@ std::tuple<Tensor> attention_scores(const ScoreInputs& inputs) {
       for (int64_t i = 0; i < params.B * params.Nk; ++i) to[i] *= factor;
     }
   });
-  return {score};
+  return score;
 }
 
 }  // namespace

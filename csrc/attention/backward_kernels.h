@@ -3,13 +3,18 @@
 //
 // Tiles are transposed: rows are keys, columns are queries. For a tile of keys and a panel of
 // queries, qk = k q^T and dp = v dout^T come out of registers into the L1 cache, where one pass
-// makes p and ds of them and adds up dpolicy and dlog_size. Then, for a block of keys, dv = p dout,
-// dk = ds q, and dq += ds^T k. With w = policy (1 for the own key with self_keep), P = exp2(qk -
-// lse2) and p_eps_key = p_eps / (number of keys that the row attends to):
+// turns them into p and ds and sums dpolicy and dlog_size. Then, for a block of keys,
+// dv = p dout, dk = ds q and dq += ds^T k. With
 //
-//   p  = w P + p_eps_key                       what multiplies v
-//   ds = w P (dp - delta)                      with eps, at argmax + p_eps (mean of dp - delta)
-//   dpolicy = sum of P (dp - delta)            without the own key with self_keep
+//   P         = exp2(qk - lse2)
+//   w         = policy, but 1 for the own key with self_keep
+//   p_eps_key = p_eps / number of keys that the row attends to
+//
+// the pass computes
+//
+//   p         = w P + p_eps_key, the factor of v
+//   ds        = w P (dp - delta), and at argmax + p_eps (mean of dp - delta)
+//   dpolicy   = sum of P (dp - delta), without the own key with self_keep
 //   dlog_size = sum of ds
 
 // A tile of kTile keys by the queries of a panel.
@@ -23,8 +28,8 @@ struct TileTask {
   A *dpolicy, *dlog_size;  // [kTile][lanes of a vector], sums to add to
 };
 
-// p, ds and the sums from a tile of qk and dp [kTile][N vectors]. Of dropped keys (not kKept) only
-// dpolicy is wanted.
+// Computes p, ds and the sums from a tile of qk and dp [kTile][N vectors]; for dropped keys (kKept
+// is false) dpolicy only.
 template <class T, bool kKept, int N, class A>
 TOKENOPS_INLINE void softmax_backward_tile(const Head<T>& head, const TileTask<A>& task,
                                            const A* qk_tile, const A* dp_tile) {
@@ -36,8 +41,8 @@ TOKENOPS_INLINE void softmax_backward_tile(const Head<T>& head, const TileTask<A
   V even[N];
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
-    // The sum for a kept key is that of w P (dp - delta), to be divided by its policy at the end:
-    // w P is at most 1, but P has no bound where the policy is small.
+    // For a kept key, dpolicy sums w P (dp - delta) and is divided by the policy at the end: w P is
+    // at most 1, but P has no bound if the policy is small.
     const bool kept = kKept && task.policy[i] > 0;
     const V limit = V::set1(kept ? kMaxExponent<A> : kMaxExponentDropped<A>);
     const V log2_size = V::set1(task.log2_size[i]), policy = V::set1(task.policy[i]);

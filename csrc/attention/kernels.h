@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// All kernels of attention, each file after those it needs: included once per instruction set, in
-// its namespace.
+// All kernels of attention, in the order in which they need each other. Included once per
+// instruction set, in its namespace.
 
 #include "../tile_kernels.h"
 

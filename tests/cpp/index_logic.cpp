@@ -77,7 +77,7 @@ void keys_order_scores() {
   CHECK(kUnscored<A> < kProtected<A> && kProtected<A> < kNever<A>);
 }
 
-// What a block does with a histogram, one digit after the other.
+// Radix select as a block does it, by a histogram of one digit after the other.
 template <class W>
 void intervals_find_the_nth_smallest() {
   for (int i = 0; i < 3000; ++i) {
@@ -104,8 +104,7 @@ void intervals_find_the_nth_smallest() {
       while (before + digits[digit] <= among.rank) before += digits[digit++];
       among = among.of_digit(digit, shift, before, digits[digit]);
     }
-    // All numbers up to the end of the interval are those up to the n-th, or the n-th alone is
-    // left.
+    // The numbers up to the end of the interval are the rank + 1 smallest, or it is the n-th alone.
     if (among.found()) {
       const auto up_to =
           std::count_if(numbers.begin(), numbers.end(), [&](W x) { return x <= among.high; });
