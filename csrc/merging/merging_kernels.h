@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU kernels of merging. isa_kernels.h includes this file once for each instruction set, within a
-// namespace of that set; so there is no include guard. Each kernel makes the rows [begin, end) of
-// its output, the rows of all images counted together, and writes each of their elements once.
+// namespace of that set: no include guard. A kernel writes each element of its rows once.
 
 // ---- rows ----
 
@@ -95,7 +94,7 @@ TOKENOPS_INLINE V combine(V acc, V x, V weight) {
     case Reduce::sum: return acc + x;
     case Reduce::weighted_sum: return fma(weight, x, acc);
     case Reduce::prod: return acc * x;
-    // max and min return x where it is NaN; the blend keeps a NaN of acc.
+    // max and min return x where either is NaN, so a NaN of acc has to be kept.
     case Reduce::amax: return blend(is_nan(acc), acc, max(acc, x));
     case Reduce::amin: return blend(is_nan(acc), acc, min(acc, x));
   }
