@@ -157,25 +157,12 @@ struct Params : Inputs {
     query_position = query_position.has_value() && query_position->dim() == 2
                          ? dense(op, "query_position", query_position, ScalarType::Int, {B, Nq})
                          : dense(op, "query_position", query_position, ScalarType::Int, {Nq});
+    acc == ScalarType::Double ? take_log2<double>() : take_log2<float>();
   }
 
-  // Write log2 of each key's size to out [B, Nk]; -inf for padding and for keys of size 0.
-  template <class A>
-  void log2_sizes(A* out) const {
-    const A* const sizes = data_of<A>(size);
-    const bool* const padding = data_of<bool>(key_padding_mask);
-    parallel_for(B * Nk, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const bool valid =
-            (padding == nullptr || !padding[i]) && !(sizes != nullptr && sizes[i] < kMinWeight<A>);
-        out[i] = !valid ? -infinity<A>() : sizes == nullptr ? 0 : std::log2(sizes[i]);
-      }
-    });
-  }
-
-  // Head h of image b, whose keys have the sizes log2_size [B, Nk].
+  // Head h of image b.
   template <class T>
-  Head<T> head(const acc_t<T>* log2_size, int64_t b, int64_t h) const {
+  Head<T> head(int64_t b, int64_t h) const {
     using A = acc_t<T>;
     const int64_t head_k = h / (H / Hkv);
     Head<T> head = {};
@@ -185,7 +172,7 @@ struct Params : Inputs {
     if (policy.has_value()) {
       head.policy = data_of<A>(policy) + (policy_per_head ? b * H + h : b) * Nk;
     }
-    head.log2_size = log2_size + b * Nk;
+    head.log2_size = reinterpret_cast<const A*>(log2_size.data()) + b * Nk;
     if (query_position.has_value()) {
       head.query_position =
           data_of<int32_t>(query_position) + (query_position->dim() == 2 ? b * Nq : 0);
@@ -197,6 +184,23 @@ struct Params : Inputs {
     head.scale = static_cast<A>(scale);
     return head;
   }
+
+ private:
+  template <class A>
+  void take_log2() {
+    const A* const sizes = data_of<A>(size);
+    const bool* const padding = data_of<bool>(key_padding_mask);
+    A* const out = reinterpret_cast<A*>(log2_size.reserve(B * Nk * sizeof(A) + 1));
+    parallel_for(B * Nk, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const bool valid =
+            (padding == nullptr || !padding[i]) && !(sizes != nullptr && sizes[i] < kMinWeight<A>);
+        out[i] = !valid ? -infinity<A>() : sizes == nullptr ? 0 : std::log2(sizes[i]);
+      }
+    });
+  }
+
+  Scratch<char> log2_size;  // of the type acc [B, Nk]; -inf for padding and keys of size 0
 };
 
 }  // namespace tokenops::attention

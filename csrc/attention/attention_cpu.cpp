@@ -66,8 +66,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_attention(const Inputs& inputs
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
     const Kernels<T> kernels = kernels_for<T>();
-    const Scratch<A> log2_size(params.B * params.Nk);
-    params.log2_sizes(log2_size.data());
     const int64_t block_m = block_rows<A>(params.Nk, kMaxBlockM);
     const int64_t parts = query_parts(params.B * params.H, params.Nq, block_m);
     const int64_t part_rows = round_up((params.Nq + parts - 1) / parts, block_m);
@@ -80,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_attention(const Inputs& inputs
       for (int64_t task = begin; task < end; ++task) {
         const int64_t part = task % parts, bh = task / parts;
         const int64_t b = bh / params.H, h = bh % params.H;
-        const Head<T> head = params.head<T>(log2_size.data(), b, h);
+        const Head<T> head = params.head<T>(b, h);
         const bool same = head.k.data == packed.k.data && head.v.data == packed.v.data &&
                           head.policy == packed.policy && head.log2_size == packed.log2_size;
         if (!same || task == begin) kernels.pack_keys(head, work, true);
@@ -132,8 +130,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
     const Kernels<T> kernels = kernels_for<T>();
-    const Scratch<A> log2_size(params.B * params.Nk);
-    params.log2_sizes(log2_size.data());
 
     // A task is a key head with its group of query heads, or, if there are few key heads, with a
     // part of the queries. The number of parts does not depend on the number of threads, nor does
@@ -172,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_attention_backward(
         A* const to = parts > 1 ? partial.data() + task * sums : own.data();
         std::memset(to, 0, sums * sizeof(A));
         for (int64_t h = h_k * group; h < (h_k + 1) * group; ++h) {
-          const Head<T> head = params.head<T>(log2_size.data(), b, h);
+          const Head<T> head = params.head<T>(b, h);
           const int64_t bh = b * params.H + h, row = bh * params.Nq;
           const auto zeroed = [&](const Scratch<A>& all, bool needed) -> A* {
             if (!needed) return nullptr;
@@ -281,8 +277,6 @@ Tensor attention_scores(const ScoreInputs& inputs) {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
     const Kernels<T> kernels = kernels_for<T>();
-    const Scratch<A> log2_size(params.B * params.Nk);
-    params.log2_sizes(log2_size.data());
     const Scratch<A> scratch(all_heads ? 0 : params.B * params.H * params.Nk);
     A* const sums = all_heads ? output<A>(score) : scratch.data();
     const bool few = params.Nq * (params.H / params.Hkv) <= kFewRows;
@@ -298,7 +292,7 @@ Tensor attention_scores(const ScoreInputs& inputs) {
       Head<T> packed = {};  // whose keys are packed
       for (int64_t bh = begin; bh < end; ++bh) {
         const int64_t b = bh / params.H, h = bh % params.H, row = bh * params.Nq;
-        const Head<T> head = params.head<T>(log2_size.data(), b, h);
+        const Head<T> head = params.head<T>(b, h);
         const A* const w = weight.has_value()
                                ? data_of<A>(weight) + (weight_per_head ? row : b * params.Nq)
                                : nullptr;
