@@ -31,25 +31,25 @@ def test_gradients_over_tiles(kind, width, value_width, backend, device):
 
 
 @pytest.fixture
-def halves():
+def split_float():
     """The function that splits numbers; its module needs Triton."""
     pytest.importorskip("triton")
-    from tokenops.ops.attention.triton.rows import halves
+    from tokenops.ops.attention.triton.common import split_float
 
-    return halves
+    return split_float
 
 
 @pytest.mark.parametrize(
     "number", [0.0, 1.0, -1 / 3, math.pi * 1e30, 1e-30, torch.finfo(torch.float32).max]
 )
-def test_halves_are_numbers_of_float32(number, halves):
-    high, low = halves(number)
+def test_a_number_is_the_sum_of_two_of_float32(number, split_float):
+    high, low = split_float(number)
     assert high == torch.tensor(number, dtype=torch.float32).item()
     assert abs(high + low - number) <= 2**-52 * abs(number)
     assert abs(low) <= 2**-23 * abs(number)
 
 
 @pytest.mark.parametrize("number", [1e39, -1e39, math.inf, 1.7e308])
-def test_no_kernel_takes_numbers_beyond_float32(number, halves):
+def test_no_kernel_takes_numbers_beyond_float32(number, split_float):
     with pytest.raises(_backend.UnservedError, match="beyond float32"):
-        halves(number)
+        split_float(number)

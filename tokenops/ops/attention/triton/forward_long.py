@@ -1,195 +1,172 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention to many keys: tile by tile, relative to the largest logit so far."""
+"""The forward pass over many keys: FlashAttention's loop, which skips tiles of dropped keys."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .forward_tile import absorb, finish, load_weights
-from .rows import crossing, key_bias, load_queries, load_tile
+from .common import (
+    contiguous_head,
+    head_of,
+    load_log2_weights,
+    load_positions,
+    load_queries,
+    load_tile,
+    masked_range,
+    masked_tile,
+    store_log2_weights,
+    store_tile,
+    submatrix,
+    visible_keys,
+    weight_row,
+)
+from .online_softmax import finalize, initial_state, update
 
 
 @triton.jit
-def list_tiles(
-    policy, size, mask, work, tiles,
-    keys, heads, padded, plane, count,
-    policy_b, policy_h, policy_n, size_b, size_n, mask_b, mask_n,
-    TINY: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+def log2_weights_and_tiles(
+    policy_ptr, size_ptr, mask_ptr, log2_weight_ptr, tiles_ptr,
+    seqlen_k, num_heads, stride_w, size_offset, num_tiles,
+    stride_pb, stride_ph, stride_pn, stride_sb, stride_sn, stride_mb, stride_mn,
+    BLOCK: tl.constexpr, TINY: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Biases of the keys as ``weigh_keys`` writes them, and which tiles have a key with weight.
+    """Log2 weights of keys, and the tiles of BLOCK_N keys where some weight is not 0.
 
-    For each row of biases: those tiles, ascending, and how many there are before each tile.
+    Grid: one program for each of the B * Hw rows of weights. To a row of ``tiles`` it writes those
+    tiles, ascending, and behind ``num_tiles`` entries how many there are before each tile.
     """
-    ACC: tl.constexpr = work.dtype.element_ty
-    PART: tl.constexpr = BLOCK // TILE
-    row = tl.program_id(0).to(tl.int64)  # image and head
-    listed = tiles + row * (2 * count + 1)
-    ranks = listed + count
-    before = tl.cast(0, tl.int32)
-    for start in range(0, padded, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        bias, log_size = key_bias(
-            policy, size, mask, row // heads, row % heads, at, keys,
-            policy_b, policy_h, policy_n, size_b, size_n, mask_b, mask_n, TINY, ACC,
+    row = tl.program_id(0).to(tl.int64)
+    tiles_ptr += row * (2 * num_tiles + 1)
+    ranks_ptr = tiles_ptr + num_tiles
+    count = tl.cast(0, tl.int32)
+    for start in range(0, stride_w, BLOCK):
+        log2_weight = store_log2_weights(
+            policy_ptr, size_ptr, mask_ptr, log2_weight_ptr, row, num_heads,
+            start + tl.arange(0, BLOCK), seqlen_k, stride_w, size_offset,
+            stride_pb, stride_ph, stride_pn, stride_sb, stride_sn, stride_mb, stride_mn, TINY,
         )  # fmt: skip
-        to = work + row * padded + at
-        tl.store(to, bias, mask=at < padded)
-        if policy is not None:
-            tl.store(to + plane, log_size, mask=at < padded)
-        live = tl.max((tl.reshape(bias, [PART, TILE]) > float("-inf")).to(tl.int32), 1)  # [PART]
-        rank = before + tl.cumsum(live, 0) - live
-        tile = start // TILE + tl.arange(0, PART)
-        tl.store(listed + rank, tile, mask=(live > 0) & (tile < count))
-        tl.store(ranks + tile, rank, mask=tile < count)
-        before += tl.sum(live, 0)
-    tl.store(ranks + count, before)
+        live = tl.reshape(log2_weight, [BLOCK // BLOCK_N, BLOCK_N]) > float("-inf")
+        live = tl.max(live.to(tl.int32), 1)  # [BLOCK // BLOCK_N]
+        rank = count + tl.cumsum(live, 0) - live
+        tile = start // BLOCK_N + tl.arange(0, BLOCK // BLOCK_N)
+        tl.store(tiles_ptr + rank, tile, mask=(live > 0) & (tile < num_tiles))
+        tl.store(ranks_ptr + tile, rank, mask=tile < num_tiles)
+        count += tl.sum(live, 0)
+    tl.store(ranks_ptr + num_tiles, count)
 
 
 @triton.jit
-def _tile(
-    q, own, acc, shares, sums, level, most, total, top, seen_keys,
-    k, v, bias, start, keys, width, value_width, plane, slope, log_eps,
-    k_n, k_d, v_n, v_d,
-    KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    WHOLE_D: tl.constexpr, WHOLE_V: tl.constexpr, PRECISION: tl.constexpr,
-    WEIGHTS: tl.constexpr, POLICY: tl.constexpr, PADDING: tl.constexpr, SELF_KEEP: tl.constexpr,
-    EXCLUDE: tl.constexpr, CAUSAL: tl.constexpr, EPS: tl.constexpr, VALUES: tl.constexpr,
-    NARROW: tl.constexpr, CLOSELY: tl.constexpr,
+def _attend_tile(
+    state, q, k_rows, v_rows, log2_weight_ptr, size_offset, start_n, pos_m, seqlen_k,
+    qk_scale, log2_eps,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, OPTS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of keys adds to a block of rows; looked at closely at ends and diagonals."""
-    local = tl.arange(0, KEYS)
-    at = start + local
-    far = tl.cast(start, tl.int64)
-    weight, log_size, seen = load_weights(
-        bias, plane, at, keys, KEYS, total.dtype, WEIGHTS, POLICY,
-        EPS or (SELF_KEEP and CLOSELY), PADDING,
+    """Load a tile of keys and values and add it to the state."""
+    LOAD_MASKED: tl.constexpr = MASKED or OPTS.PADDING
+    offs = tl.arange(0, BLOCK_N)
+    offs_n = start_n + offs
+    start = tl.cast(start_n, tl.int64)
+    log2_weight, log2_size, mask_n = load_log2_weights(
+        log2_weight_ptr, size_offset, offs_n, seqlen_k,
+        qk_scale.dtype, OPTS, OPTS.EPS or (OPTS.SELF_KEEP and MASKED), OPTS.PADDING,
     )  # fmt: skip
-    kt = load_tile(
-        k + far * k_n, local, k_n, k_d, seen, width, BLOCK_D, WHOLE_D, CLOSELY or PADDING
-    )  # [KEYS, BLOCK_D]
-    vt = kt
-    if VALUES:
-        vt = load_tile(
-            v + far * v_n, local, v_n, v_d, seen, value_width, BLOCK_V, WHOLE_V, CLOSELY or PADDING
-        )  # [KEYS, BLOCK_V]
-    return absorb(
-        q, kt, vt, weight, log_size, seen, own, at, keys, slope, log_eps,
-        acc, shares, sums, level, most, total, top, seen_keys,
-        KEYS, PRECISION, WEIGHTS, POLICY, PADDING, SELF_KEEP, EXCLUDE, CAUSAL, EPS, VALUES,
-        NARROW, CLOSELY, True,
+    k_rows = submatrix(k_rows, start, 0)
+    k = load_tile(k_rows, offs, mask_n, BLOCK_D, OPTS.EVEN_D, LOAD_MASKED)  # [BLOCK_N, BLOCK_D]
+    v = k
+    if OPTS.HAS_V:
+        v_rows = submatrix(v_rows, start, 0)
+        v = load_tile(v_rows, offs, mask_n, BLOCK_DV, OPTS.EVEN_DV, LOAD_MASKED)
+    return update(
+        state, q, k, v, log2_weight, log2_size, mask_n, pos_m, offs_n, seqlen_k,
+        qk_scale, log2_eps, OPTS, MASKED, True,
     )  # fmt: skip
 
 
 @triton.jit
-def attend_long(
-    q, k, v, position, work, tiles, out, lse, floor, argmax,
-    heads, group, weight_heads, queries, keys, width, value_width, padded, plane, count,
-    slope_high, slope_low, eps_high, eps_low, log_eps,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, position_b, position_n,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    WHOLE_D: tl.constexpr, WHOLE_V: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
-    WEIGHTS: tl.constexpr, POLICY: tl.constexpr, PADDING: tl.constexpr, SELF_KEEP: tl.constexpr,
-    EXCLUDE: tl.constexpr, CAUSAL: tl.constexpr, EPS: tl.constexpr, VALUES: tl.constexpr,
-    NARROW: tl.constexpr,
+def attention_forward(
+    q_ptr, k_ptr, v_ptr, query_position_ptr, log2_weight_ptr, tiles_ptr,
+    out_ptr, lse_ptr, p_eps_ptr, argmax_ptr,
+    num_heads, group_size, weight_heads, seqlen_q, seqlen_k, head_dim, head_dim_v,
+    stride_w, size_offset, num_tiles,
+    qk_scale_high, qk_scale_low, eps_high, eps_low, log2_eps,
+    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_posb, stride_posn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    OPTS: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of the output; without values L alone, and the share of eps."""
-    ACC: tl.constexpr = lse.dtype.element_ty
-    ANYWHERE: tl.constexpr = position is not None
-    OWN: tl.constexpr = SELF_KEEP or EXCLUDE or CAUSAL
-    blocks = tl.cdiv(queries, ROWS)
+    """Attention of a block of queries to all keys, tile by tile.
+
+    Grid: B * H * cdiv(Nq, BLOCK_M). A program writes out, lse and, with eps, p_eps and argmax of
+    BLOCK_M queries of a head; without values lse to base 2 alone, and the share of eps by key.
+    """
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ANY_POSITION: tl.constexpr = OPTS.POSITIONS and query_position_ptr is not None
+    num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
-    row = pid // blocks  # image and head
-    block = pid % blocks
-    if CAUSAL:
-        block = blocks - 1 - block  # the longest first
-    h = row % heads
-    b = (row // heads).to(tl.int64)
-    key_head = (h // group).to(tl.int64)
-    begin = block * ROWS
-    local = tl.arange(0, ROWS)
-    at = begin + local
-    valid = at < queries
-    first = begin.to(tl.int64)
-    own = at
-    if position is not None:
-        own = tl.load(position + b * position_b + at.to(tl.int64) * position_n, valid, other=-1)
-        own = tl.maximum(tl.minimum(own, keys), -1)
-    slope = tl.cast(slope_high, ACC) + tl.cast(slope_low, ACC)
-    q_tile = load_queries(
-        q + b * q_b + h.to(tl.int64) * q_h + first * q_n,
-        local,
-        q_n,
-        q_d,
-        valid,
-        width,
-        BLOCK_D,
-        WHOLE_D,
-        SIGN,
-        True,
-    )  # [ROWS, BLOCK_D]
-    k_base = k + b * k_b + key_head * k_h
-    v_base = v
-    if VALUES:
-        v_base = v + b * v_b + key_head * v_h
-    weight_row = b
-    if weight_heads > 1:
-        weight_row = b * weight_heads + h
-    bias = work
-    if WEIGHTS:
-        bias = work + weight_row * padded
+    bh = pid // num_blocks
+    block = pid % num_blocks
+    if OPTS.CAUSAL:
+        block = num_blocks - 1 - block  # the longest first
+    h = bh % num_heads
+    b = (bh // num_heads).to(tl.int64)
+    kv_h = (h // group_size).to(tl.int64)
+    start_m = block * BLOCK_M
+    offs = tl.arange(0, BLOCK_M)
+    offs_m = start_m + offs
+    mask_m = offs_m < seqlen_q
+    start = start_m.to(tl.int64)
+    if query_position_ptr is not None:
+        query_position_ptr += b * stride_posb
+    pos_m = load_positions(query_position_ptr, stride_posn, offs_m, mask_m, -1, seqlen_k)
+    qk_scale = tl.cast(qk_scale_high, ACC) + tl.cast(qk_scale_low, ACC)
+    q_rows = head_of(q_ptr, b, h, stride_qb, stride_qh, stride_qn, stride_qd, head_dim)
+    q_rows = submatrix(q_rows, start, 0)
+    q = load_queries(q_rows, offs, mask_m, BLOCK_D, OPTS, True)  # [BLOCK_M, BLOCK_D]
+    k_rows = head_of(k_ptr, b, kv_h, stride_kb, stride_kh, stride_kn, stride_kd, head_dim)
+    v_rows = k_rows
+    if OPTS.HAS_V:
+        v_rows = head_of(v_ptr, b, kv_h, stride_vb, stride_vh, stride_vn, stride_vd, head_dim_v)
+    w_row = weight_row(b, h, weight_heads)
+    if OPTS.WEIGHTS:
+        log2_weight_ptr += w_row * stride_w
 
-    acc = tl.zeros([ROWS, BLOCK_V], ACC)
-    shares = tl.zeros([ROWS, BLOCK_V], ACC)  # sums of values that some rows see
-    sums = tl.zeros([BLOCK_V], ACC)  # and that all of them do
-    level = tl.full([ROWS], float("-inf"), ACC)  # what weights are relative to
-    most = level  # the largest logit, with eps
-    total = tl.zeros([ROWS], ACC)
-    top = tl.full([ROWS], -1, tl.int32)
-    seen_keys = tl.zeros([ROWS], tl.float32)
-    end = tl.cast(keys, tl.int32)
-    if CAUSAL:
-        if ANYWHERE:
-            end = tl.minimum(end, tl.max(tl.where(valid, own, -1), 0) + 1)
-        else:
-            end = tl.minimum(end, begin + ROWS)
-    full, low, high = crossing(begin, begin + ROWS, end, KEYS, OWN, OWN and ANYWHERE)
-    head_tiles, gap, far_tiles = low, high - low, full - (high - low)
-    listed = tiles
-    if tiles is not None:
-        listed = tiles + weight_row * (2 * count + 1)
-        head_tiles = tl.load(listed + count + low)
-        gap = tl.load(listed + count + high) - head_tiles
-        far_tiles = tl.load(listed + count + full) - gap
-    for i in range(far_tiles):
-        tile = tl.where(i < head_tiles, i, i + gap)
-        if tiles is not None:
-            tile = tl.load(listed + tile)
-        acc, shares, sums, level, most, total, top, seen_keys = _tile(
-            q_tile, own, acc, shares, sums, level, most, total, top, seen_keys,
-            k_base, v_base, bias, tile * KEYS, keys, width, value_width, plane, slope, log_eps,
-            k_n, k_d, v_n, v_d, KEYS, BLOCK_D, BLOCK_V, WHOLE_D, WHOLE_V, PRECISION,
-            WEIGHTS, POLICY, PADDING, SELF_KEEP, EXCLUDE, CAUSAL, EPS, VALUES, NARROW, False,
+    end = visible_keys(pos_m, mask_m, start_m, seqlen_k, BLOCK_M, OPTS.CAUSAL, ANY_POSITION)
+    num_full, lo, hi = masked_range(
+        start_m, start_m + BLOCK_M, end, BLOCK_N, OPTS.POSITIONS, ANY_POSITION
+    )
+    before, skipped, num_unmasked = lo, hi - lo, num_full - (hi - lo)
+    if tiles_ptr is not None:  # count only listed tiles
+        tiles_ptr += w_row * (2 * num_tiles + 1)
+        before = tl.load(tiles_ptr + num_tiles + lo)
+        skipped = tl.load(tiles_ptr + num_tiles + hi) - before
+        num_unmasked = tl.load(tiles_ptr + num_tiles + num_full) - skipped
+    state = initial_state(tl.zeros([BLOCK_DV], ACC), BLOCK_M, BLOCK_DV)
+    for i in range(num_unmasked):
+        tile = tl.where(i < before, i, i + skipped)
+        if tiles_ptr is not None:
+            tile = tl.load(tiles_ptr + tile)
+        state = _attend_tile(
+            state, q, k_rows, v_rows, log2_weight_ptr, size_offset, tile * BLOCK_N, pos_m,
+            seqlen_k, qk_scale, log2_eps, BLOCK_N, BLOCK_D, BLOCK_DV, OPTS, False,
         )  # fmt: skip
-    for i in range(high - low + tl.cdiv(end, KEYS) - full):
-        tile = tl.where(low + i < high, low + i, full + i - (high - low))
-        acc, shares, sums, level, most, total, top, seen_keys = _tile(
-            q_tile, own, acc, shares, sums, level, most, total, top, seen_keys,
-            k_base, v_base, bias, tile * KEYS, keys, width, value_width, plane, slope, log_eps,
-            k_n, k_d, v_n, v_d, KEYS, BLOCK_D, BLOCK_V, WHOLE_D, WHOLE_V, PRECISION,
-            WEIGHTS, POLICY, PADDING, SELF_KEEP, EXCLUDE, CAUSAL, EPS, VALUES, NARROW, True,
+    for i in range(hi - lo + tl.cdiv(end, BLOCK_N) - num_full):
+        state = _attend_tile(
+            state, q, k_rows, v_rows, log2_weight_ptr, size_offset,
+            masked_tile(i, num_full, lo, hi) * BLOCK_N, pos_m,
+            seqlen_k, qk_scale, log2_eps, BLOCK_N, BLOCK_D, BLOCK_DV, OPTS, True,
         )  # fmt: skip
 
-    stats = row.to(tl.int64) * queries + at  # [B, H, Nq]
+    rows = bh.to(tl.int64) * seqlen_q + offs_m  # in [B, H, Nq]
     eps = tl.cast(eps_high, ACC) + tl.cast(eps_low, ACC)
-    acc = finish(
-        acc, shares, sums, level, most, total, top, seen_keys, bias, plane, own, valid, keys,
-        None, eps, lse, floor, argmax, stats, KEYS, PADDING, CAUSAL, EPS, VALUES,
-    )  # fmt: skip
-    if VALUES:
-        column = tl.arange(0, BLOCK_V)
-        line = heads * value_width
-        to = out + (b * queries + first) * line + h * value_width
-        to += local[:, None] * line + column[None, :]
-        acc = acc.to(q_tile.dtype)
-        tl.store(to, acc, mask=valid[:, None] & (column < value_width)[None, :])
+    log2_size_ptr = log2_weight_ptr
+    if OPTS.PADDING:
+        log2_size_ptr += size_offset
+    out = finalize(
+        state, lse_ptr, p_eps_ptr, argmax_ptr, rows, log2_size_ptr, None, pos_m, mask_m, seqlen_k,
+        eps, BLOCK_N, OPTS,
+    )  # [BLOCK_M, BLOCK_DV]  # fmt: skip
+    if OPTS.HAS_V:
+        out_rows = contiguous_head(out_ptr, b, start, h, num_heads, seqlen_q, head_dim_v)
+        store_tile(out_rows, out, offs, mask_m, BLOCK_DV)

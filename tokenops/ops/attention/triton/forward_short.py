@@ -1,171 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention to few keys: a program holds all keys and values of a head, for all of its rows.
+"""The forward pass over few keys: a program holds all keys and values of a head.
 
-The keys come in up to four chunks whose widths are powers of two, as 197 = 128 + 64 + 5 of 16. A
-chunk of width 0 is none.
+The keys come in up to four chunks whose widths are powers of two: 197 = 128 + 64 + 5 of 16.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
-from .forward_tile import absorb, finish, load_weights
-from .rows import first_live, load_queries, load_tile
+from .common import (
+    contiguous_head,
+    head_of,
+    load_log2_weights,
+    load_positions,
+    load_queries,
+    load_tile,
+    store_tile,
+    submatrix,
+    weight_row,
+)
+from .online_softmax import ForwardOptions, finalize, first_live_key, initial_state, update
+
+
+@dataclass(frozen=True)
+class ShortOptions(ForwardOptions):
+    """Options of the kernel for few keys."""
+
+    STARTS: tuple[int, ...]  # first key of each chunk
+    BLOCKS: tuple[int, ...]  # width of each chunk
 
 
 @triton.jit
-def load_chunk(
-    base, bias, plane, first, stride, column_stride, keys, width,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, PADDING: tl.constexpr,
+def _load_chunk(
+    x, log2_size_ptr, start_n, seqlen_k,
+    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     """Keys or values of a chunk, 0 for those that take no part."""
-    x = first
-    if CHUNK > 0:
-        at = first + tl.arange(0, CHUNK)
-        seen = at < keys
-        if PADDING:
-            seen = tl.load(bias + plane + at) > float("-inf")
-        x = load_tile(base, at, stride, column_stride, seen, width, BLOCK, WHOLE, True)
-    return x
-
-
-@triton.jit
-def _chunk(
-    q, k, v, own, acc, shares, sums, level, most, total, top, seen_keys,
-    bias, first, keys, plane, slope, log_eps,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr, WEIGHTS: tl.constexpr, POLICY: tl.constexpr,
-    PADDING: tl.constexpr, SELF_KEEP: tl.constexpr, EXCLUDE: tl.constexpr, CAUSAL: tl.constexpr,
-    EPS: tl.constexpr, NARROW: tl.constexpr, CLOSELY: tl.constexpr,
-):  # fmt: skip
-    """What a chunk of keys adds to a block of rows."""
-    if CHUNK > 0:
-        at = first + tl.arange(0, CHUNK)
-        weight, log_size, seen = load_weights(
-            bias, plane, at, keys, CHUNK, total.dtype, WEIGHTS, POLICY, EPS or SELF_KEEP,
-            PADDING and EPS,
-        )  # fmt: skip
-        acc, shares, sums, level, most, total, top, seen_keys = absorb(
-            q, k, v, weight, log_size, seen, own, at, keys, slope, log_eps,
-            acc, shares, sums, level, most, total, top, seen_keys,
-            CHUNK, PRECISION, WEIGHTS, POLICY, PADDING, SELF_KEEP, EXCLUDE, CAUSAL, EPS, True,
-            NARROW, CLOSELY, False,
-        )  # fmt: skip
-    return acc, shares, sums, level, most, total, top, seen_keys
-
-
-@triton.jit
-def attend_short(
-    q, k, v, position, work, out, lse, floor, argmax,
-    heads, group, weight_heads, queries, keys, width, value_width, padded, plane, parts,
-    slope_high, slope_low, eps_high, eps_low, log_eps,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, position_b, position_n,
-    ROWS: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_V: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WEIGHTS: tl.constexpr, POLICY: tl.constexpr,
-    PADDING: tl.constexpr, SELF_KEEP: tl.constexpr, EXCLUDE: tl.constexpr, CAUSAL: tl.constexpr,
-    EPS: tl.constexpr, NARROW: tl.constexpr,
-):  # fmt: skip
-    """The output of every ``parts``-th block of rows of a head."""
-    ACC: tl.constexpr = lse.dtype.element_ty
-    OWN: tl.constexpr = SELF_KEEP or EXCLUDE or CAUSAL
-    F1: tl.constexpr = C0
-    F2: tl.constexpr = C0 + C1
-    F3: tl.constexpr = C0 + C1 + C2
-    pid = tl.program_id(0)
-    row = pid // parts  # image and head
-    h = row % heads
-    b = (row // heads).to(tl.int64)
-    key_head = (h // group).to(tl.int64)
-    slope = tl.cast(slope_high, ACC) + tl.cast(slope_low, ACC)
-    eps = tl.cast(eps_high, ACC) + tl.cast(eps_low, ACC)
-    weight_row = b
-    if weight_heads > 1:
-        weight_row = b * weight_heads + h
-    bias = work
-    if WEIGHTS:
-        bias = work + weight_row * padded
-    k_base = k + b * k_b + key_head * k_h
-    v_base = v + b * v_b + key_head * v_h
-
-    k0 = load_chunk(k_base, bias, plane, 0, k_n, k_d, keys, width, C0, BLOCK_D, WHOLE_D, PADDING)
-    k1 = load_chunk(k_base, bias, plane, F1, k_n, k_d, keys, width, C1, BLOCK_D, WHOLE_D, PADDING)
-    k2 = load_chunk(k_base, bias, plane, F2, k_n, k_d, keys, width, C2, BLOCK_D, WHOLE_D, PADDING)
-    k3 = load_chunk(k_base, bias, plane, F3, k_n, k_d, keys, width, C3, BLOCK_D, WHOLE_D, PADDING)
-    v0 = load_chunk(
-        v_base, bias, plane, 0, v_n, v_d, keys, value_width, C0, BLOCK_V, WHOLE_V, PADDING
-    )
-    v1 = load_chunk(
-        v_base, bias, plane, F1, v_n, v_d, keys, value_width, C1, BLOCK_V, WHOLE_V, PADDING
-    )
-    v2 = load_chunk(
-        v_base, bias, plane, F2, v_n, v_d, keys, value_width, C2, BLOCK_V, WHOLE_V, PADDING
-    )
-    v3 = load_chunk(
-        v_base, bias, plane, F3, v_n, v_d, keys, value_width, C3, BLOCK_V, WHOLE_V, PADDING
-    )
-    live = tl.cast(0, tl.int32)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < seqlen_k
     if PADDING:
-        live = first_live(bias + plane, keys, 256)
-    sums = tl.zeros([BLOCK_V], ACC)  # of values
-    if EPS and not (CAUSAL or EXCLUDE):
-        sums += tl.sum(v0.to(ACC), 0)
-        if C1 > 0:
-            sums += tl.sum(v1.to(ACC), 0)
-        if C2 > 0:
-            sums += tl.sum(v2.to(ACC), 0)
-        if C3 > 0:
-            sums += tl.sum(v3.to(ACC), 0)
+        mask_n = tl.load(log2_size_ptr + offs_n) > float("-inf")
+    return load_tile(x, offs_n, mask_n, BLOCK, EVEN, True)
 
-    local = tl.arange(0, ROWS)
-    q_base = q + b * q_b + h.to(tl.int64) * q_h
-    for block in range(pid % parts, tl.cdiv(queries, ROWS), parts):
-        begin = block * ROWS
-        first = begin.to(tl.int64)
-        rows = begin + local
-        valid = rows < queries
-        own = rows
-        if position is not None:
-            at = position + b * position_b + rows.to(tl.int64) * position_n
-            own = tl.maximum(tl.minimum(tl.load(at, mask=valid, other=-1), keys), -1)
-        q_tile = load_queries(
-            q_base + first * q_n, local, q_n, q_d, valid, width, BLOCK_D, WHOLE_D, SIGN, True
-        )  # [ROWS, BLOCK_D]
-        acc = tl.zeros([ROWS, BLOCK_V], ACC)
-        shares = tl.zeros([ROWS, BLOCK_V], ACC)  # sums of values that some rows see
-        level = tl.full([ROWS], float("-inf"), ACC)  # what weights are relative to
-        most = level  # the largest logit, with eps
-        total = tl.zeros([ROWS], ACC)
-        top = tl.full([ROWS], -1, tl.int32)
-        seen_keys = tl.zeros([ROWS], tl.float32)
-        acc, shares, sums, level, most, total, top, seen_keys = _chunk(
-            q_tile, k0, v0, own, acc, shares, sums, level, most, total, top, seen_keys,
-            bias, 0, keys, plane, slope, log_eps, C0, PRECISION, WEIGHTS, POLICY, PADDING,
-            SELF_KEEP, EXCLUDE, CAUSAL, EPS, NARROW, OWN or C1 == 0,
-        )  # fmt: skip
-        acc, shares, sums, level, most, total, top, seen_keys = _chunk(
-            q_tile, k1, v1, own, acc, shares, sums, level, most, total, top, seen_keys,
-            bias, F1, keys, plane, slope, log_eps, C1, PRECISION, WEIGHTS, POLICY, PADDING,
-            SELF_KEEP, EXCLUDE, CAUSAL, EPS, NARROW, OWN or C2 == 0,
-        )  # fmt: skip
-        acc, shares, sums, level, most, total, top, seen_keys = _chunk(
-            q_tile, k2, v2, own, acc, shares, sums, level, most, total, top, seen_keys,
-            bias, F2, keys, plane, slope, log_eps, C2, PRECISION, WEIGHTS, POLICY, PADDING,
-            SELF_KEEP, EXCLUDE, CAUSAL, EPS, NARROW, OWN or C3 == 0,
-        )  # fmt: skip
-        acc, shares, sums, level, most, total, top, seen_keys = _chunk(
-            q_tile, k3, v3, own, acc, shares, sums, level, most, total, top, seen_keys,
-            bias, F3, keys, plane, slope, log_eps, C3, PRECISION, WEIGHTS, POLICY, PADDING,
-            SELF_KEEP, EXCLUDE, CAUSAL, EPS, NARROW, OWN or True,
-        )  # fmt: skip
-        stats = row.to(tl.int64) * queries + rows  # [B, H, Nq]
-        acc = finish(
-            acc, shares, sums, level, most, total, top, seen_keys, bias, plane, own, valid, keys,
-            live, eps, lse, floor, argmax, stats, C0, PADDING, CAUSAL, EPS, True,
-        )  # fmt: skip
-        column = tl.arange(0, BLOCK_V)
-        line = heads * value_width
-        to = out + (b * queries + first) * line + h * value_width
-        to += local[:, None] * line + column[None, :]
-        acc = acc.to(q_tile.dtype)
-        tl.store(to, acc, mask=valid[:, None] & (column < value_width)[None, :])
+
+@triton.jit
+def _attend_chunk(
+    state, q, k, v, log2_weight_ptr, size_offset, start_n, pos_m, seqlen_k, qk_scale, log2_eps,
+    BLOCK_N: tl.constexpr, OPTS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add a chunk of keys to the state."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    log2_weight, log2_size, mask_n = load_log2_weights(
+        log2_weight_ptr, size_offset, offs_n, seqlen_k,
+        qk_scale.dtype, OPTS, OPTS.EPS or OPTS.SELF_KEEP, OPTS.PADDING and OPTS.EPS,
+    )  # fmt: skip
+    return update(
+        state, q, k, v, log2_weight, log2_size, mask_n, pos_m, offs_n, seqlen_k,
+        qk_scale, log2_eps, OPTS, MASKED, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def attention_forward_short(
+    q_ptr, k_ptr, v_ptr, query_position_ptr, log2_weight_ptr,
+    out_ptr, lse_ptr, p_eps_ptr, argmax_ptr,
+    num_heads, group_size, weight_heads, seqlen_q, seqlen_k, head_dim, head_dim_v,
+    stride_w, size_offset, num_programs,
+    qk_scale_high, qk_scale_low, eps_high, eps_low, log2_eps,
+    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_posb, stride_posn,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, OPTS: tl.constexpr,
+):  # fmt: skip
+    """Attention of blocks of queries to all keys, which are loaded once.
+
+    Grid: B * H * num_programs. A program handles every ``num_programs``-th block of BLOCK_M queries
+    of a head and writes their out, lse and, with eps, p_eps and argmax.
+    """
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    NUM_CHUNKS: tl.constexpr = len(OPTS.BLOCKS)
+    pid = tl.program_id(0)
+    bh = pid // num_programs
+    h = bh % num_heads
+    b = (bh // num_heads).to(tl.int64)
+    kv_h = (h // group_size).to(tl.int64)
+    if query_position_ptr is not None:
+        query_position_ptr += b * stride_posb
+    qk_scale = tl.cast(qk_scale_high, ACC) + tl.cast(qk_scale_low, ACC)
+    eps = tl.cast(eps_high, ACC) + tl.cast(eps_low, ACC)
+    if OPTS.WEIGHTS:
+        log2_weight_ptr += weight_row(b, h, weight_heads) * stride_w
+    log2_size_ptr = log2_weight_ptr
+    live = None
+    if OPTS.PADDING:
+        log2_size_ptr += size_offset
+        live = first_live_key(log2_size_ptr, seqlen_k, 256)
+    k_rows = head_of(k_ptr, b, kv_h, stride_kb, stride_kh, stride_kn, stride_kd, head_dim)
+    v_rows = head_of(v_ptr, b, kv_h, stride_vb, stride_vh, stride_vn, stride_vd, head_dim_v)
+    ks: tl.tuple = ()
+    vs: tl.tuple = ()
+    for c in tl.static_range(NUM_CHUNKS):
+        k = _load_chunk(
+            k_rows, log2_size_ptr, OPTS.STARTS[c], seqlen_k,
+            OPTS.BLOCKS[c], BLOCK_D, OPTS.EVEN_D, OPTS.PADDING,
+        )  # [chunk, BLOCK_D]  # fmt: skip
+        ks = ks + (k,)  # noqa: RUF005
+    for c in tl.static_range(NUM_CHUNKS):
+        v = _load_chunk(
+            v_rows, log2_size_ptr, OPTS.STARTS[c], seqlen_k,
+            OPTS.BLOCKS[c], BLOCK_DV, OPTS.EVEN_DV, OPTS.PADDING,
+        )  # [chunk, BLOCK_DV]  # fmt: skip
+        vs = vs + (v,)  # noqa: RUF005
+    v_sum = tl.zeros([BLOCK_DV], ACC)
+    if OPTS.EPS and not (OPTS.CAUSAL or OPTS.EXCLUDE_SELF):
+        for c in tl.static_range(NUM_CHUNKS):
+            v_sum += tl.sum(vs[c].to(ACC), 0)
+
+    offs = tl.arange(0, BLOCK_M)
+    q_head = head_of(q_ptr, b, h, stride_qb, stride_qh, stride_qn, stride_qd, head_dim)
+    for block in range(pid % num_programs, tl.cdiv(seqlen_q, BLOCK_M), num_programs):
+        start_m = block * BLOCK_M
+        start = start_m.to(tl.int64)
+        offs_m = start_m + offs
+        mask_m = offs_m < seqlen_q
+        pos_m = load_positions(query_position_ptr, stride_posn, offs_m, mask_m, -1, seqlen_k)
+        q_rows = submatrix(q_head, start, 0)
+        q = load_queries(q_rows, offs, mask_m, BLOCK_D, OPTS, True)  # [BLOCK_M, BLOCK_D]
+        state = initial_state(v_sum, BLOCK_M, BLOCK_DV)
+        for c in tl.static_range(NUM_CHUNKS):
+            state = _attend_chunk(
+                state, q, ks[c], vs[c], log2_weight_ptr, size_offset, OPTS.STARTS[c], pos_m,
+                seqlen_k, qk_scale, log2_eps,
+                OPTS.BLOCKS[c], OPTS, OPTS.POSITIONS or c == NUM_CHUNKS - 1,
+            )  # fmt: skip
+        rows = bh.to(tl.int64) * seqlen_q + offs_m  # in [B, H, Nq]
+        out = finalize(
+            state, lse_ptr, p_eps_ptr, argmax_ptr, rows, log2_size_ptr, live, pos_m, mask_m,
+            seqlen_k, eps, 256, OPTS,
+        )  # [BLOCK_M, BLOCK_DV]  # fmt: skip
+        out_rows = contiguous_head(out_ptr, b, start, h, num_heads, seqlen_q, head_dim_v)
+        store_tile(out_rows, out, offs, mask_m, BLOCK_DV)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention that keys receive: L of each row, sums over rows by key and head, sums over heads."""
+"""Attention that keys receive: lse of each query, sums over queries by head, sums over heads."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,317 +12,241 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import (
-    BEFORE_3_7,
-    Launch,
-    Settings,
-    arch,
-    ceil_div,
-    heuristic,
-    planned,
-    power_of_two,
-)
+from ...._triton.launch import Launch, Settings, ceil_div, planned, power_of_two
 from ..arguments import ScoreInputs
-from .forward import BLOCK, Layout, Plan, plan, weigh
-from .forward_tile import load_weights
-from .rows import LOG2E, crossing, halves, load_queries, load_tile, precision
-
-#: Settings of the sums over rows, by bytes of an element and padded width. Rows are queries of a
-#: tile, columns are keys.
-_TABLE = {
-    (2, 64): Settings(64, 128, 8, 3),
-    (2, 128): Settings(64, 128, 8, 2),
-    (2, 256): Settings(64, 64, 8, 2),
-    (4, 64): Settings(32, 64, 4, 2),
-    (4, 128): Settings(16, 32, 4, 1),
-    (8, 64): Settings(16, 32, 4, 1),
-    (8, 128): Settings(16, 16, 4, 1),
-}
-if BEFORE_3_7:  # 64 columns spill registers on sm_100
-    _TABLE[2, 256] = Settings(64, 32, 8, 2)
-
-
-@heuristic
-def attention_received(itemsize: int, width: int, queries: int) -> Settings:
-    """Settings of the sums over rows."""
-    found = _TABLE[itemsize, 64 if width <= 64 else 128 if width <= 128 else 256]
-    return found if queries > 16 else Settings(16, found.block_n, 4, 1)
+from . import heuristics
+from .common import (
+    LOG2E,
+    LogitOptions,
+    Matrix,
+    head_of,
+    load_log2_weights,
+    load_positions,
+    load_queries,
+    load_row,
+    load_tile,
+    masked_range,
+    masked_tile,
+    split_float,
+    submatrix,
+    unmasked_tile,
+    weight_row,
+)
+from .forward import ForwardLaunches, plan_forward
+from .spec import BLOCK, Spec, describe, strides
 
 
-@triton.jit
-def _receive(
-    q, k, weight, log_size, at, received, lse, each, query_weight, position, start, queries, keys,
-    width, slope, q_n, q_d, l_n, w_n, position_n,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
-    SIGN: tl.constexpr, WEIGHTS: tl.constexpr, SELF_KEEP: tl.constexpr, EXCLUDE: tl.constexpr,
-    CAUSAL: tl.constexpr, EPS: tl.constexpr, NATURAL: tl.constexpr, CLOSELY: tl.constexpr,
-):  # fmt: skip
-    """What a tile of rows gives to a block of keys; looked at closely at ends and diagonals."""
-    ACC: tl.constexpr = received.dtype
-    rows = start + tl.arange(0, ROWS)
-    far = rows.to(tl.int64)
-    inside = rows < queries
-    q_tile = load_queries(
-        q + tl.cast(start, tl.int64) * q_n,
-        tl.arange(0, ROWS),
-        q_n,
-        q_d,
-        inside,
-        width,
-        BLOCK_D,
-        WHOLE_D,
-        SIGN,
-        CLOSELY,
-    )  # [ROWS, BLOCK_D]
-    s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC)  # [KEYS, ROWS]
-    if CLOSELY:
-        level = tl.load(lse + far * l_n, mask=inside, other=float("-inf"))
-    else:
-        level = tl.load(lse + far * l_n)
-    # A row of no weight: its shares are exp2(-inf).
-    if NATURAL:
-        level *= tl.full([], LOG2E, ACC)
-    level = tl.where(level == float("-inf"), float("inf"), level)
-    own = rows
-    if CLOSELY and position is not None:
-        own = tl.load(position + far * position_n, mask=inside, other=-1)
-        own = tl.maximum(tl.minimum(own, keys), -1)
-    if WEIGHTS:
-        x = s * slope + (weight[:, None] - level[None, :])
-        if SELF_KEEP and CLOSELY:
-            kept = s * slope + (log_size[:, None] - level[None, :])
-            x = tl.where(at[:, None] == own[None, :], kept, x)
-    else:
-        x = s * slope - level[None, :]
-    y = tl.exp2(x)
-    if EPS:
-        if CLOSELY:
-            y += tl.load(each + rows, mask=inside, other=0)[None, :]
-        else:
-            y += tl.load(each + rows)[None, :]
-    if CLOSELY:
-        if CAUSAL:
-            y = tl.where(at[:, None] <= own[None, :], y, 0)
-        if EXCLUDE:
-            y = tl.where(at[:, None] == own[None, :], 0, y)
-    if query_weight is not None:
-        if CLOSELY:
-            w = tl.load(query_weight + far * w_n, mask=inside, other=0)
-        else:
-            w = tl.load(query_weight + far * w_n)
-        return received + y * w[None, :]
-    if CLOSELY and EPS:
-        y = tl.where(inside[None, :], y, 0)
-    return received + y
+@dataclass(frozen=True)
+class ScoreOptions(LogitOptions):
+    """Options of the sums over queries."""
+
+    NATURAL_LSE: bool  # lse is the caller's, to base e
 
 
 @triton.jit
-def receive(
-    q, k, query_weight, position, work, lse, each, out,
-    heads, group, weight_heads, queries, keys, width, padded, plane, slope_high, slope_low,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, l_b, l_h, l_n, w_b, w_h, w_n, position_b, position_n,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WEIGHTS: tl.constexpr, POLICY: tl.constexpr,
-    PADDING: tl.constexpr, SELF_KEEP: tl.constexpr, EXCLUDE: tl.constexpr, CAUSAL: tl.constexpr,
-    EPS: tl.constexpr, NATURAL: tl.constexpr,
+def _add_tile(
+    total, k, q_rows, log2_weight, log2_size, offs_n, lse_ptr, p_eps_key_ptr, query_weight_ptr,
+    query_position_ptr, start_m, seqlen_q, seqlen_k, qk_scale, stride_ln, stride_qwn, stride_posn,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, OPTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Attention that a block of keys receives from all rows of a head."""
-    ACC: tl.constexpr = out.dtype.element_ty
-    OWN: tl.constexpr = SELF_KEEP or EXCLUDE or CAUSAL
-    ANYWHERE: tl.constexpr = OWN and position is not None
-    blocks = tl.cdiv(keys, KEYS)
+    """Add a tile of queries to ``total`` [BLOCK_N, BLOCK_M], to be summed over queries."""
+    offs = tl.arange(0, BLOCK_M)
+    offs_m = start_m + offs
+    offs_m64 = offs_m.to(tl.int64)
+    mask_m = offs_m < seqlen_q
+    q_rows = submatrix(q_rows, start_m, 0)
+    q = load_queries(q_rows, offs, mask_m, BLOCK_D, OPTS, MASKED)  # [BLOCK_M, BLOCK_D]
+    qkT = tl.dot(k, tl.trans(q), input_precision=OPTS.INPUT_PRECISION, out_dtype=total.dtype)
+    lse2 = load_row(lse_ptr + offs_m64 * stride_ln, mask_m, float("-inf"), MASKED)
+    if OPTS.NATURAL_LSE:
+        lse2 *= tl.full([], LOG2E, total.dtype)
+    # In an empty row all p are exp2(-inf).
+    lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+    if MASKED:
+        pos_m = load_positions(query_position_ptr, stride_posn, offs_m, mask_m, -1, seqlen_k)
+    if OPTS.WEIGHTS:
+        log2_pT = qkT * qk_scale + (log2_weight[:, None] - lse2[None, :])
+        if OPTS.SELF_KEEP and MASKED:
+            kept = qkT * qk_scale + (log2_size[:, None] - lse2[None, :])
+            log2_pT = tl.where(offs_n[:, None] == pos_m[None, :], kept, log2_pT)
+    else:
+        log2_pT = qkT * qk_scale - lse2[None, :]
+    pT = tl.exp2(log2_pT)
+    if OPTS.EPS:
+        pT += load_row(p_eps_key_ptr + offs_m, mask_m, 0, MASKED)[None, :]
+    if OPTS.CAUSAL and MASKED:
+        pT = tl.where(offs_n[:, None] <= pos_m[None, :], pT, 0)
+    if OPTS.EXCLUDE_SELF and MASKED:
+        pT = tl.where(offs_n[:, None] == pos_m[None, :], 0, pT)
+    if query_weight_ptr is not None:
+        query_weight = load_row(query_weight_ptr + offs_m64 * stride_qwn, mask_m, 0, MASKED)
+        return total + pT * query_weight[None, :]
+    if OPTS.EPS and MASKED:
+        pT = tl.where(mask_m[None, :], pT, 0)
+    return total + pT
+
+
+@triton.jit
+def attention_column_sums(
+    q_ptr, k_ptr, query_weight_ptr, query_position_ptr, log2_weight_ptr, lse_ptr, p_eps_key_ptr,
+    out_ptr,
+    num_heads, group_size, weight_heads, seqlen_q, seqlen_k, head_dim, stride_w, size_offset,
+    qk_scale_high, qk_scale_low,
+    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_lb, stride_lh, stride_ln, stride_qwb, stride_qwh, stride_qwn,
+    stride_posb, stride_posn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, OPTS: tl.constexpr,
+):  # fmt: skip
+    """Attention that a block of keys receives from all queries of a head.
+
+    Grid: B * H * cdiv(Nk, BLOCK_N). A program writes BLOCK_N sums of p, times the queries' weights
+    if there are any, over queries. With eps it reads the share of eps by key, to be added to p.
+    """
+    ACC: tl.constexpr = out_ptr.dtype.element_ty
+    ANY_POSITION: tl.constexpr = OPTS.POSITIONS and query_position_ptr is not None
+    num_blocks = tl.cdiv(seqlen_k, BLOCK_N)
     pid = tl.program_id(0)
-    row = pid // blocks  # image and head
-    begin = pid % blocks * KEYS
-    h = row % heads
-    b = (row // heads).to(tl.int64)
-    far_h = h.to(tl.int64)
-    local = tl.arange(0, KEYS)
-    at = begin + local
-    weight_row = b
-    if weight_heads > 1:
-        weight_row = b * weight_heads + h
-    bias = work
-    if WEIGHTS:
-        bias = work + weight_row * padded
-    weight, log_size, seen = load_weights(
-        bias, plane, at, keys, KEYS, ACC, WEIGHTS, POLICY, SELF_KEEP, PADDING
+    bh = pid // num_blocks
+    start_n = pid % num_blocks * BLOCK_N
+    h = bh % num_heads
+    b = (bh // num_heads).to(tl.int64)
+    h64 = h.to(tl.int64)
+    offs = tl.arange(0, BLOCK_N)
+    offs_n = start_n + offs
+    if OPTS.WEIGHTS:
+        log2_weight_ptr += weight_row(b, h, weight_heads) * stride_w
+    log2_weight, log2_size, mask_n = load_log2_weights(
+        log2_weight_ptr, size_offset, offs_n, seqlen_k, ACC, OPTS, OPTS.SELF_KEEP, OPTS.PADDING
     )
-    slope = tl.cast(slope_high, ACC) + tl.cast(slope_low, ACC)
-    k_tile = load_tile(
-        k + b * k_b + (h // group).to(tl.int64) * k_h + begin.to(tl.int64) * k_n, local, k_n, k_d,
-        seen, width, BLOCK_D, WHOLE_D, True,
-    )  # fmt: skip
-    q += b * q_b + far_h * q_h
-    lse += b * l_b + far_h * l_h
-    if EPS:
-        each += row.to(tl.int64) * queries
-    if query_weight is not None:
-        query_weight += b * w_b + far_h * w_h
-    if position is not None:
-        position += b * position_b
-    received = tl.zeros([KEYS, ROWS], ACC)
-    full, low, high = crossing(begin, begin + KEYS, queries, ROWS, OWN, ANYWHERE)
-    skip = tl.cast(0, tl.int32)
-    if CAUSAL:  # rows before the block see none of it
-        skip = tl.cast(low, tl.int32)
-    for i in range(skip, full - (high - low)):
-        tile = tl.where(i < low, i, i + high - low)
-        received = _receive(
-            q, k_tile, weight, log_size, at, received, lse, each, query_weight, position,
-            tile * ROWS, queries, keys, width, slope, q_n, q_d, l_n, w_n, position_n,
-            ROWS, BLOCK_D, WHOLE_D, PRECISION, SIGN, WEIGHTS, SELF_KEEP, EXCLUDE, CAUSAL, EPS,
-            NATURAL, False,
+    qk_scale = tl.cast(qk_scale_high, ACC) + tl.cast(qk_scale_low, ACC)
+    kv_h = h // group_size
+    k_rows = head_of(k_ptr, b, kv_h, stride_kb, stride_kh, stride_kn, stride_kd, head_dim)
+    k_rows = submatrix(k_rows, start_n, 0)
+    k = load_tile(k_rows, offs, mask_n, BLOCK_D, OPTS.EVEN_D, True)  # [BLOCK_N, BLOCK_D]
+    q_rows = Matrix(q_ptr + (b * stride_qb + h64 * stride_qh), stride_qn, stride_qd, head_dim)
+    lse_ptr += b * stride_lb + h64 * stride_lh
+    if OPTS.EPS:
+        p_eps_key_ptr += bh.to(tl.int64) * seqlen_q
+    if query_weight_ptr is not None:
+        query_weight_ptr += b * stride_qwb + h64 * stride_qwh
+    if query_position_ptr is not None:
+        query_position_ptr += b * stride_posb
+    total = tl.zeros([BLOCK_N, BLOCK_M], ACC)
+    num_full, lo, hi = masked_range(
+        start_n, start_n + BLOCK_N, seqlen_q, BLOCK_M, OPTS.POSITIONS, ANY_POSITION
+    )
+    first = tl.cast(0, tl.int32)
+    if OPTS.CAUSAL:  # queries before the block see none of its keys
+        first = tl.cast(lo, tl.int32)
+    for i in range(first, num_full - (hi - lo)):
+        total = _add_tile(
+            total, k, q_rows, log2_weight, log2_size, offs_n, lse_ptr, p_eps_key_ptr,
+            query_weight_ptr, query_position_ptr, unmasked_tile(i, lo, hi) * BLOCK_M, seqlen_q,
+            seqlen_k, qk_scale, stride_ln, stride_qwn, stride_posn, BLOCK_M, BLOCK_D, OPTS, False,
         )  # fmt: skip
-    for i in range(high - low + tl.cdiv(queries, ROWS) - full):
-        tile = tl.where(low + i < high, low + i, full + i - (high - low))
-        received = _receive(
-            q, k_tile, weight, log_size, at, received, lse, each, query_weight, position,
-            tile * ROWS, queries, keys, width, slope, q_n, q_d, l_n, w_n, position_n,
-            ROWS, BLOCK_D, WHOLE_D, PRECISION, SIGN, WEIGHTS, SELF_KEEP, EXCLUDE, CAUSAL, EPS,
-            NATURAL, True,
+    for i in range(hi - lo + tl.cdiv(seqlen_q, BLOCK_M) - num_full):
+        total = _add_tile(
+            total, k, q_rows, log2_weight, log2_size, offs_n, lse_ptr, p_eps_key_ptr,
+            query_weight_ptr, query_position_ptr, masked_tile(i, num_full, lo, hi) * BLOCK_M,
+            seqlen_q, seqlen_k, qk_scale, stride_ln, stride_qwn, stride_posn,
+            BLOCK_M, BLOCK_D, OPTS, True,
         )  # fmt: skip
-    total = tl.where(seen, tl.sum(received, 1), 0)
-    tl.store(out + row.to(tl.int64) * keys + at, total, mask=at < keys)
+    out = tl.where(mask_n, tl.sum(total, 1), 0)
+    tl.store(out_ptr + bh.to(tl.int64) * seqlen_k + offs_n, out, mask=offs_n < seqlen_k)
 
 
 @triton.jit
-def add_heads(
-    received, out,
-    heads, keys, divisor,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums over heads, in their order, or their mean."""
-    blocks = tl.cdiv(keys, BLOCK)
+def reduce_heads(x_ptr, out_ptr, num_heads, seqlen_k, divisor, BLOCK_N: tl.constexpr):
+    """Sums over heads, in their order, divided by ``divisor``.
+
+    Grid: B * cdiv(Nk, BLOCK_N). A program handles BLOCK_N keys of an image.
+    """
+    num_blocks = tl.cdiv(seqlen_k, BLOCK_N)
     pid = tl.program_id(0)
-    b = (pid // blocks).to(tl.int64)
-    at = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = at < keys
-    total = tl.zeros([BLOCK], received.dtype.element_ty)
-    for h in range(heads):
-        total += tl.load(received + (b * heads + h) * keys + at, mask=inside, other=0)
-    tl.store(out + b * keys + at, total / divisor, mask=inside)
+    b = (pid // num_blocks).to(tl.int64)
+    offs_n = pid % num_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < seqlen_k
+    total = tl.zeros([BLOCK_N], x_ptr.dtype.element_ty)
+    for h in range(num_heads):
+        total += tl.load(x_ptr + (b * num_heads + h) * seqlen_k + offs_n, mask=mask_n, other=0)
+    tl.store(out_ptr + b * seqlen_k + offs_n, total / divisor, mask=mask_n)
 
 
-class _Plan(NamedTuple):
+class ScoreLaunches(NamedTuple):
     """The launches of a call."""
 
-    rows: Plan
-    receive: Launch
-    add: Launch | None
+    forward: ForwardLaunches
+    column_sums: Launch
+    reduce_heads: Launch | None
 
 
 @planned
 def _plan(
-    device: str,
-    index: int | None,
-    dtype: torch.dtype,
-    q: Layout,
-    k: Layout,
+    spec: Spec,
     query_weight: tuple[int, ...] | None,
-    policy: Layout | None,
-    size: tuple[int, ...] | None,
-    mask: tuple[int, ...] | None,
-    position: tuple[int, ...] | None,
     lse: tuple[int, ...] | None,
-    self_keep: bool,
-    exclude_self: bool,
-    eps: float,
-    is_causal: bool,
-    scale: float,
     head_reduce: str,
-) -> _Plan:
-    (batch, heads, queries, width), q_strides = q
-    (_, key_heads, keys, _), k_strides = k
-    rows = plan(
-        device, index, dtype, q, k, None, policy, size, mask, position,
-        self_keep, exclude_self, eps, is_causal, scale,
-    )  # fmt: skip
-    weights = rows.weights
-    block = power_of_two(width, 16)
-    tile = attention_received(dtype.itemsize, block, queries)
-    given = lse is not None and eps == 0
-    if lse is None or eps > 0:
-        lse = heads * queries, queries, 1
-    weight_strides = (0, 0, 0) if query_weight is None else query_weight
-    if len(weight_strides) == 2:
-        weight_strides = weight_strides[0], 0, weight_strides[1]
-    at_strides = (0, 0) if position is None else (0, *position)[-2:]
-    slope = abs(scale) * math.log2(math.e) or 1.0
-    launch = Launch(
-        receive,
-        (batch * heads * ceil_div(keys, tile.block_n),),
+) -> ScoreLaunches:
+    """Plan the launches of a call; of the query weights and of lse strides are given."""
+    (batch, num_heads, seqlen_q, head_dim), q_strides = spec.q
+    (_, kv_heads, seqlen_k, _), k_strides = spec.k
+    forward = plan_forward(spec)
+    weights = forward.weights
+    block_d = power_of_two(head_dim, 16)
+    settings = heuristics.attention_scores(spec.dtype.itemsize, block_d, seqlen_q)
+    reads_lse = lse is not None and spec.eps == 0
+    if lse is None or spec.eps > 0:
+        lse = num_heads * seqlen_q, seqlen_q, 1
+    column_sums = Launch(
+        attention_column_sums,
+        (batch * num_heads * ceil_div(seqlen_k, settings.block_n),),
         (
-            *(heads, heads // key_heads, weights.heads, queries, keys, width),
-            *(weights.padded, weights.plane, *halves(slope)),
-            *(*q_strides, *k_strides, *lse, *weight_strides, *at_strides),
+            *(num_heads, num_heads // kv_heads, weights.heads, seqlen_q, seqlen_k, head_dim),
+            *(weights.stride, weights.size_offset),
+            *split_float(abs(spec.scale) * math.log2(math.e) or 1.0),
+            *(*q_strides, *k_strides, *lse, *strides(query_weight, 3), *spec.position_strides),
         ),
-        tile,
-        ROWS=tile.block_m,
-        KEYS=tile.block_n,
-        BLOCK_D=block,
-        WHOLE_D=width == block,
-        PRECISION=precision(device, dtype),
-        SIGN=(scale > 0) - (scale < 0),
-        WEIGHTS=weights.launch is not None,
-        POLICY=policy is not None,
-        PADDING=size is not None or mask is not None,
-        SELF_KEEP=self_keep and policy is not None,
-        EXCLUDE=exclude_self,
-        CAUSAL=is_causal,
-        EPS=eps > 0,
-        NATURAL=given,
+        settings,
+        BLOCK_M=settings.block_m,
+        BLOCK_N=settings.block_n,
+        BLOCK_D=block_d,
+        OPTS=ScoreOptions(
+            **spec.logit_options(), EVEN_D=head_dim == block_d, NATURAL_LSE=reads_lse
+        ),
     )
-    add = None
-    if head_reduce != "none" and heads > 1:
-        add = Launch(
-            add_heads,
-            (batch * ceil_div(keys, BLOCK),),
-            (heads, keys, float(heads) if head_reduce == "mean" else 1.0),
-            Settings(1, BLOCK),
-            BLOCK=BLOCK,
-        )
-    return _Plan(rows, launch, add)
+    reduce = None
+    if head_reduce != "none" and num_heads > 1:
+        divisor = float(num_heads) if head_reduce == "mean" else 1.0
+        grid = (batch * ceil_div(seqlen_k, BLOCK),)
+        numbers = num_heads, seqlen_k, divisor
+        reduce = Launch(reduce_heads, grid, numbers, Settings(1, BLOCK), BLOCK_N=BLOCK)
+    return ScoreLaunches(forward, column_sums, reduce)
 
 
 def attention_scores(inputs: ScoreInputs) -> Tensor:
     """Attention that each key receives, [B, Nk], or [B, H, Nk] without a reduction over heads."""
-    q, k, query_weight, policy, size, key_padding_mask, position, lse = inputs[:8]
-    self_keep, exclude_self, eps, is_causal, scale, head_reduce = inputs[8:]
-    rows, receive_all, add = _plan(
-        arch(q),
-        q.device.index,
-        q.dtype,
-        (q.shape, q.stride()),
-        (k.shape, k.stride()),
+    q, k, query_weight, policy, size, key_padding_mask, query_position, lse = inputs[:8]
+    (weights, attend, _), column_sums, reduce = _plan(
+        describe(inputs),
         None if query_weight is None else query_weight.stride(),
-        None if policy is None else (policy.shape, policy.stride()),
-        None if size is None else size.stride(),
-        None if key_padding_mask is None else key_padding_mask.stride(),
-        None if position is None else position.stride(),
         None if lse is None else lse.stride(),
-        self_keep,
-        exclude_self,
-        eps,
-        is_causal,
-        scale,
-        head_reduce,
+        inputs.head_reduce,
     )
-    batch, heads, queries, _ = q.shape
-    keys = k.shape[2]
+    batch, num_heads, seqlen_q, _ = q.shape
+    seqlen_k = k.shape[2]
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-    received = q.new_empty(batch, heads, keys, dtype=sums)
-    work, tiles = weigh(rows.weights, policy, size, key_padding_mask, received)
-    each = None
-    if lse is None or eps > 0:
-        lse = received.new_empty(batch, heads, queries)
-        each = received.new_empty(batch, heads, queries) if eps > 0 else None
-        rows.attend(q, k, None, position, work, tiles, None, lse, each, None)
-    receive_all(q, k, query_weight, position, work, lse, each, received)
-    if head_reduce == "none":
-        return received
-    if add is None:
-        return received.view(batch, keys)
-    out = received.new_empty(batch, keys)
-    add(received, out)
+    by_head = q.new_empty(batch, num_heads, seqlen_k, dtype=sums)
+    log2_weight, tiles = weights(by_head, policy, size, key_padding_mask)
+    p_eps_key = None
+    if lse is None or inputs.eps > 0:
+        lse = by_head.new_empty(batch, num_heads, seqlen_q)
+        p_eps_key = by_head.new_empty(batch, num_heads, seqlen_q) if inputs.eps > 0 else None
+        attend(q, k, None, query_position, log2_weight, tiles, None, lse, p_eps_key, None)
+    column_sums(q, k, query_weight, query_position, log2_weight, lse, p_eps_key, by_head)
+    if inputs.head_reduce == "none":
+        return by_head
+    if reduce is None:
+        return by_head.view(batch, seqlen_k)
+    out = by_head.new_empty(batch, seqlen_k)
+    reduce(by_head, out)
     return out
