@@ -93,11 +93,12 @@ TOKENOPS_HOST_DEVICE int32_t clamped(int64_t index, int32_t count) {
 // A tensor [K] or [B, K] of any strides, of all images or of one; `data` may be null.
 struct View {
   const void* data;
-  int64_t batch_stride, stride;
+  int64_t batch_bytes;  // from one row to the next; 0 if all images share a row
+  int64_t stride;
   int32_t bytes;  // of an element
 
   TOKENOPS_HOST_DEVICE View image(int64_t i) const {
-    return {static_cast<const char*>(data) + i * batch_stride * bytes, 0, stride, bytes};
+    return {static_cast<const char*>(data) + i * batch_bytes, batch_bytes, stride, bytes};
   }
   // Element i as a flag, as an index that is clamped to [0, count), or as a number.
   TOKENOPS_HOST_DEVICE bool flag(int64_t i) const {
@@ -129,8 +130,8 @@ inline View make_view(const char* op, const char* name, const OptionalTensor& t,
   STD_TORCH_CHECK(dtype == narrow || dtype == wide, op, ": expected ", name, " of dtype ", narrow,
                   " or ", wide, ", got ", dtype);
   const int32_t bytes = dtype == ScalarType::Bool ? 1 : dtype == wide ? 8 : 4;
-  return {t->const_data_ptr(), dims == 2 && t->size(0) > 1 ? t->stride(0) : 0, t->stride(dims - 1),
-          bytes};
+  return {t->const_data_ptr(), dims == 2 && t->size(0) > 1 ? t->stride(0) * bytes : 0,
+          t->stride(dims - 1), bytes};
 }
 inline View make_mask(const char* op, const char* name, const OptionalTensor& t, int64_t batch,
                       int64_t tokens) {
@@ -168,8 +169,8 @@ struct Request {
   int32_t num_src, num_dst;  // by the pattern, or listed
   int32_t r, prefix;
   bool listed, has_threshold, tome_order;
-  double threshold;
-  View thresholds;            // [B] in place of `threshold`
+  double threshold;           // if `thresholds` has no data
+  View thresholds;            // [B, 1]
   Strided pattern;            // the split, unless it is listed
   View src_index, dst_index;  // the split, if it is listed
   View protected_tokens;      // besides the prefix
@@ -179,9 +180,15 @@ struct Request {
     one.src_index = src_index.image(i);
     one.dst_index = dst_index.image(i);
     one.protected_tokens = protected_tokens.image(i);
-    if (thresholds.data != nullptr) one.threshold = thresholds.number(i);
+    one.thresholds = thresholds.image(i);
     return one;
   }
+  TOKENOPS_HOST_DEVICE double limit() const {
+    return thresholds.data == nullptr ? threshold : thresholds.number(0);
+  }
+  // The i-th listed source or destination, clamped.
+  TOKENOPS_HOST_DEVICE int32_t src(int i) const { return src_index.index(i, tokens); }
+  TOKENOPS_HOST_DEVICE int32_t dst(int i) const { return dst_index.index(i, tokens); }
   // For tokens behind the prefix.
   TOKENOPS_HOST_DEVICE bool is_protected(int32_t token) const {
     return protected_tokens.data != nullptr && protected_tokens.flag(token);
@@ -212,6 +219,7 @@ inline Request make_request(const char* op, int64_t batch, int64_t tokens, const
   ask.threshold = args.threshold.value_or(0);
   ask.thresholds = make_view(op, "thresholds", args.thresholds, batch, ScalarType::Float,
                              ScalarType::Double, batch);
+  ask.thresholds.batch_bytes = ask.thresholds.stride * ask.thresholds.bytes;
   ask.protected_tokens = make_mask(op, "protected", split.protected_tokens, batch, tokens);
   ask.pattern = {static_cast<uint32_t>(clamp(split.stride, 1, tokens + 1))};
   ask.num_dst = ask.pattern.dst_before(ask.tokens);

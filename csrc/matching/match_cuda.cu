@@ -7,7 +7,7 @@
 namespace tokenops::matching {
 namespace {
 
-// Larger images are for many blocks.
+// Larger images need more than one block each to keep a device busy.
 constexpr int64_t kMaxImageTokens = 1056;
 
 // ---- the kernel ----
@@ -37,8 +37,8 @@ __device__ __forceinline__ int list_tokens(const Request& ask, int32_t* src, int
   int* const is_dst = scratch + kMaxThreads / kWarpSize + 1;  // [tokens]
   block.for_each(ask.tokens, [&](int t) { is_dst[t] = 0; });
   __syncthreads();
-  block.for_each(ask.num_src, [&](int i) { src[i] = ask.src_index.index(i, ask.tokens); });
-  block.for_each(ask.num_dst, [&](int i) { is_dst[ask.dst_index.index(i, ask.tokens)] = 1; });
+  block.for_each(ask.num_src, [&](int i) { src[i] = ask.src(i); });
+  block.for_each(ask.num_dst, [&](int i) { is_dst[ask.dst(i)] = 1; });
   __syncthreads();
   const int found = enumerate(
       block, ask.tokens, [&](int t) { return is_dst[t] != 0; }, [&](int t, int n) { dst[n] = t; });
@@ -64,16 +64,16 @@ __global__ void __launch_bounds__(search_warps(Steps, Tiles) * kWarpSize,
   const Request ask = all.image(image);
   char* const memory = cuda::shared_memory();
   char* const rest = memory + pair_bytes(ask);
-  int32_t* const src = reinterpret_cast<int32_t*>(memory);
-  int32_t* const dst = src + ask.num_src;
-  float* const node_max = reinterpret_cast<float*>(dst + ask.num_dst);
+  float* const node_max = reinterpret_cast<float*>(memory);
   int32_t* const node_idx = reinterpret_cast<int32_t*>(node_max + ask.num_src);
+  int32_t* const src = node_idx + ask.num_src;
+  int32_t* const dst = src + ask.num_src;
 
   const int num_dst = list_tokens(ask, src, dst, reinterpret_cast<int*>(rest));
-  const SearchMemory arrays = {src, dst, node_max, node_idx, node_idx + ask.num_src, rest};
+  const SearchMemory arrays = {src, dst, node_max, node_idx, dst + ask.num_dst, rest};
   const auto takes_part = [&](int t) { return t >= ask.prefix && !ask.is_protected(t); };
   search_image<Exact, Steps, Tiles>(x, image, ask.num_src, num_dst, cosine, arrays, takes_part);
-  select_in_shared(ask, node_max, node_idx, rest, maps.image(ask, image));
+  select_in_shared(ask, node_max, node_idx, rest, maps);
 }
 
 // ---- its launch ----

@@ -250,7 +250,6 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
   }
   __syncthreads();
 
-  const int first = *memory.first == INT_MAX ? -1 : *memory.first;
   for (int begin = warp * Tiles * 16; begin < num_src; begin += kWarps * Tiles * 16) {
     float high[Tiles][Steps][4], low[Tiles][Exact ? 1 : Steps][4], scale[Tiles][2];
     TOKENOPS_UNROLL
@@ -331,6 +330,7 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
       const int row = begin + i / 2 * 16 + g + i % 2 * 8;
       if (t == 0 && row < num_src) {
         const bool found = mine > -INFINITY;
+        const int first = *memory.first == INT_MAX ? -1 : *memory.first;
         memory.node_max[row] = found ? mine * (Exact ? scale[i / 2][i % 2] : 1) : -INFINITY;
         memory.node_idx[row] = found ? where : first;
       }

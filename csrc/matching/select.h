@@ -2,8 +2,8 @@
 // Which sources of an image merge and how its output tokens are ordered, written once for the CPU
 // and for CUDA. The teams supply loops, scans and sorts.
 //
-// Each source has a key; sources of smaller keys merge first, of equal keys the lowest token. A
-// group is the tokens that become one output token: a destination and what merges into it, or a
+// Each source has a key: sources merge in ascending order of key, then of token. The tokens that
+// become one output token are a group: a destination and the sources that merge into it, or a
 // single token.
 #pragma once
 
@@ -54,13 +54,19 @@ struct Rank {
   }
 };
 
-// Whether no source merges: of `mergeable` sources, with so many destinations.
-TOKENOPS_HOST_DEVICE bool none_merges(const Request& ask, int mergeable, int num_dst) {
-  const bool never = ask.has_threshold && ask.threshold != ask.threshold;
-  return ask.r <= 0 || mergeable == 0 || num_dst == 0 || never;
+// The largest key that merges; no score has a key of 0.
+template <class A>
+TOKENOPS_HOST_DEVICE Key<A> limit_of(const Request& ask) {
+  if (!ask.has_threshold) return kProtected<A>;
+  const auto key = [](A limit) { return limit == limit ? key_of(limit) : Key<A>{0}; };
+  if (ask.thresholds.data == nullptr) return key(static_cast<A>(ask.threshold));
+  return key(static_cast<A>(ask.thresholds.number(0)));
 }
 
-// ---- radix select: the n-th smallest of many numbers, by histograms of digits ----
+// ---- radix select ----
+
+// The n-th smallest of many numbers by histograms of 9-bit digits, usually in two passes; CUB has
+// no selection within a block.
 
 constexpr int kDigitBits = 9;
 
@@ -120,9 +126,8 @@ struct Groups {
   int32_t* slot;    // the sides of a listed split
 };
 
-// `slot` holds the index of each source as it is listed, INT_MIN + that of each destination, and
-// this for other tokens. Of a token that is listed more than once the first index counts, that of
-// a destination before that of a source.
+// `slot` holds the index in its list of each source, INT_MIN + index of each destination, and this
+// value for other tokens. Of a token that is listed more than once the smallest value counts.
 constexpr int32_t kNeitherSide = INT_MAX;
 
 // Make every token a group.
@@ -135,11 +140,8 @@ TOKENOPS_TEAM void start_groups(const Team& team, const Request& ask, const Grou
   });
   team.sync();
   if (!ask.listed) return;
-  team.for_each(ask.num_dst, [&](int i) {
-    team.min(&groups.slot[ask.dst_index.index(i, ask.tokens)], INT_MIN + i);
-  });
-  team.for_each(ask.num_src,
-                [&](int i) { team.min(&groups.slot[ask.src_index.index(i, ask.tokens)], i); });
+  team.for_each(ask.num_dst, [&](int i) { team.min(&groups.slot[ask.dst(i)], INT_MIN + i); });
+  team.for_each(ask.num_src, [&](int i) { team.min(&groups.slot[ask.src(i)], i); });
   team.sync();
 }
 
@@ -147,7 +149,7 @@ TOKENOPS_TEAM void start_groups(const Team& team, const Request& ask, const Grou
 template <class A, class Team, class Work>
 TOKENOPS_TEAM void merge_src(const Team& team, const Request& ask, const Rank<Key<A>>& last,
                              const Work& work) {
-  const Key<A> limit = ask.has_threshold ? key_of(static_cast<A>(ask.threshold)) : kProtected<A>;
+  const Key<A> limit = limit_of<A>(ask);
   team.for_each(
       ask.tokens,
       [&](int t) {
@@ -203,10 +205,10 @@ TOKENOPS_TEAM int number_as_tome(const Team& team, const Request& ask, const Wor
     return next + enumerate(
                       team, ask.num_dst,
                       [&](int i) {
-                        const int32_t t = ask.dst_index.index(i, ask.tokens);
+                        const int32_t t = ask.dst(i);
                         return t >= ask.prefix && work.slot[t] == INT_MIN + i;
                       },
-                      [&](int i, int n) { number(ask.dst_index.index(i, ask.tokens), n); });
+                      [&](int i, int n) { number(ask.dst(i), n); });
   }
   const int in_prefix = ask.pattern.dst_before(ask.prefix), rest = ask.num_dst - in_prefix;
   team.for_each(rest, [&](int i) { number(ask.pattern.dst(in_prefix + i), i); });

@@ -105,15 +105,12 @@ void select_image(const Request& ask, const A* node_max, const int32_t* node_idx
     s.put(i, t);
   }
 
-  Rank<Key<A>> last = {0, -1};
-  if (!none_merges(ask, static_cast<int>(s.num_src), 1)) {
-    if (s.num_src <= ask.r) {
-      last = {kUnscored<A>, INT_MAX};
-      if (s.eligible < s.num_src) last = s.ranks[s.num_src - 1];
-    } else {
-      std::nth_element(s.ranks, s.ranks + ask.r - 1, s.ranks + s.num_src);
-      last = s.ranks[ask.r - 1];
-    }
+  Rank<Key<A>> last = {kUnscored<A>, INT_MAX};
+  if (ask.r < s.num_src) {
+    std::nth_element(s.ranks, s.ranks + ask.r - 1, s.ranks + s.num_src);
+    last = s.ranks[ask.r - 1];
+  } else if (s.eligible < s.num_src) {
+    last = s.ranks[s.num_src - 1];
   }
   constexpr Serial kTeam;
   merge_src<A>(kTeam, ask, last, s);

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> grid_sides(const Tensor& metric, const SplitArgs& spl
 template <class A, bool kShared>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     select_images(Request all, const A* __restrict__ node_max, const int32_t* __restrict__ node_idx,
-                  char* arrays, int64_t array_bytes, bool sort_in_shared, TokenMap out) {
+                  char* arrays, int64_t array_bytes, bool sort_in_shared, TokenMap maps) {
   const int64_t image = blockIdx.x;
   const Request ask = all.image(image);
   char* const counters = cuda::shared_memory();
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const Work<A> work(ask, node_idx + image * all.num_src, counters,
                      kShared ? rest : arrays + image * array_bytes,
                      !kShared && sort_in_shared ? rest : nullptr);
-  select_image(ask, node_max + image * all.num_src, work, out.image(all, image));
+  select_image(ask, node_max + image * all.num_src, work, maps);
 }
 
 int threads_for(int64_t tokens) {

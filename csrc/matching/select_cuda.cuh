@@ -33,7 +33,7 @@ struct Block {
       TOKENOPS_UNROLL
       for (int k = 0; k < kUnroll; ++k) {
         const int at = i + k * blockDim.x;
-        if (at < count) loaded[k] = load(at);
+        loaded[k] = at < count ? load(at) : decltype(load(0)){};
       }
       TOKENOPS_UNROLL
       for (int k = 0; k < kUnroll; ++k) {
@@ -75,12 +75,16 @@ struct Counters {
   int digit, before, digit_count;  // the digit of the wanted number
   unsigned lowest, highest;        // the leading bits of the keys of finite scores
   int scored, mergeable;           // sources with a finite score, and all that may merge
+  int num_dst;                     // distinct destinations
   int crowded;                     // groups of very many members
 };
 constexpr int64_t kCounterBytes = (sizeof(Counters) + 15) / 16 * 16;
 
 // Bitonic sort of `count` pairs by key and then token, ascending. All compare-exchanges go in one
 // direction, so that elements past the end, which count as the largest, need not exist.
+// CUB's block sorts take a number of elements that is fixed at compile time. For the 11,000 tokens
+// that fit shared memory its radix sort takes 64 registers, spills, and needs 44 KB of its own;
+// this sort takes 28 registers, no memory and any count (nvcc 13.0, sm_90a).
 template <class K>
 __device__ __forceinline__ void sort_pairs(K* keys, int32_t* tokens, int count) {
   const unsigned end = count;
@@ -108,7 +112,6 @@ template <class A>
 struct Work : Groups {
   const Request& ask;
   const int32_t* node_idx;
-  int num_dst;  // distinct destinations
   Counters* counters;
   Key<A>* key;
   int32_t* start;       // where the members of an output token begin; in place of the keys
@@ -145,7 +148,7 @@ struct Work : Groups {
   __device__ __forceinline__ int32_t target(int t) const {
     const int32_t best = node_idx[src_index(t)];
     if (ask.has_threshold && best < 0) return -1;
-    const int32_t i = clamped(best, num_dst);
+    const int32_t i = clamped(best, counters->num_dst);
     return ask.listed ? ascending[i] : ask.pattern.dst(i);
   }
   __device__ __forceinline__ void put(int i, int t) const {
@@ -245,7 +248,7 @@ __device__ __forceinline__ Rank<Key<A>> last_to_merge(const Request& ask, const 
   using K = Key<A>;
   const Counters& counters = *work.counters;
   const int scored = counters.scored, mergeable = counters.mergeable;
-  if (none_merges(ask, mergeable, work.num_dst)) return {0, -1};
+  if (ask.r <= 0 || mergeable == 0 || counters.num_dst == 0) return {0, -1};
   if (ask.r >= mergeable) return {kProtected<A>, INT_MAX};
   constexpr int kRest = 8 * sizeof(A) - 32;
   Interval<K> keys = {static_cast<K>(counters.lowest) << kRest,
@@ -266,10 +269,11 @@ __device__ __forceinline__ Rank<Key<A>> last_to_merge(const Request& ask, const 
 
 // ---- the map ----
 
-// Write the map of `live` groups.
+// Write the map of `live` groups: that of image blockIdx.x, computed here to save registers.
 template <class A>
 __device__ __forceinline__ void write_map(const Request& ask, int live, const Block& block,
-                                          const Work<A>& work, const TokenMap& out) {
+                                          const Work<A>& work, const TokenMap& maps) {
+  const TokenMap out = maps.image(ask, blockIdx.x);
   const int n = ask.tokens, outputs = ask.outputs;
   const int bits = compared_bits(n), one_staged = 2 << bits;
   __syncthreads();
@@ -344,10 +348,10 @@ __device__ __forceinline__ void write_map(const Request& ask, int live, const Bl
   }
 }
 
-// The map of one image from node_max [num_src].
+// Write the map of one image from node_max [num_src].
 template <class A>
 __device__ __forceinline__ void select_image(const Request& ask, const A* node_max, Work<A> work,
-                                             const TokenMap& out) {
+                                             const TokenMap& maps) {
   Counters& counters = *work.counters;
   const Block block = {counters.sums};
   __syncthreads();  // the memory may have been in use
@@ -355,21 +359,22 @@ __device__ __forceinline__ void select_image(const Request& ask, const A* node_m
   if (threadIdx.x == 0) {
     counters.lowest = ~0u;
     counters.highest = 0;
+    counters.num_dst = ask.num_dst;
     counters.scored = counters.mergeable = counters.crowded = 0;
   }
   start_groups(block, ask, work);
-  work.num_dst = ask.num_dst;
   if (ask.listed) {
-    work.num_dst = enumerate(
+    const int found = enumerate(
         block, ask.tokens, [&](int t) { return work.slot[t] < 0; },
         [&](int t, int n) { work.ascending[n] = t; });
+    if (threadIdx.x == 0) counters.num_dst = found;
     __syncthreads();
   }
   find_keys(ask, node_max, block, work);
   merge_src<A>(block, ask, last_to_merge(ask, block, work), work);
   const int live =
       ask.tome_order ? number_as_tome<A>(block, ask, work) : number_by_position(block, ask, work);
-  write_map(ask, live, block, work, out);
+  write_map(ask, live, block, work, maps);
 }
 
 // The same with everything in shared memory: shared_bytes<A>(ask) from `memory` on, a multiple of
@@ -377,8 +382,9 @@ __device__ __forceinline__ void select_image(const Request& ask, const A* node_m
 template <class A>
 __device__ __forceinline__ void select_in_shared(const Request& ask, const A* node_max,
                                                  const int32_t* node_idx, char* memory,
-                                                 const TokenMap& out) {
-  select_image(ask, node_max, Work<A>(ask, node_idx, memory, memory + kCounterBytes, nullptr), out);
+                                                 const TokenMap& maps) {
+  select_image(ask, node_max, Work<A>(ask, node_idx, memory, memory + kCounterBytes, nullptr),
+               maps);
 }
 
 // ---- requests ----

@@ -68,7 +68,7 @@ Lists make_lists(const char* op, const Device& device, int64_t batch, int64_t to
   grid.rows = (grid.tokens - grid.prefix) / grid.width / grid.cell_height;
   grid.columns = grid.rows > 0 ? grid.width / grid.cell_width : 0;
   grid.cell = make_list(op, "cell", split.cell, batch, grid.num_dst());
-  const int64_t images = grid.cell.batch_stride != 0 ? batch : 1;
+  const int64_t images = grid.cell.batch_bytes != 0 ? batch : 1;
   const Tensor src = device.empty({images, grid.num_src()}, ScalarType::Int);
   const Tensor dst = device.empty({images, grid.num_dst()}, ScalarType::Int);
   grid.src = static_cast<int32_t*>(src.mutable_data_ptr());
