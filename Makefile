@@ -18,6 +18,8 @@ MATRIX_TORCH ?= 2.10.0 2.11.0
 MATRIX_INDEX ?=
 SANITIZE ?= address,undefined
 SHARE ?= 1/8
+# Processes that run the tests; 0 runs them in pytest's own.
+JOBS ?= auto
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -46,7 +48,7 @@ train: $(READY)/demo $(NATIVE)
 	$(PY) examples/train_dynamicvit.py $(ARGS)
 
 test: $(READY)/test $(NATIVE)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(JOBS) $(ARGS)
 
 bench: $(READY)/bench $(NATIVE)
 	$(PY) -m benchmarks.measure $(ARGS)

@@ -70,11 +70,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    former = [name for name in os.environ if name.startswith("TOKENOPS_TEST_")]
-    if former:
-        raise pytest.UsageError(
-            f"{former} are options now: --backends, --devices, --share, --partial"
-        )
     config.addinivalue_line("markers", "isa: runs again at each level of CPU vector instructions")
     config.addinivalue_line("markers", "native_only: about a promise that kernels alone make")
 

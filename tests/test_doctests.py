@@ -48,6 +48,8 @@ def test_everything_public_is_documented(name):
 @pytest.mark.parametrize("name", _library.operators)
 def test_operators_say_what_they_promise(name):
     text = inspect.getdoc(getattr(tokenops, name))
-    required = "Args:", "Returns:", "Raises:", "ifferentiable", "etermini", "(References|Source):"
-    for words in required:
-        assert re.search(words, text), f"{name}: no {words!r}"
+    for section in ("Args", "Shape", "Returns", "Raises", "Note", "Example", "References"):
+        assert f"\n{section}:\n" in text, f"{name}: no section {section!r}"
+    note = re.search(r"\nNote:\n((?:    .*\n|\n)+)", text)[1]
+    assert re.search("etermini", note), f"{name}: the note does not say whether it is deterministic"
+    assert re.search("ifferentia", note), f"{name}: the note does not speak of gradients"

@@ -84,6 +84,10 @@ def policy_attention(
         scale: Factor of the logits; ``1 / sqrt(D)`` by default.
         return_lse: Also return ``lse``.
 
+    Shape:
+        ``[B, H, Nq, D], [B, Hkv, Nk, D], [B, Hkv, Nk, Dv] -> [B, H, Nq, Dv]`` for B images, H heads
+        of queries, Hkv heads of keys and values, Nq queries, Nk keys, and heads D and Dv wide.
+
     Returns:
         The output ``[B, H, Nq, Dv]`` in the dtype of ``q``, in memory as ``[B, Nq, H, Dv]``. With
         ``return_lse`` also the log-sum-exp of each row, ``m_i + log(sum_j w_ij + eps)``,
@@ -184,6 +188,10 @@ def attention_scores(
         lse: Log-sum-exp ``[B, H, Nq]`` that :func:`policy_attention` returned for the same
             arguments. It saves time if ``eps`` is 0. It gets no gradient, and all other gradients
             are as without it.
+
+    Shape:
+        ``[B, H, Nq, D], [B, Hkv, Nk, D] -> [B, Nk]`` for B images, H heads of queries, Hkv heads of
+        keys, Nq queries, Nk keys, and heads D wide; R is the length of ``query_index``.
 
     Returns:
         Scores ``[B, Nk]``, or ``[B, H, Nk]`` for ``head_reduce="none"``, in float32 (float64 for

@@ -42,6 +42,10 @@ def nearest(
         a_mask: Bool ``[B, Na]``, true for rows of ``a`` that take part.
         b_mask: Bool ``[B, Nb]``, true for rows of ``b`` that take part.
 
+    Shape:
+        ``[B, Na, D], [B, Nb, D] -> [B, Na], [B, Na]`` for B images, Na and Nb tokens of width D;
+        attention keys have a dimension of H heads more.
+
     Returns:
         ``score`` ``[B, Na]`` in float32 (float64 for double inputs) and ``index``, int32
         ``[B, Na]``; -inf and -1 for a row that takes no part or has no candidate.
@@ -127,6 +131,10 @@ def match(
         order: Order of the output tokens. ``"position"``: that of their first members.
             ``"tome"``: prefix, unmerged sources, destinations, as ToMe concatenates them.
         similarity: ``"cosine"`` or ``"dot"``.
+
+    Shape:
+        ``[B, N, D] -> assign [B, N]`` for B images and N tokens of width D; attention keys have a
+        dimension of H heads more. A split has Ns sources and Nd destinations.
 
     Returns:
         A map of N tokens to N - r (to N, padded, with a ``threshold``).

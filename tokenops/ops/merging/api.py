@@ -42,6 +42,9 @@ def merge(
         reduce: ``"sum"``, ``"mean"``, ``"amax"``, ``"amin"`` or ``"prod"``.
         weight: Weight of each member, floating ``[B, N]`` or ``[B, N, 1]``.
 
+    Shape:
+        ``[B, N, C] -> [B, M, C]`` for B images, N input tokens, M output tokens and C channels.
+
     Returns:
         ``[B, M, C]`` of the dtype of ``x``; a list for a list. Half types accumulate in float32.
 
@@ -83,6 +86,10 @@ def merge_wavg(
             ones if None.
         weight: Weight of each member beside its size, floating ``[B, N]`` or ``[B, N, 1]``; ones
             if None.
+
+    Shape:
+        ``[B, N, C] -> [B, M, C], [B, M, 1]`` for B images, N input tokens, M output tokens and C
+        channels.
 
     Returns:
         The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]``: float64 where
@@ -130,6 +137,9 @@ def unmerge(
         token_map: Map of N to M tokens.
         residual: ``[B, N, C]``, added in the same pass where it has the dtype of ``y``; for one
             tensor only.
+
+    Shape:
+        ``[B, M, C] -> [B, N, C]`` for B images, N input tokens, M output tokens and C channels.
 
     Returns:
         ``[B, N, C]`` of the dtype to which ``y`` and ``residual`` promote; a list for a list.
