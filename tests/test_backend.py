@@ -16,7 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenops
-from tokenops import TokenMap, _backend, _library, _native
+from tokenops import TokenMap, _backend, _choice, _library, _native
 from tokenops.info import report
 from tokenops.testing import assert_same_bits, random_tokens
 
@@ -61,30 +61,30 @@ def test_use_backend_as_decorator():
     @tokenops.use_backend("reference")
     def chosen():
         """Say what is chosen."""
-        return _backend.chosen()
+        return _choice.chosen()
 
-    before = _backend.chosen()
+    before = _choice.chosen()
     assert before != "reference"
     assert chosen() == "reference"
     assert chosen.__doc__ == "Say what is chosen."
-    assert _backend.chosen() == before
+    assert _choice.chosen() == before
 
 
 def test_use_backend_as_context_and_function():
-    assert _backend.chosen() is None
+    assert _choice.chosen() is None
     with tokenops.use_backend("reference"):
-        assert _backend.chosen() == "reference"
+        assert _choice.chosen() == "reference"
         with tokenops.use_backend(None):
-            assert _backend.chosen() is None
-        assert _backend.chosen() == "reference"
+            assert _choice.chosen() is None
+        assert _choice.chosen() == "reference"
         with pytest.raises(RuntimeError, match="inside"), tokenops.use_backend(None):
             raise RuntimeError("inside")
-        assert _backend.chosen() == "reference"
-    assert _backend.chosen() is None
+        assert _choice.chosen() == "reference"
+    assert _choice.chosen() is None
     tokenops.use_backend("reference")
-    assert _backend.chosen() == "reference"
+    assert _choice.chosen() == "reference"
     tokenops.use_backend(None)
-    assert _backend.chosen() is None
+    assert _choice.chosen() is None
 
 
 def test_contexts_take_back_their_own_choice_alone():
@@ -94,12 +94,12 @@ def test_contexts_take_back_their_own_choice_alone():
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert _backend.chosen() == "composed"
+    assert _choice.chosen() == "composed"
     second.__exit__(None, None, None)
-    assert _backend.chosen() is None
+    assert _choice.chosen() is None
     with first, second, first:  # entered twice
-        assert _backend.chosen() == "reference"
-    assert _backend.chosen() is None
+        assert _choice.chosen() == "reference"
+    assert _choice.chosen() is None
 
 
 def test_a_call_holds_until_its_context_is_left():
@@ -107,12 +107,12 @@ def test_a_call_holds_until_its_context_is_left():
         for _ in range(100):
             tokenops.use_backend("composed")
             tokenops.use_backend("native")
-        assert _backend.chosen() == "native"
-        assert len(_backend._choices.get()) <= 5  # calls leave nothing behind
+        assert _choice.chosen() == "native"
+        assert len(_choice._choices.get()) <= 5  # calls leave nothing behind
         with tokenops.use_backend(None):
-            assert _backend.chosen() is None
-        assert _backend.chosen() == "native"
-    assert _backend.chosen() is None
+            assert _choice.chosen() is None
+        assert _choice.chosen() == "native"
+    assert _choice.chosen() is None
 
 
 def test_each_thread_has_its_own_choice():
@@ -123,9 +123,9 @@ def test_each_thread_has_its_own_choice():
         at_once.wait()
         with tokenops.use_backend(name):
             at_once.wait()
-            seen[name] = _backend.chosen()
+            seen[name] = _choice.chosen()
             at_once.wait()
-        seen[name, "after"] = _backend.chosen()
+        seen[name, "after"] = _choice.chosen()
 
     with tokenops.use_backend("native"):
         threads = [threading.Thread(target=work, args=(n,)) for n in ("reference", "composed")]
@@ -133,12 +133,12 @@ def test_each_thread_has_its_own_choice():
             thread.start()
         for _ in range(3):
             at_once.wait()
-            assert _backend.chosen() == "native"
+            assert _choice.chosen() == "native"
         for thread in threads:
             thread.join()
     names = ("reference", "composed")
     assert seen == {**{n: n for n in names}, **{(n, "after"): None for n in names}}
-    assert _backend.chosen() is None
+    assert _choice.chosen() is None
 
 
 def test_each_task_has_its_own_choice():
@@ -146,15 +146,15 @@ def test_each_task_has_its_own_choice():
         @tokenops.use_backend(name)
         async def decorated():
             await asyncio.sleep(0)
-            return _backend.chosen()
+            return _choice.chosen()
 
         seen = []
         for _ in range(steps):
             with tokenops.use_backend(name):
                 await asyncio.sleep(0)
-                seen.append(_backend.chosen())
+                seen.append(_choice.chosen())
             await asyncio.sleep(0)
-            seen.append(_backend.chosen())
+            seen.append(_choice.chosen())
             seen.append(await decorated())
         return seen
 
@@ -163,13 +163,13 @@ def test_each_task_has_its_own_choice():
             tasks = [
                 asyncio.create_task(work(n, s)) for n, s in (("reference", 3), ("composed", 2))
             ]
-        assert _backend.chosen() is None  # the tasks go on with what held when they were made
+        assert _choice.chosen() is None  # the tasks go on with what held when they were made
         return await asyncio.gather(*tasks)
 
     first, second = asyncio.run(main())
     assert first == ["reference", "native", "reference"] * 3
     assert second == ["composed", "native", "composed"] * 2
-    assert _backend.chosen() is None
+    assert _choice.chosen() is None
 
 
 def test_decorated_generators():
@@ -179,22 +179,22 @@ def test_decorated_generators():
     @tokenops.use_backend("reference")
     def generate(last):
         try:
-            got = yield _backend.chosen()
+            got = yield _choice.chosen()
             try:
-                yield got, _backend.chosen()
+                yield got, _choice.chosen()
             except KeyError as error:
-                yield repr(error), _backend.chosen()
+                yield repr(error), _choice.chosen()
             return last
         finally:
-            closed.append(_backend.chosen())
+            closed.append(_choice.chosen())
 
     assert inspect.isgeneratorfunction(generate)
     generator = generate("end")
     assert next(generator) == "reference"
-    assert _backend.chosen() is None
+    assert _choice.chosen() is None
     with tokenops.use_backend("composed"):
         assert generator.send(5) == (5, "reference")
-        assert _backend.chosen() == "composed"
+        assert _choice.chosen() == "composed"
     assert generator.throw(KeyError(1)) == ("KeyError(1)", "reference")
     with pytest.raises(StopIteration) as stop:
         next(generator)
@@ -209,7 +209,7 @@ def test_decorated_generators():
     with pytest.raises(OSError, match="broken"):
         failing.throw(OSError("broken"))
     assert closed == ["reference"] * 3
-    assert _backend.chosen() is None
+    assert _choice.chosen() is None
 
 
 def test_decorated_coroutines_and_asynchronous_generators():
@@ -218,33 +218,33 @@ def test_decorated_coroutines_and_asynchronous_generators():
     @tokenops.use_backend("reference")
     async def generate():
         try:
-            got = yield _backend.chosen()
+            got = yield _choice.chosen()
             await asyncio.sleep(0)
             try:
-                yield got, _backend.chosen()
+                yield got, _choice.chosen()
             except KeyError as error:
-                yield repr(error), _backend.chosen()
+                yield repr(error), _choice.chosen()
         finally:
-            closed.append(_backend.chosen())
+            closed.append(_choice.chosen())
 
     @tokenops.use_backend("composed")
     async def main():
         generator = generate()
         assert await anext(generator) == "reference"
-        assert _backend.chosen() == "composed"
+        assert _choice.chosen() == "composed"
         assert await generator.asend(5) == (5, "reference")
         assert await generator.athrow(KeyError(1)) == ("KeyError(1)", "reference")
         assert [value async for value in generator] == []
         async for value in generate():
-            assert (value, _backend.chosen()) == ("reference", "composed")
+            assert (value, _choice.chosen()) == ("reference", "composed")
             break
-        return _backend.chosen()
+        return _choice.chosen()
 
     assert inspect.iscoroutinefunction(main)
     assert inspect.isasyncgenfunction(generate)
     assert asyncio.run(main()) == "composed"
     assert closed == ["reference"] * 2
-    assert _backend.chosen() is None
+    assert _choice.chosen() is None
 
 
 def test_backwards_keep_the_choice_of_their_forward(calls):
@@ -377,7 +377,7 @@ def test_a_refused_name_changes_nothing():
         for name, error in (("cuda", ValueError), (1, TypeError)):
             with pytest.raises(error):
                 tokenops.use_backend(name)
-        assert _backend.chosen() == "reference"
+        assert _choice.chosen() == "reference"
 
 
 def test_the_choice_holds_for_the_backward():
@@ -396,7 +396,7 @@ def test_available_backends(backend):
     there = tokenops.available_backends()
     assert backend in (*there, "default")
     assert there[-2:] == ("composed", "reference")
-    assert list(there) == [b for b in _backend.BACKENDS if b in there]
+    assert list(there) == [b for b in _choice.BACKENDS if b in there]
     assert tokenops.available_backends(torch.device("cpu")) == there
     assert tokenops.available_backends("meta") == ("composed", "reference")
 

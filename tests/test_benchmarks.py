@@ -29,7 +29,7 @@ from benchmarks.timing import (
     interleave,
     is_clean,
 )
-from tokenops import _backend, _library
+from tokenops import _choice, _library
 
 CPU = torch.device("cpu")
 BRIEF = Policy(samples=2, enough=1, budget=0.2, rounds=2, sample_seconds=1e-5)
@@ -218,7 +218,7 @@ def test_contexts_hold_during_samples():
     work, seen = case.prepare(torch.float32, CPU), []
 
     def make():
-        return lambda: seen.append(_backend.chosen()) or torch.zeros(1)
+        return lambda: seen.append(_choice.chosen()) or torch.zeros(1)
 
     work = replace(work, rivals={"tokenops": make, "eager": make}, difference=lambda *_: 0.0)
     rows = {name: {} for name in ("tokenops", "composed", "eager")}
@@ -227,7 +227,7 @@ def test_contexts_hold_during_samples():
         seen.clear()
         ready[name]()
         assert set(seen) == {backend}
-    assert _backend.chosen() is None
+    assert _choice.chosen() is None
 
 
 def test_samples_have_no_garbage_collection():
@@ -553,9 +553,9 @@ def test_a_chosen_backend_serves_its_rival():
     expected = work.make("tokenops")()
     for name in ("reference", "composed"):
         with context(name):
-            assert _backend.chosen() == name
+            assert _choice.chosen() == name
             torch.testing.assert_close(work.make(name)(), expected)
-    assert _backend.chosen() is None
+    assert _choice.chosen() is None
 
 
 def test_results_below_the_bar():

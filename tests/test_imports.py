@@ -133,7 +133,7 @@ print(json.dumps(time.process_time() - start))
 
 
 def test_backend_from_the_environment():
-    code = "import json, tokenops\nprint(json.dumps(tokenops._backend.chosen()))"
+    code = "import json, tokenops\nprint(json.dumps(tokenops._choice.chosen()))"
     assert python(code, TOKENOPS_BACKEND="reference") == "reference"
     assert python(code, TOKENOPS_BACKEND="") is None
     refused = """

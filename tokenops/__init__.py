@@ -2,7 +2,8 @@
 """tokenops: fused kernels for token sparsification of transformers."""
 
 from . import _backend, _native
-from ._backend import available_backends, use_backend, why_not
+from ._backend import available_backends, why_not
+from ._choice import use_backend
 from .ops.attention.api import attention_scores, policy_attention
 from .ops.matching.api import match, nearest
 from .ops.merging.api import merge, merge_wavg, unmerge

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from . import _native
+from . import _choice, _native
 
 _lock = threading.Lock()
 _known: set[str] = set()  # kinds of devices that need no further warning
@@ -38,9 +38,7 @@ def warn(device: str, why: str | None = None) -> None:
     """
     if device in _known:
         return
-    from . import _backend
-
-    if device == "meta" or _backend.chosen() is not None:
+    if device == "meta" or _choice.chosen() is not None:
         return
     with _lock:
         if device in _known:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from . import __version__, _backend, _library, _missing, _native
+from . import __version__, _backend, _choice, _library, _missing, _native
 from ._triton import VERIFIED, release
 
 
@@ -50,7 +50,7 @@ def _lines() -> Iterator[str]:
     if _backend.aside:
         names = ", ".join(sorted(_backend.aside))
         yield f"  step aside       {names} (composed is faster at this level)"
-    chosen = _backend.chosen() or "the best one for the tensors' device"
+    chosen = _choice.chosen() or "the best one for the tensors' device"
     yield f"  chosen backend   {chosen}"
     for device in _devices():
         yield f"operators on {device}"
@@ -58,7 +58,7 @@ def _lines() -> Iterator[str]:
             yield f"  plain PyTorch serves: {missing}"
         for operator in _library.operators:
             reasons = _backend.why_not(operator, torch.empty(0, device=device))
-            serving = [b for b in _backend.BACKENDS if b not in reasons]
+            serving = [b for b in _choice.BACKENDS if b not in reasons]
             if device == "cpu" and operator in _backend.aside:
                 serving.sort(key="composed".__ne__)
             yield f"  {operator:<16} {', '.join(serving)}"
