@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of the attention operators: as their schemas list them, then checked.
+// The arguments of the attention operators: in the order of the schemas, then checked (Params).
 //
-// Letters: B B, H query heads, Hkv key heads, Nq queries, Nk keys, D D, Dv Dv.
+// Letters: B images of the batch, H query heads, Hkv key heads, Nq queries, Nk keys, D width of q
+// and k, Dv width of v.
 #pragma once
 
 #include <cmath>
@@ -33,7 +34,7 @@ struct Inputs {
   }
 };
 
-// The outputs of policy_attention, which its backward takes.
+// What policy_attention returns and its backward reads.
 struct Saved {
   Tensor out;     // [B, Nq, H, Dv]
   Tensor lse;     // [B, H, Nq]
@@ -50,14 +51,14 @@ struct OutputGrads {
   auto fields() { return std::tie(grad_out, grad_lse); }
 };
 
-// The gradients to compute besides those of q and k.
+// Which gradients to compute. dq and dk are always computed.
 struct Needs {
   bool v, policy, size;
 
   auto fields() { return std::tie(v, policy, size); }
 };
 
-// The arguments of attention_scores. The fields that Inputs has too are the same.
+// The arguments of attention_scores. A field that Inputs also has means the same.
 struct ScoreInputs {
   Tensor q, k;
   OptionalTensor query_weight;  // [B, Nq] or [B, H, Nq]
@@ -73,7 +74,8 @@ struct ScoreInputs {
     return std::tie(q, k, query_weight, policy, size, key_padding_mask, query_position, lse,
                     self_keep, exclude_self, eps, is_causal, scale, head_reduce);
   }
-  Inputs with_values(const Tensor& v) const {  // policy_grad does not matter
+  // Inputs for Params, which checks v too: scores read neither v nor policy_grad.
+  Inputs with_values(const Tensor& v) const {
     return Inputs({q, k, v, policy, size, key_padding_mask, query_position, self_keep, exclude_self,
                    eps, is_causal, Text(), scale});
   }
@@ -90,23 +92,23 @@ inline void check(const char* op, const char* name, const Tensor& t, ScalarType 
   STD_TORCH_CHECK(fits, op, ": ", name, " has a wrong shape");
 }
 
-// A checked tensor whose last dimension is contiguous.
-inline Tensor with_rows(const char* op, const char* name, const Tensor& t, ScalarType dtype,
-                        std::initializer_list<int64_t> shape) {
+// Check a tensor; copy it unless its last dimension is contiguous.
+inline Tensor checked_rows(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                           std::initializer_list<int64_t> shape) {
   check(op, name, t, dtype, shape);
   const int64_t last = t.dim() - 1;
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// A checked contiguous tensor.
-inline Tensor dense(const char* op, const char* name, const Tensor& t, ScalarType dtype,
-                    std::initializer_list<int64_t> shape) {
+// Check a tensor; copy it unless it is contiguous.
+inline Tensor checked(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                      std::initializer_list<int64_t> shape) {
   check(op, name, t, dtype, shape);
   return as_contiguous(t);
 }
-inline OptionalTensor dense(const char* op, const char* name, const OptionalTensor& t,
-                            ScalarType dtype, std::initializer_list<int64_t> shape) {
-  return t.has_value() ? dense(op, name, *t, dtype, shape) : t;
+inline OptionalTensor checked(const char* op, const char* name, const OptionalTensor& t,
+                              ScalarType dtype, std::initializer_list<int64_t> shape) {
+  return t.has_value() ? checked(op, name, *t, dtype, shape) : t;
 }
 
 // ---- data of tensors ----
@@ -120,13 +122,14 @@ U* output(const Tensor& t) {
   return static_cast<U*>(t.mutable_data_ptr());
 }
 
-// The rows of head h of image b of a tensor [B, H, N, D], or [B, N, H, D] with `heads` 2.
+// The rows of head h of image b of a tensor [B, H, N, D], or [B, N, H, D] with `heads_axis` 2.
 template <class T>
-Tokens<T> tokens_of(const Tensor& t, int64_t b, int64_t h, int heads = 1) {
-  const int rows = 3 - heads;
+Tokens<T> tokens_of(const Tensor& t, int64_t b, int64_t h, int heads_axis = 1) {
+  const int rows_axis = heads_axis == 1 ? 2 : 1;
   const T* const data = static_cast<const T*>(t.const_data_ptr());
-  const int64_t offset = data == nullptr ? 0 : b * t.stride(0) + h * t.stride(heads);
-  return {data + offset, t.stride(rows), t.size(3), nullptr, t.size(rows)};
+  // An empty tensor may have a null pointer, to which no offset may be added.
+  const int64_t offset = data == nullptr ? 0 : b * t.stride(0) + h * t.stride(heads_axis);
+  return {data + offset, t.stride(rows_axis), t.size(3), nullptr, t.size(rows_axis)};
 }
 
 // ---- checked arguments ----
@@ -134,30 +137,32 @@ Tokens<T> tokens_of(const Tensor& t, int64_t b, int64_t h, int heads = 1) {
 // Inputs whose shapes and dtypes are checked: q, k and v have contiguous rows, the other tensors
 // are contiguous.
 struct Params : Inputs {
-  ScalarType dtype, acc;  // of q, k and v; of sums
+  ScalarType dtype;      // of q, k and v
+  ScalarType sum_dtype;  // of sums, policy, size and lse
   int64_t B, H, Hkv, Nq, Nk, D, Dv;
   bool policy_per_head;
 
   Params(const char* op, const Inputs& inputs) : Inputs(inputs) {
     STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op,
                     ": expected q, k and v [B, heads, N, D]");
-    dtype = q.scalar_type(), acc = acc_dtype(dtype);
+    dtype = q.scalar_type(), sum_dtype = acc_dtype(dtype);
     B = q.size(0), H = q.size(1), Nq = q.size(2), D = q.size(3);
     Hkv = k.size(1), Nk = k.size(2), Dv = v.size(3);
-    STD_TORCH_CHECK(H > 0 && Hkv > 0 && H % Hkv == 0, op, ": heads of k must divide those of q");
+    STD_TORCH_CHECK(H > 0 && Hkv > 0 && H % Hkv == 0, op,
+                    ": the number of heads of k must divide that of q");
     STD_TORCH_CHECK(Nq < kMaxTokens && Nk < kMaxTokens, op, ": at most 2^24 tokens");
-    q = with_rows(op, "q", q, dtype, {B, H, Nq, D});
-    k = with_rows(op, "k", k, dtype, {B, Hkv, Nk, D});
-    v = with_rows(op, "v", v, dtype, {B, Hkv, Nk, Dv});
+    q = checked_rows(op, "q", q, dtype, {B, H, Nq, D});
+    k = checked_rows(op, "k", k, dtype, {B, Hkv, Nk, D});
+    v = checked_rows(op, "v", v, dtype, {B, Hkv, Nk, Dv});
     policy_per_head = policy.has_value() && policy->dim() == 3;
-    policy = policy_per_head ? dense(op, "policy", policy, acc, {B, H, Nk})
-                             : dense(op, "policy", policy, acc, {B, Nk});
-    size = dense(op, "size", size, acc, {B, Nk});
-    key_padding_mask = dense(op, "key_padding_mask", key_padding_mask, ScalarType::Bool, {B, Nk});
+    policy = policy_per_head ? checked(op, "policy", policy, sum_dtype, {B, H, Nk})
+                             : checked(op, "policy", policy, sum_dtype, {B, Nk});
+    size = checked(op, "size", size, sum_dtype, {B, Nk});
+    key_padding_mask = checked(op, "key_padding_mask", key_padding_mask, ScalarType::Bool, {B, Nk});
     query_position = query_position.has_value() && query_position->dim() == 2
-                         ? dense(op, "query_position", query_position, ScalarType::Int, {B, Nq})
-                         : dense(op, "query_position", query_position, ScalarType::Int, {Nq});
-    acc == ScalarType::Double ? take_log2<double>() : take_log2<float>();
+                         ? checked(op, "query_position", query_position, ScalarType::Int, {B, Nq})
+                         : checked(op, "query_position", query_position, ScalarType::Int, {Nq});
+    sum_dtype == ScalarType::Double ? compute_log2_size<double>() : compute_log2_size<float>();
   }
 
   // Head h of image b.
@@ -187,11 +192,13 @@ struct Params : Inputs {
 
  private:
   template <class A>
-  void take_log2() {
+  void compute_log2_size() {
+    constexpr int64_t kLog2Cost = 64;  // of one log2, as bytes that parallel_for counts
     const A* const sizes = data_of<A>(size);
     const bool* const padding = data_of<bool>(key_padding_mask);
+    // + 1: not a null pointer, even without keys.
     A* const out = reinterpret_cast<A*>(log2_size.reserve(B * Nk * sizeof(A) + 1));
-    parallel_for(B * Nk, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(B * Nk, kLog2Cost, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const bool valid =
             (padding == nullptr || !padding[i]) && !(sizes != nullptr && sizes[i] < kMinWeight<A>);
@@ -200,7 +207,7 @@ struct Params : Inputs {
     });
   }
 
-  Scratch<char> log2_size;  // of the type acc [B, Nk]; -inf for padding and keys of size 0
+  Scratch<char> log2_size;  // [B, Nk] of sum_dtype; -inf for padding and keys of size 0
 };
 
 }  // namespace tokenops::attention

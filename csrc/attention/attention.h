@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one head: the data that the driver and the kernels share.
+// Attention of one head: the data that attention_cpu.cpp and the kernels share.
 //
-// Logits are to base 2, so that p = exp2(qk - m_i):
+// Logits are to base 2 and without the policy:
 //   qk[m][n] = scale * log2(e) * q[m] . k[n] + log2(size[n])
+//   p[m][n]  = policy[n] * exp2(qk[m][n] - m_i[m])
 // The own key of a query is the key at its query_position. Letters: Nq queries, Nk keys, D width of
 // q and k, Dv width of v.
 #pragma once
@@ -18,13 +19,15 @@ template <class A>
 constexpr A infinity() {
   return static_cast<A>(__builtin_inf());
 }
-// The largest exponent of 2, at which the probability of a kept key is clamped in the backward.
+// The backward clamps exp2(qk - lse2), which has no bound where the policy is small, at 2 to this
+// exponent, the largest one.
 template <class A>
 constexpr A kMaxExponent = sizeof(A) == 4 ? 127 : 1023;
-// The same for a dropped key, which lse does not include: p * p must not overflow.
+// The same for a dropped key, which lse does not include: half the exponent, so that the square of
+// a gradient does not overflow.
 template <class A>
 constexpr A kMaxExponentDropped = sizeof(A) == 4 ? 64 : 512;
-// Smaller policies and sizes count as zero, because their inverse can overflow.
+// Policies and sizes below this count as 0, because their inverse can overflow.
 template <class A>
 constexpr A kMinWeight = static_cast<A>(sizeof(A) == 4 ? 0x1p-126 : 0x1p-1022);
 
@@ -33,7 +36,8 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int64_t kMaxBlockM = 48;    // queries of a block in the forward
 constexpr int64_t kMaxBlockN = 48;    // keys of a block in the backward
 constexpr int64_t kMaxQueries = 512;  // queries that are packed at a time in the backward
-constexpr int64_t kFewRows = 16;      // queries per key head up to which scores read keys unpacked
+constexpr int64_t kFewRows = 16;      // queries per key head up to which scores do not pack k
+constexpr int64_t kMaxLanes = 16;     // of a vector of any instruction set
 
 // Rows [count][dim] of q, k, v, out or its gradient; only the listed rows, where there is a list.
 template <class T>
@@ -41,7 +45,7 @@ struct Tokens {
   const T* data;
   int64_t stride;  // elements from row to row
   int64_t dim;
-  const int32_t* index;  // null, or the row of the data that row i is
+  const int32_t* index;  // null, or [count]: row i lies at row index[i] of data
   int64_t count;
 
   const T* row(int64_t i) const { return data + (index == nullptr ? i : index[i]) * stride; }
@@ -63,7 +67,8 @@ struct Head {
   int64_t position(int64_t m) const { return query_position == nullptr ? m : query_position[m]; }
   bool is_valid(int64_t n) const { return log2_size[n] > -infinity<A>(); }
   bool is_kept(int64_t n) const { return policy == nullptr || policy[n] >= kMinWeight<A>; }
-  // The own key of a query that attends to it although no KeyList of kept keys has it, or -1.
+  // The own key of a query if the key is dropped and only self_keep lets the query attend to it, so
+  // that list_keys leaves the key out; else -1. (With eps list_keys lists dropped keys too.)
   int64_t dropped_own_key(int64_t m) const {
     const int64_t n = position(m);
     const bool dropped =
@@ -79,7 +84,7 @@ struct KeyList {
   int32_t* index;  // [Nk], the key of each slot
   int32_t* slot;   // [Nk], the slot of each key, -1 if it is not listed
   int32_t* rank;   // [Nk], the number of listed keys up to and including this one
-  A* policy;       // of each slot; 0 behind the last one
+  A* policy;       // of each slot; 0 behind the last one, where kernels load whole tiles
   A* log2_size;    // of each slot; -inf behind the last one
   int64_t count;
 
@@ -92,7 +97,7 @@ struct KeyList {
         count(0) {}
 
   // List the keys that rows attend to: the kept keys, with eps also the dropped ones. (Without eps
-  // a dropped key changes only m_i, which no result depends on.)
+  // a dropped key changes only m_i, which cancels out.)
   template <class T>
   void list_keys(const Head<T>& head) {
     list(head, [&](int64_t n) { return head.eps > 0 || head.is_kept(n); });
@@ -101,7 +106,7 @@ struct KeyList {
   void list_dropped(const Head<T>& head) {
     list(head, [&](int64_t n) { return !head.is_kept(n); });
   }
-  // The number of listed keys that a query at this position attends to: the first ones.
+  // A query at this position attends to the first visible() slots.
   template <class T>
   int64_t visible(const Head<T>& head, int64_t position) const {
     if (!head.is_causal) return count;
@@ -141,7 +146,7 @@ int64_t buffer_stride(int64_t columns) {
 // The number of rows of a block: as many as keep a buffer [rows][columns] in the L2 cache.
 template <class A>
 int64_t block_rows(int64_t columns, int64_t most) {
-  constexpr int64_t kBytes = 128 << 10;
+  constexpr int64_t kBytes = 128 << 10;  // half of an L2 cache of 256 KB
   const int64_t fit = kBytes / (buffer_stride<A>(columns) * static_cast<int64_t>(sizeof(A)));
   const int64_t rows = (fit < most ? fit : most) / kTile * kTile;
   return rows < kTile ? kTile : rows;
@@ -163,10 +168,10 @@ struct ForwardWork {
   A* v_panels = arena.take<A>((Nk + 1) * row_words(Dv));  // panels [keys][Dv]
   A* q_rows = arena.take<A>(block_m * D);                 // [block_m][D]
   A* qk = arena.take<A>(block_m * stride);                // [block_m][stride], replaced by p
-  A* row_max = arena.take<A>(block_m * 16);               // [block_m][lanes of a vector]
+  A* row_max = arena.take<A>(block_m * kMaxLanes);        // [block_m][lanes of a vector]
   A* acc = arena.take<A>(kTile * row_words(Dv));          // p @ v of a tile [kTile][Dv]
   A* column_sums = arena.take<A>(row_words(Nk));          // [keys]
-  A* scratch = arena.take<A>(16 * row_words(D));
+  A* scratch = arena.take<A>(kMaxLanes * row_words(D));   // of pack_transposed
 };
 
 // Outputs of one head.
@@ -181,15 +186,15 @@ struct ForwardResult {
   int32_t* argmax;  // [Nq], null without eps
 };
 
-// The rows of one head that its scores add up.
+// The queries of one head whose attention its scores sum.
 template <class A>
 struct ScoreRows {
-  const int32_t* index;
+  const int32_t* index;  // [count]
   int64_t count;
-  const A* dots;          // q . k [Nq][Nk], null if they are yet to be multiplied
+  const A* dots;          // q . k [Nq][Nk], or null: then the kernel multiplies
   const A* query_weight;  // [Nq] or null
   const A* lse;           // [Nq] or null
-  A* score;               // [Nk], zeros to add to
+  A* score;               // [Nk], the kernel adds to it
 };
 
 // ---- backward ----
@@ -205,57 +210,61 @@ struct BackwardInputs {
   const int32_t* argmax;  // [Nq], with eps only
   const A* grad_lse;      // [Nq] or null
   bool need_v;
-  bool need_dropped;  // dpolicy of dropped keys
+  bool need_dropped;  // dpolicy of dropped keys that are not listed, without eps
 };
 
-// Gradients of one head. All but dq are added to.
+// Gradients of one head. The kernel writes dq and adds to the others.
 template <class T>
 struct BackwardResult {
   using A = acc_t<T>;
 
   T* dq;  // [Nq][D], rows dq_stride apart
   int64_t dq_stride;
-  A *dk, *dv;    // [Nk][D] before the factor scale, [Nk][Dv]
+  A* dk;         // [Nk][D], without the factor scale
+  A* dv;         // [Nk][Dv]
   A* dpolicy;    // [Nk], null if not needed
   A* dlog_size;  // [Nk], the gradient of ln(size); null if not needed
 };
 
-// The memory of one thread. M is the number of queries that are packed at a time.
+// The memory of one thread. M is the number of queries that are packed at a time, padded_m the same
+// in whole vectors.
 template <class T>
 struct BackwardWork {
   using A = acc_t<T>;
 
   Arena arena;
   int64_t Nq, Nk, D, Dv;
-  bool causal_sums;
+  bool need_prefix_sums;  // of v: causal rows with eps
 
-  int64_t M = Nq < kMaxQueries ? Nq : kMaxQueries, lanes = round_up(M, 16);
-  int64_t block_n = block_rows<A>(M, kMaxBlockN), stride = buffer_stride<A>(lanes + kTile);
+  int64_t M = Nq < kMaxQueries ? Nq : kMaxQueries, padded_m = round_up(M, kMaxLanes);
+  int64_t block_n = block_rows<A>(M, kMaxBlockN);
+  int64_t stride = buffer_stride<A>(padded_m + kTile);  // + kTile: dq is summed in whole tiles
   KeyList<A> keys = {arena, Nk}, dropped = {arena, Nk};
   int32_t* query_index = arena.take<int32_t>(Nq);  // [Nq], the queries that have a gradient
   // Listed keys in tiles [keys][D] and [keys][Dv], then the dropped ones.
   A* k_rows = arena.take<A>((Nk + 2 * kTile) * D);
   A* v_rows = arena.take<A>((Nk + 2 * kTile) * Dv);
   A* k_panels = arena.take<A>((Nk + 1) * row_words(D));     // panels [keys][D]
-  A* q_t_panels = arena.take<A>(lanes * D);                 // q transposed: panels [D][M]
-  A* dout_t_panels = arena.take<A>(lanes * Dv);             // dout transposed: panels [Dv][M]
+  A* q_t_panels = arena.take<A>(padded_m * D);              // q transposed: panels [D][M]
+  A* dout_t_panels = arena.take<A>(padded_m * Dv);          // dout transposed: panels [Dv][M]
   A* q_panels = arena.take<A>((M + 1) * row_words(D));      // panels [M][D]
   A* dout_panels = arena.take<A>((M + 1) * row_words(Dv));  // panels [M][Dv]
-  A* lse2 = arena.take<A>(lanes);                           // [M], lse to base 2
-  A* delta = arena.take<A>(lanes);                          // [M], rowsum(dout * out) - grad_lse
-  A* p_eps_key = arena.take<A>(lanes);                      // [M], the part of p_eps of each key
-  A* ds_argmax = arena.take<A>(lanes);                      // [M], what eps adds to ds at argmax
-  A* position = arena.take<A>(lanes);                       // [M], from -1 to kMaxTokens
-  A* argmax = arena.take<A>(lanes);                         // [M], -1 without eps
+  A* lse2 = arena.take<A>(padded_m);                        // [M], lse to base 2
+  A* delta = arena.take<A>(padded_m);                       // [M], rowsum(dout * out) - grad_lse
+  A* p_eps_key = arena.take<A>(padded_m);                   // [M], p_eps / number of visible keys
+  A* ds_argmax = arena.take<A>(padded_m);                   // [M], what eps adds to ds at argmax
+  A* position = arena.take<A>(padded_m);                    // [M], clamped to [-1, kMaxTokens]
+  A* argmax = arena.take<A>(padded_m);                      // [M], -1 without eps
   A* p = arena.take<A>(block_n * stride);                   // p transposed, [block_n][stride]
   A* ds = arena.take<A>(block_n * stride);                  // ds transposed, [block_n][stride]
-  A* ds_pairs = arena.take<A>(block_n / 2 * stride);        // ds in pairs of keys
-  A* lane_sums = arena.take<A>(2 * block_n * 16);  // dpolicy, then dlog_size, by key and lane
-  A* dq = arena.take<A>((lanes + kTile) * row_words(D));  // [M][D]
-  // The sum of the rows of v; with causal_sums, the sums of the first 0, 1, 2... rows.
-  A* v_sums = arena.take<A>((causal_sums ? Nk + 1 : 1) * row_words(Dv));
+  A* ds_pairs = arena.take<A>(block_n / 2 * stride);        // ds in pairs of keys, to multiply by k
+  // By key and lane: dpolicy, then dlog_size.
+  A* lane_sums = arena.take<A>(2 * block_n * kMaxLanes);
+  A* dq = arena.take<A>((padded_m + kTile) * row_words(D));  // [M][D]
+  // The sum of the listed rows of v, or its Nk + 1 prefix sums.
+  A* v_sums = arena.take<A>((need_prefix_sums ? Nk + 1 : 1) * row_words(Dv));
   A* acc = arena.take<A>(kTile * row_words(D > Dv ? D : Dv));  // of a tile, [kTile][D or Dv]
-  A* scratch = arena.take<A>(16 * row_words(D > Dv ? D : Dv));
+  A* scratch = arena.take<A>(kMaxLanes * row_words(D > Dv ? D : Dv));  // of pack_transposed
 };
 
 // ---- the kernels of one instruction set ----

@@ -2,14 +2,14 @@
 // q . k of a few queries and all keys. Included once per instruction set, in its namespace.
 //
 // Reading the keys takes most of the time, so they are read once, unpacked, for all queries.
-// Vectors run along D. A tile has as many products as a vector has lanes, so that one transposing
-// sum adds up the lanes of all of them, in the same order wherever a product is in its tile.
+// Vectors run along D. A tile has W dot products, one for each lane of a vector: sum_lanes sums the
+// W accumulators at once. The order of these sums does not depend on a product's place in the tile.
 
 // Elements of a word.
 template <class T>
 constexpr int64_t kPerWord = kPairs<T> ? 2 : 1;
 
-// A vector of a row's words.
+// Load a vector of words from a row that is not packed.
 template <class T>
 TOKENOPS_INLINE Vec<acc_t<T>> load_words(const T* p) {
   if constexpr (kPairs<T>) {
@@ -19,7 +19,7 @@ TOKENOPS_INLINE Vec<acc_t<T>> load_words(const T* p) {
   }
 }
 
-// The last `left` elements of a row as a vector of words.
+// Load the last `left` elements of such a row, with zeros behind them.
 template <class T>
 TOKENOPS_INLINE Vec<acc_t<T>> load_last_words(const T* p, int left) {
   using V = Vec<acc_t<T>>;
@@ -47,17 +47,17 @@ TOKENOPS_INLINE V sum_lanes(V (&m)[V::W]) {
   }
 }
 
-// One tile: out[i * stride + n] = row i . key n for Rows rows of words, `pitch` apart, that end in
-// zeros, and the W / Rows keys from start_n on.
+// One tile: out[i * stride + n] = row i . key n, for W / Rows keys from start_n on and Rows packed
+// rows, which are `pitch` words apart and padded with zeros.
 template <int Rows, class T, class A>
 TOKENOPS_INLINE void multiply_few_tile(const A* rows, int64_t pitch, const Tokens<T>& keys,
                                        int64_t start_n, A* out, int64_t stride) {
   using V = Vec<A>;
   constexpr int kKeys = V::W / Rows;
   const int64_t count = keys.count - start_n < kKeys ? keys.count - start_n : kKeys;
-  const T* key[kKeys];
+  const T* key[kKeys];  // behind the last key, the last one again
   for (int j = 0; j < kKeys; ++j) key[j] = keys.row(start_n + (j < count ? j : count - 1));
-  // Prefetch the same words of the next W keys: the hardware does not follow as many streams.
+  // Prefetch the same words of the next W keys: the hardware follows fewer streams than W.
   const int64_t ahead = V::W * keys.stride;
   V sum[V::W] = {};
   const auto step = [&](int64_t word, const auto& load) {
@@ -97,20 +97,20 @@ void multiply_few(const T* const* rows, int64_t count, const Tokens<T>& keys, ac
   using V = Vec<A>;
   const int64_t pitch = row_words(depth_words<T>(keys.dim));
   for (int64_t i = 0; i < count; ++i) pack_row(rows[i], keys.dim, pitch, packed + i * pitch);
-  // As many keys as a vector has lanes stay in the L1 cache for all rows.
+  // W keys at a time, which stay in the L1 cache for all rows.
   for (int64_t start_n = 0; start_n < keys.count; start_n += V::W) {
     const int64_t end = start_n + V::W < keys.count ? start_n + V::W : keys.count;
-    const auto multiply = [&](int64_t i, auto n) {
-      constexpr int kRows = decltype(n)::value;
+    const auto multiply_rows = [&](int64_t i, auto rows_at_once) {
+      constexpr int kRows = decltype(rows_at_once)::value;
       for (int64_t j = start_n; j < end; j += V::W / kRows) {
         multiply_few_tile<kRows>(packed + i * pitch, pitch, keys, j, out + i * stride, stride);
       }
     };
     int64_t i = 0;
     if constexpr (V::W >= 4) {
-      for (; i + 4 <= count; i += 4) multiply(i, Count<4>());
+      for (; i + 4 <= count; i += 4) multiply_rows(i, Count<4>());
     }
-    for (; i + 2 <= count; i += 2) multiply(i, Count<2>());
-    if (i < count) multiply(i, Count<1>());
+    for (; i + 2 <= count; i += 2) multiply_rows(i, Count<2>());
+    if (i < count) multiply_rows(i, Count<1>());
   }
 }

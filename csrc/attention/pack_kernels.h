@@ -2,8 +2,8 @@
 // exp2, loops over rows, and the packing of tokens as operands of register tiles (words, rows and
 // panels: see tile_kernels.h). Included once per instruction set, in its namespace.
 
-// 2^x: 0 below 2^kMin, the smallest normal number, exactly 1 at 0, NaN for NaN. c: a polynomial of
-// (2^f - 1) / f for |f| <= 1/2, interpolated at Chebyshev nodes.
+// 2^x: 0 for x < kMin (2^kMin is the smallest normal number), exactly 1 for 0, NaN for NaN. c: the
+// coefficients of a polynomial for (2^f - 1) / f, |f| <= 1/2, interpolated at Chebyshev nodes.
 template <int kMin, int N, class V, class A>
 TOKENOPS_INLINE V exp2(V x, const A (&c)[N]) {
   const V least = V::set1(kMin), bounded = max(least, x), n = round(bounded), f = bounded - n;
@@ -43,7 +43,7 @@ TOKENOPS_INLINE V lane_indices(const A*) {
   return V::load(lanes);
 }
 
-// Load or store a vector, or the `left` elements before the end of a row.
+// Load or store a vector, or only the `left` elements that a row still has if these are fewer.
 template <class V, class T>
 TOKENOPS_INLINE V load_some(const T* p, int64_t left) {
   return left >= V::W ? V::load(p) : V::load_partial(p, static_cast<int>(left));
@@ -85,7 +85,7 @@ TOKENOPS_INLINE void write_row(const acc_t<T>* x, acc_t<T> factor, int64_t dim, 
   }
 }
 
-// The rows of a list of `count` indices.
+// The rows of x that `index`, of `count` elements, lists.
 template <class T>
 Tokens<T> listed(Tokens<T> x, const int32_t* index, int64_t count) {
   x.index = index;
@@ -93,7 +93,7 @@ Tokens<T> listed(Tokens<T> x, const int32_t* index, int64_t count) {
   return x;
 }
 
-// Write a row as `words` words, with zeros behind its elements.
+// Write a row as `words` words, with zeros behind its elements. x may be null if dim is 0.
 template <class T>
 TOKENOPS_INLINE void pack_row(const T* x, int64_t dim, int64_t words, acc_t<T>* row) {
   using V = Vec<acc_t<T>>;
@@ -109,7 +109,7 @@ TOKENOPS_INLINE void pack_row(const T* x, int64_t dim, int64_t words, acc_t<T>* 
   std::memset(static_cast<void*>(out + dim), 0, words * sizeof(acc_t<T>) - dim * sizeof(P));
 }
 
-// Left operand: rows of words [count][dim], zeros in the rows that fill up the last tile.
+// Pack a left operand: rows of words [count][dim], with rows of zeros that fill up the last tile.
 template <class T>
 void pack_rows(const Tokens<T>& x, acc_t<T>* out) {
   const int64_t words = depth_words<T>(x.dim);
@@ -118,8 +118,8 @@ void pack_rows(const Tokens<T>& x, acc_t<T>* out) {
   std::memset(static_cast<void*>(out + x.count * words), 0, padding * words * sizeof(acc_t<T>));
 }
 
-// Right operand, transposed: panels [dim][count], zeros in the columns that fill up the last
-// vector. `scratch` holds a vector's number of packed rows.
+// Pack a right operand, transposed: panels [dim][count], with columns of zeros that fill up the
+// last vector. `scratch` has room for W packed rows.
 template <class T>
 void pack_transposed(const Tokens<T>& x, acc_t<T>* out, acc_t<T>* scratch) {
   using A = acc_t<T>;
@@ -129,8 +129,9 @@ void pack_transposed(const Tokens<T>& x, acc_t<T>* out, acc_t<T>* scratch) {
   const int64_t columns = round_up(x.count, V::W);
   for (int64_t column = 0; column < columns; column += V::W) {
     for (int i = 0; i < V::W; ++i) {
-      const bool is = column + i < x.count;
-      pack_row(is ? x.row(column + i) : nullptr, is ? x.dim : 0, words, scratch + i * words);
+      const bool exists = column + i < x.count;
+      pack_row(exists ? x.row(column + i) : nullptr, exists ? x.dim : 0, words,
+               scratch + i * words);
     }
     const int64_t panel = column / kWidth * kWidth;
     const int64_t stride = columns - panel < kWidth ? columns - panel : kWidth;
@@ -145,7 +146,7 @@ void pack_transposed(const Tokens<T>& x, acc_t<T>* out, acc_t<T>* scratch) {
   }
 }
 
-// Right operand: panels [count][dim], zeros in the columns that fill up the last vector.
+// Pack a right operand: panels [count][dim], with columns of zeros that fill up the last vector.
 template <class T>
 void pack_panels(const Tokens<T>& x, acc_t<T>* out) {
   using A = acc_t<T>;
@@ -177,8 +178,8 @@ void pack_panels(const Tokens<T>& x, acc_t<T>* out) {
   }
 }
 
-// Call f(column, Count<n>(), panel) for each panel, n vectors wide and starting at this column, of
-// a right operand [depth][columns] that has one of the first `limit` columns.
+// Call f(column, Count<n>(), panel) for the panels of a right operand [depth][columns] that start
+// before column `limit`. A panel starts at `column` and is n vectors wide.
 template <class A, class F>
 TOKENOPS_INLINE void for_each_panel(const A* panels, int64_t depth, int64_t columns, int64_t limit,
                                     const F& f) {
@@ -190,7 +191,7 @@ TOKENOPS_INLINE void for_each_panel(const A* panels, int64_t depth, int64_t colu
   }
 }
 
-// Store a vector as P: as it is, or rounded to bfloat16 (subnormals to zero).
+// Store a vector as Packed<T>::type: unchanged, or rounded to bfloat16 (subnormals to zero).
 template <class T, class V>
 TOKENOPS_INLINE void store_words(V v, typename Packed<T>::type* p) {
 #if TOKENOPS_PAIRS
@@ -213,7 +214,7 @@ TOKENOPS_INLINE V round_words(V v) {
 }
 
 #if TOKENOPS_PAIRS
-// Words of which each is a pair of bfloat16: a lane of `low`, then the same lane of `high`.
+// Interleave as bfloat16: each word is a pair of a lane of `low` and the same lane of `high`.
 TOKENOPS_INLINE Vec<float> pair_up(Vec<float> low, Vec<float> high) {
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);  // low's, then high's
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,

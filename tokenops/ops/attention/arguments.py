@@ -65,7 +65,7 @@ class InputGrads(NamedTuple):
 
 
 class ScoreInputs(NamedTuple):
-    """Arguments of ``attention_scores``; fields that ``Inputs`` has too are the same."""
+    """Arguments of ``attention_scores``; a field that ``Inputs`` also has means the same."""
 
     q: Tensor
     k: Tensor

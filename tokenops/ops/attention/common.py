@@ -33,7 +33,7 @@ def per_key_head(x: Tensor, heads: int) -> Tensor:
 
 
 def max_exponent(dtype: torch.dtype) -> float:
-    """Exponent at which a dropped key's probability is clamped so that p * p does not overflow."""
+    """Exponent that clamps a dropped key's probability, so that its square does not overflow."""
     return math.log(torch.finfo(dtype).max) / 2
 
 

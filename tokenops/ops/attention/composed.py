@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention with key weights composed of PyTorch's operators, which serves where no kernel does.
 
-Blocks of images, or of rows of one image, whose maps stay in the cache: a product, few passes in
-place, a product. A row is divided by its sum after the second product. Nothing here is
-differentiable by autograd: the operators have backward formulas.
+A block is some images, or some rows of one image, so that its maps stay in the cache: q k^T, few
+passes in place, then p v, which is divided by the sum of each row. Nothing here is differentiable
+by autograd: the operators have backward formulas.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def policy_attention(inputs: Inputs) -> Saved:
     values = prepare_values(v, keys)
     if _is_fused(q, v, keys):
         out, lse = _fused_attention(_contiguous_rows(q), keys.k, values, **_fused_options(q, keys))
-        none = lse.new_empty(*lse.shape[:2], 0)
-        return Saved(out.transpose(1, 2), lse, none, none.int())
+        empty = lse.new_empty(*lse.shape[:2], 0)
+        return Saved(out.transpose(1, 2), lse, empty, empty.int())
     buffers = Buffers(keys, q.device)
     batch, heads, rows = q.shape[:3]
     out = q.new_empty(batch, rows, heads, v.shape[3])
@@ -91,7 +91,7 @@ def policy_attention_backward(
         delta = delta - grad_lse[..., None]
     shift = torch.where(lse == -math.inf, math.inf, lse)[..., None]  # p of an empty row: 0
     dq = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-    # Sums over the blocks of an image, or one product each.
+    # A block with all rows of its images writes dk and dv as one product; other blocks add to them.
     whole = 0 < q.shape[2] <= rows_per_block(q, k)
     dk = torch.zeros_like(keys.k, dtype=values.dtype if whole else keys.dtype)
     dv = torch.zeros_like(values, dtype=dk.dtype if mean is None else keys.dtype)
@@ -104,7 +104,7 @@ def policy_attention_backward(
             queries = dense_rows(q[i, :, r], keys)
             do = dense_rows(grad_out[i, r].transpose(1, 2), keys)  # [b, H, R, Dv]
             p = logits(queries, block, keys, buffers)
-            if policy is None and eps == 0:
+            if policy is None and eps == 0:  # exp(p - lse), but in less time
                 torch.softmax(p, -1, out=p)
                 if may_be_true(empty := lse[i, :, r] == -math.inf):
                     p.masked_fill_(empty[..., None], 0)
@@ -125,7 +125,7 @@ def policy_attention_backward(
             if policy is not None:
                 with own.restored(ds, self_keep):
                     if needs.need_policy:
-                        if self_keep:  # no policy applies to a row's own key
+                        if self_keep:  # dpolicy has no term of a row's own key
                             own.write(ds, 0.0)
                         dpolicy[i] += ds.sum(2)
                     ds *= policy
@@ -185,7 +185,7 @@ def attention_scores(inputs: ScoreInputs) -> Tensor:
 
 
 def _is_fused(q: Tensor, v: Tensor, keys: Keys) -> bool:
-    """Whether the fused attention serves: float32, no weights but sizes.
+    """Whether the fused attention can serve the call: float32, no key weights except sizes.
 
     In bfloat16 it takes longer than two products and a softmax.
     """
@@ -195,7 +195,7 @@ def _is_fused(q: Tensor, v: Tensor, keys: Keys) -> bool:
     masked = keys.inputs.is_causal or keys.inputs.exclude_self
     if not plain or masked or min(q.numel(), keys.k.numel()) == 0:
         return False
-    # It computes 0 for a row with a NaN.
+    # For a row with a NaN it computes 0, not NaN.
     return math.isfinite(q.sum() + keys.k.sum())
 
 
@@ -215,8 +215,8 @@ def _fused_gradients(
     forward = rows, keys.k, values, saved.out.transpose(1, 2), lse
     dq, dk, dv = _fused_backward(do.transpose(1, 2), *forward, **_fused_options(q, keys))
     dq, dk, dv = (t.transpose(1, 2) for t in (dq, *(per_key_head(t, heads_k) for t in (dk, dv))))
-    none = lse.new_empty(q.shape[0], 0)
-    return InputGrads(dq, dk, dv if needs.need_v else dv[:, :0], none, none.clone())
+    empty = lse.new_empty(q.shape[0], 0)
+    return InputGrads(dq, dk, dv if needs.need_v else dv[:, :0], empty, empty.clone())
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from ..._library import ROWS_AT_LEAST, acc_dtype, block_entries, may_be_true
 from .arguments import Inputs, ScoreInputs
 from .common import per_head, valid_keys
 
-#: Smallest softmax probability of the first key from which a row's lse is taken, as logit -
-#: log(probability). That is off by less than 1e-5, far less than logits from bfloat16 products.
+#: A row's lse is logit - log(probability) of its first key if that probability is at least this.
+#: The error is less than 1e-5, far less than that of logits from bfloat16 products.
 MIN_PROBABILITY = 1e-30
 
 
@@ -30,7 +30,7 @@ class Keys(NamedTuple):
 
     inputs: Inputs | ScoreInputs
     k: Tensor  # [B, H, Nk, D] in the dtype of products, dense; 0 for padding
-    k_exact: Tensor | None  # with eps, k in the dtype of sums: bfloat16 logits tie for the maximum
+    k_exact: Tensor | None  # with eps, k in the dtype of sums: bfloat16 logits may have two maxima
     dtype: torch.dtype  # of sums
     log_size: Tensor | None  # [B, 1, 1, Nk], -inf for padding
     policy: Tensor | None  # [B, 1 or H, 1, Nk]
@@ -192,7 +192,7 @@ class Buffers:
         self._flat = [torch.empty(0, dtype=dtype, device=device) for dtype in self._dtypes]
 
     def take(self, which: int, *shape: int) -> Tensor:
-        """Buffer 0 or 1 in the dtype of sums, or 2 in the dtype of products, uninitialized."""
+        """Buffer 0 or 1 in the dtype of sums (0: logits), 2 in that of products; uninitialized."""
         if self._flat[which].numel() < math.prod(shape):
             self._flat[which] = self._flat[which].new_empty(math.prod(shape))
         return self._flat[which][: math.prod(shape)].view(shape)
@@ -284,7 +284,7 @@ def softmax(
         if eps > 0:
             argmax = _argmax(qk, m_i, buffers.take(1, *qk.shape))
     some = m_i != -math.inf  # true for NaN, which must not be hidden
-    # PyTorch's softmax takes less time than its exponential function.
+    # p is exp(qk - m_i) * top: PyTorch's softmax takes less time than its exponential function.
     p = torch.softmax(qk, -1, out=qk)
     if may_be_true(~some):
         p.masked_fill_(~some, 0)

@@ -18,15 +18,15 @@ from ..._library import acc_dtype, no_autocast
 from .arguments import InputGrads, Inputs, Needs, OutputGrads, Saved, ScoreInputs
 from .common import max_exponent, per_head, per_key_head, reduce_heads, valid_keys, weight_grads
 
-#: Entries of the attention map of a block of rows, which keeps memory linear in N. Autograd through
-#: these functions keeps the whole map all the same.
+#: Most entries of the attention map of a block of rows: memory is linear in N. Autograd through
+#: these functions still keeps the whole map.
 BLOCK_ENTRIES = 1 << 24
 
 
 class _Rows(NamedTuple):
     """Attention of a block of rows; all but the last three are [B, H, Nq, Nk]."""
 
-    p: Tensor  # exp(qk + log(size) - lse), attention without the policy
+    p: Tensor  # exp(logit - lse): attention before the policy, but lse includes the policy
     p_kept: Tensor  # p times the policy, which is 1 for a row's own key under self_keep
     attention: Tensor  # factor of each value: p_kept + p_eps / (number of seen keys)
     seen: Tensor  # bool
@@ -60,7 +60,7 @@ def _attend(inputs: Inputs | ScoreInputs, rows: slice) -> _Rows:
     policy = torch.ones_like(qk)
     if inputs.policy is not None:
         policy = inputs.policy.to(dtype)
-        # 1 / policy overflows for subnormal policies: they count as 0.
+        # 1 / policy overflows for subnormal policies: they count as 0, with a gradient.
         policy = torch.where(policy < torch.finfo(dtype).tiny, policy - policy.detach(), policy)
         policy = policy[:, None, None] if policy.dim() == 2 else policy[:, :, None]
         policy = policy.expand(qk.shape)
@@ -102,16 +102,16 @@ def _normalize(
         shift = torch.where(shift == -math.inf, 0, shift)
     p = qk - shift
     p = torch.where(kept, p, p.clamp(max=max_exponent(p.dtype))).exp().masked_fill(~seen, 0)
-    some = seen.any(-1)
+    sees_any = seen.any(-1)
     p_eps = 0 * shift[..., 0]
-    if eps > 0:  # the gradient goes through m_i alone: through the shift, it nearly cancels
-        p_eps = torch.where(some, eps * (m_i - shift)[..., 0].exp(), 0)
+    if eps > 0:  # exp is 1; its gradient goes through m_i alone, as the shift is detached
+        p_eps = torch.where(sees_any, eps * (m_i - shift)[..., 0].exp(), 0)
     l_i = (p * policy).sum(-1) + p_eps
     empty = l_i == 0
     l_i = torch.where(empty, 1, l_i)
     p = p.masked_fill(empty[..., None], 0)
     lse = torch.where(empty, -math.inf, shift[..., 0] + l_i.log())
-    argmax = torch.where(some & (eps > 0), argmax[..., 0], -1).int()
+    argmax = torch.where(sees_any & (eps > 0), argmax[..., 0], -1).int()
     return lse, p_eps / l_i, p, l_i, argmax
 
 
@@ -148,7 +148,7 @@ def policy_attention(inputs: Inputs) -> Saved:
             rows = _attend(inputs, block)
             out = (rows.attention @ v).to(q.dtype).transpose(1, 2)
             parts.append((out, rows.lse, rows.p_eps, rows.argmax))
-    dims = (1, 2, 2, 2)
+    dims = (1, 2, 2, 2)  # along which each output has its rows
     out, lse, p_eps, argmax = (torch.cat([p[i] for p in parts], dims[i]) for i in range(4))
     if inputs.eps == 0:
         p_eps, argmax = p_eps[..., :0], argmax[..., :0]

@@ -16,7 +16,7 @@ from .spec import BLOCK, Spec, Weights, describe, plan_weights, strides
 
 
 class BackwardLaunches(NamedTuple):
-    """The launches of a call, and the size of the buffer in which they pass on numbers."""
+    """The launches of a call, and the size of the buffer ``work`` that they share."""
 
     weights: Weights
     dq: Launch
@@ -34,38 +34,39 @@ def _plan(
     need_policy: bool,
     need_size: bool,
 ) -> BackwardLaunches:
-    """Plan the launches of a call; ``dropped``: with dpolicy at dropped keys."""
+    """Plan the launches of a call; ``dropped``: dropped keys get dpolicy too."""
     assert spec.v is not None
     (batch, num_heads, seqlen_q, head_dim), q_strides = spec.q
     (_, kv_heads, seqlen_k, _), k_strides = spec.k
     (_, _, _, head_dim_v), v_strides = spec.v
-    spec.check_strides(*do_strides[1::2])
+    spec.check_strides(*do_strides[1::2])  # of N and Dv in [B, N, H, Dv]
     has_eps, itemsize = spec.eps > 0, spec.dtype.itemsize
     width = max(head_dim, head_dim_v)
-    # Columns of a gradient that a program has registers for; wider ones are split.
-    most = 128 if itemsize == 2 and width <= 128 else 64
+    # Columns of a gradient that a program has registers for; wider gradients are split.
+    max_columns = 128 if itemsize == 2 and width <= 128 else 64
     special = (
         spec.policy or spec.padding or spec.query_position or spec.exclude_self or spec.is_causal
     )
-    is_plain = not (special or has_eps) and width <= most
-    # Operands up to this width stay in registers; float32 and float64 take twice as many.
-    block_part = most if itemsize == 2 or (itemsize == 4 and is_plain) else 32
-    block_d, block_dv = (min(power_of_two(n, 16), most) for n in (head_dim, head_dim_v))
+    is_plain = not (special or has_eps) and width <= max_columns
+    # Operands up to this width stay in registers, wider ones are read in parts. An element of
+    # float32 or float64 takes more registers.
+    block_part = max_columns if itemsize == 2 or (itemsize == 4 and is_plain) else 32
+    block_d, block_dv = (min(power_of_two(n, 16), max_columns) for n in (head_dim, head_dim_v))
     parts_d = max(ceil_div(head_dim, block_d), 1)
     parts_dv = max(ceil_div(head_dim_v, block_dv), 1)
     kind = spec.arch, itemsize, width, is_plain
     for_dq = heuristics.attention_backward_dq(*kind)
     for_dkdv = heuristics.attention_backward_dkdv(*kind)
 
-    # The buffer: by query lse2, delta and, with eps, its share by key and ds at the maximum; log2
-    # weights; by head and key the sums of ds for dpolicy and dsize.
+    # The buffer has lse2 and delta of each query, with eps also p_eps by key and the part of ds at
+    # the maximum; then log2 weights; then, by head and key, sums of ds for dpolicy and for dsize.
     stat_stride = batch * num_heads * seqlen_q
     weight_offset = ceil_div((4 if has_eps else 2) * stat_stride, BLOCK) * BLOCK
     weights = plan_weights(spec, offset=weight_offset)
-    sums = batch * num_heads * seqlen_k
+    sums_numel = batch * num_heads * seqlen_k
     policy_sum_offset = weight_offset + weights.numel
-    size_sum_offset = policy_sum_offset + (sums if need_policy else 0)
-    work = size_sum_offset + (sums if need_size else 0)
+    size_sum_offset = policy_sum_offset + (sums_numel if need_policy else 0)
+    work = size_sum_offset + (sums_numel if need_size else 0)
 
     sizes = (
         *(num_heads // kv_heads, weights.heads, seqlen_q, seqlen_k, head_dim, head_dim_v),
@@ -111,10 +112,10 @@ def _plan(
             MAX_EXPONENT=512.0 if itemsize == 8 else 64.0,
         ),
     )
-    launch = None
+    grads_launch = None
     if need_policy or need_size:
         policy_strides = strides(None if spec.policy is None else spec.policy[1], 3)
-        launch = Launch(
+        grads_launch = Launch(
             weight_grads,
             (batch * ceil_div(seqlen_k, BLOCK),),
             (
@@ -128,7 +129,7 @@ def _plan(
             NEED_SIZE=need_size,
             PER_HEAD=spec.policy is not None and len(spec.policy[0]) == 3,
         )
-    return BackwardLaunches(weights, dq, dkdv, launch, work)
+    return BackwardLaunches(weights, dq, dkdv, grads_launch, work)
 
 
 def policy_attention_backward(

@@ -6,8 +6,8 @@
 ``size_j dsize_j = sum_i ds_ij``
 
 For a kept key p includes the policy, so that it is at most 1, and the sum is divided by the policy
-at the end: p without a small policy could overflow. For a dropped key p is without the policy,
-clamped, and counts for dpolicy only.
+at the end: p divided by a small policy could overflow. For a dropped key p is taken without the
+policy, clamped, and used for dpolicy only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DkdvOptions(BackwardOptions):
     NEED_V: bool
     NEED_POLICY: bool
     NEED_SIZE: bool
-    MAX_EXPONENT: float  # of p of a dropped key, which is clamped so that p * p does not overflow
+    MAX_EXPONENT: float  # clamps p of a dropped key, so that squared gradients do not overflow
 
 
 @triton.jit
@@ -52,8 +52,8 @@ def _dkdv_tile(
 ):  # fmt: skip
     """Add a tile of queries to dk, dv and the sums of ds by key.
 
-    Matrices are transposed, [BLOCK_N, BLOCK_M]. ``ds_sum`` is the part of dlog2_weight to which the
-    policy contributes; ``ds_other``, of a query's own key and of eps, belongs to log2_size alone.
+    Matrices are transposed, [BLOCK_N, BLOCK_M]. ``ds_sum`` sums the ds that dpolicy and dsize need;
+    ``ds_other`` those that dsize alone needs, of own keys under SELF_KEEP and of eps.
     """
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     offs = tl.arange(0, BLOCK_M)
@@ -79,10 +79,10 @@ def _dkdv_tile(
         is_self = offs_n[:, None] == pos_m[None, :]
     if OPTS.WEIGHTS:
         if OPTS.SELF_KEEP and MASKED:
-            weight = tl.where(is_self, log2_size[:, None], log2_weight[:, None])
+            log2_w = tl.where(is_self, log2_size[:, None], log2_weight[:, None])
         else:
-            weight = log2_weight[:, None]
-        shift = weight - lse2[None, :]
+            log2_w = log2_weight[:, None]
+        shift = log2_w - lse2[None, :]
         log2_pT = qkT * qk_scale + shift
     else:
         log2_pT = qkT * qk_scale - lse2[None, :]
@@ -99,7 +99,7 @@ def _dkdv_tile(
     if OPTS.EXCLUDE_SELF and MASKED:
         dpT = tl.where(is_self, 0, dpT)
     dsT = pT * (dpT - delta[None, :])
-    undropped_dsT = dsT  # with p of a dropped key as it is without the policy
+    undropped_dsT = dsT  # of a dropped key as if its policy were 1
     if OPTS.DROPPED:
         factor = kept[:, None]
         if OPTS.SELF_KEEP and MASKED:
@@ -146,10 +146,10 @@ def attention_backward_dkdv(
 ):  # fmt: skip
     """Gradients dk and dv of a block of keys, over all query heads that share them.
 
-    Grid: B * Hkv * parts * cdiv(Nk, BLOCK_N), with as many parts as the wider of dk and dv has
-    blocks of columns. A program goes over all queries of its heads and writes BLOCK_D columns of
+    Grid: B * Hkv * parts * cdiv(Nk, BLOCK_N); parts are the blocks of columns of dk or of dv,
+    whichever has more. A program goes over all queries of its heads and writes BLOCK_D columns of
     dk and BLOCK_DV columns of dv; to ``work``, by head and key, the sums of ds that dpolicy and
-    dsize need. Programs with the same columns write the same numbers.
+    dsize need. Several programs may write the same columns, then with the same numbers.
     """
     ACC: tl.constexpr = work_ptr.dtype.element_ty
     ANY_POSITION: tl.constexpr = OPTS.POSITIONS and query_position_ptr is not None
@@ -264,7 +264,7 @@ def weight_grads(
     TINY: tl.constexpr, BLOCK_N: tl.constexpr, NEED_POLICY: tl.constexpr, NEED_SIZE: tl.constexpr,
     PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients dpolicy and dsize: sums of ds over heads, in their order, divided by the weight.
+    """Gradients dpolicy and dsize: ds summed over heads, in order, divided by policy or size.
 
     Grid: B * cdiv(Nk, BLOCK_N). A program handles BLOCK_N keys of an image.
     """

@@ -4,7 +4,7 @@
 ``p_ij = exp2(qk_ij - lse2_i)``,   ``dp_ij = do_i . v_j``,   ``delta_i = do_i . out_i - dlse_i``,
 ``ds_ij = p_ij (dp_ij - delta_i)``,   ``dq_i = scale sum_j ds_ij k_j``
 
-With eps, ds at the key of the maximum has ``p_eps_i (mean_j dp_ij - delta_i)`` added.
+With eps, ``p_eps_i (mean_j dp_ij - delta_i)`` is added to ds at the key of the row's maximum.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .common import (
 class DqOptions(BackwardOptions):
     """Options of the kernel of dq."""
 
-    PADDING: bool  # there are sizes or a mask, so that some keys take no part
+    PADDING: bool  # there are sizes or a mask, so that some keys may be invalid
 
 
 @triton.jit
@@ -67,10 +67,10 @@ def _dq_tile(
         if OPTS.SELF_KEEP and MASKED:
             log2_size = tl.load(log2_weight_ptr + size_offset + offs_n)
             is_self = pos_m[:, None] == offs_n[None, :]
-            weight = tl.where(is_self, log2_size[None, :], log2_weight[None, :])
+            log2_w = tl.where(is_self, log2_size[None, :], log2_weight[None, :])
         else:
-            weight = log2_weight[None, :]
-        shift = weight - lse2[:, None]
+            log2_w = log2_weight[None, :]
+        shift = log2_w - lse2[:, None]
         log2_p = qk * qk_scale + shift
     else:
         log2_p = qk * qk_scale - lse2[:, None]
@@ -119,7 +119,7 @@ def attention_backward_dq(
 
     Grid: B * H * cdiv(D, BLOCK_D) * cdiv(Nq, BLOCK_M), the third factor 1 where D is not split. A
     program goes over all keys and writes BLOCK_D columns of dq of BLOCK_M queries. To ``work`` it
-    writes their lse2, delta and, with eps, p_eps by key and its part of ds at the maximum.
+    writes their lse2 and delta, with eps also p_eps by key and the part of ds at the maximum.
     """
     ACC: tl.constexpr = work_ptr.dtype.element_ty
     ANY_POSITION: tl.constexpr = OPTS.POSITIONS and query_position_ptr is not None
@@ -133,7 +133,7 @@ def attention_backward_dq(
         start_d = bh % num_parts * BLOCK_D
         bh = bh // num_parts
     if OPTS.CAUSAL:
-        block = num_blocks - 1 - block  # the longest first
+        block = num_blocks - 1 - block  # first those that see most keys
     h = bh % num_heads
     b = (bh // num_heads).to(tl.int64)
     kv_h = (h // group_size).to(tl.int64)
@@ -171,7 +171,7 @@ def attention_backward_dq(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=mask_m, other=0)
     lse = tl.load(lse_ptr + rows, mask=mask_m, other=float("-inf"))
-    # In an empty row all p are exp2(-inf).
+    # lse2 = inf makes all p of an empty row 0.
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * tl.full([], LOG2E, ACC))
     tl.store(work_ptr + rows, lse2, mask=mask_m)
     tl.store(work_ptr + stat_stride + rows, delta, mask=mask_m)

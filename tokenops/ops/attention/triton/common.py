@@ -28,19 +28,19 @@ LN2 = tl.constexpr(math.log(2))
 
 @dataclass(frozen=True)
 class Options:
-    """What a kernel is compiled for: one constant, with all that its parts ask for.
+    """Compile-time options of a kernel, which it takes as one constant.
 
     Each kernel has a subclass with the options that it reads, because another value of any option
     compiles it anew.
     """
 
     INPUT_PRECISION: str  # of tl.dot
-    EVEN_D: bool  # blocks of columns divide the width of q and k
-    WEIGHTS: bool  # keys have log2 weights
+    EVEN_D: bool  # BLOCK_D divides the width of q and k
+    WEIGHTS: bool  # there is a policy, a size or a mask, so that log2_weight is not 0
     SELF_KEEP: bool  # the policy does not apply to the key at a query's position
     EXCLUDE_SELF: bool  # the key at a query's position adds no value
     CAUSAL: bool  # a query sees keys up to its position
-    EPS: bool  # eps is added to each weight of a row
+    EPS: bool  # eps > 0: its share is spread over the keys that a query sees
 
     @property
     def POSITIONS(self) -> bool:
@@ -52,19 +52,19 @@ class Options:
 class LogitOptions(Options):
     """Options of the kernels of the forward pass and of scores."""
 
-    SCALE_SIGN: int  # of the scale; q is multiplied by it, and products by a positive number
+    SCALE_SIGN: int  # sign of the scale, which q is multiplied by; qk_scale is positive
     POLICY: bool  # there is a policy, so that log2_weight and log2_size differ
-    PADDING: bool  # there are sizes or a mask, so that some keys take no part
+    PADDING: bool  # there are sizes or a mask, so that some keys may be invalid
 
 
 @dataclass(frozen=True)
 class BackwardOptions(Options):
     """Options of the kernels of the backward pass."""
 
-    EVEN_DV: bool  # blocks of columns divide the width of v
+    EVEN_DV: bool  # BLOCK_DV divides the width of v
     SPLIT_D: bool  # q and k are too wide for registers: products read BLOCK_PART columns at a time
-    SPLIT_DV: bool  # the same of v and do
-    BLOCK_PART: int
+    SPLIT_DV: bool  # the same for v and do
+    BLOCK_PART: int  # columns that dot_in_parts reads at a time
 
 
 def input_precision(arch: str, dtype: torch.dtype) -> str:
@@ -81,7 +81,7 @@ def split_float(number: float) -> tuple[float, float]:
 
 
 class Matrix(NamedTuple):
-    """A matrix in global memory: its first element, the strides and number of its columns."""
+    """A matrix in global memory: its first element, strides of rows and columns, and width."""
 
     ptr: tl.tensor
     stride_n: tl.tensor
@@ -97,7 +97,7 @@ def head_of(ptr, b, h, stride_b, stride_h, stride_n, stride_d, width):
 
 @triton.jit
 def contiguous_head(ptr, b, start_n, h, num_heads, seqlen, width):
-    """The matrix of a head of a contiguous tensor [B, N, H, D], from a row on."""
+    """The matrix of a head of a contiguous tensor [B, N, H, D], from row ``start_n`` on."""
     stride_n = num_heads * width
     return Matrix(ptr + (b * seqlen + start_n) * stride_n + h * width, stride_n, 1, width)
 
@@ -136,7 +136,7 @@ def load_queries(
     if OPTS.SCALE_SIGN < 0:
         q = -q
     if OPTS.SCALE_SIGN == 0:
-        q = (q * 0).to(q.dtype)
+        q = (q * 0).to(q.dtype)  # NaN stays NaN
     return q
 
 
@@ -145,7 +145,7 @@ def load_log2_weights(
     log2_weight_ptr, size_offset, offs_n, seqlen_k,
     ACC: tl.constexpr, OPTS: tl.constexpr, NEED_SIZE: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
-    """log2_weight and, where needed, log2_size of keys [BLOCK_N], and which keys take part."""
+    """log2_weight, log2_size if needed, and the mask of keys inside, with PADDING of valid ones."""
     log2_weight = tl.zeros(offs_n.shape, ACC)
     log2_size = log2_weight
     mask_n = offs_n < seqlen_k
@@ -193,7 +193,7 @@ def store_tile(x, tile, offs, mask, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_positions(ptr, stride, offs_m, mask_m, low, high):
-    """The key at the position of each query, clamped to [low, high] where these are not None."""
+    """Positions of queries; given ones are clamped to ``low`` and ``high`` that are not None."""
     pos_m = offs_m
     if ptr is not None:
         pos_m = tl.load(ptr + offs_m.to(tl.int64) * stride, mask=mask_m, other=-1)
@@ -206,7 +206,7 @@ def load_positions(ptr, stride, offs_m, mask_m, low, high):
 
 @triton.jit
 def weight_row(b, h, weight_heads):
-    """Row of the log2 weights: of an image, or of a head where each has its own."""
+    """Row of the log2 weights: of an image or, with a policy per head, of a head."""
     row = b
     if weight_heads > 1:
         row = b * weight_heads + h
@@ -215,17 +215,17 @@ def weight_row(b, h, weight_heads):
 
 @triton.jit
 def store_log2_weights(
-    policy_ptr, size_ptr, mask_ptr, log2_weight_ptr, row, num_heads, offs_n, seqlen_k,
+    policy_ptr, size_ptr, mask_ptr, log2_weight_ptr, row, weight_heads, offs_n, seqlen_k,
     stride_w, size_offset,
     stride_pb, stride_ph, stride_pn, stride_sb, stride_sn, stride_mb, stride_mn,
     TINY: tl.constexpr,
 ):  # fmt: skip
-    """Write log2(size policy) of keys and, where there is a policy, log2(size); return the first.
+    """Write log2(size policy), which is returned, and, if there is a policy, log2(size) of keys.
 
     Both are -inf for keys that are masked, of size 0 or past the end.
     """
     ACC: tl.constexpr = log2_weight_ptr.dtype.element_ty
-    b, h = row // num_heads, row % num_heads
+    b, h = row // weight_heads, row % weight_heads
     offs = offs_n.to(tl.int64)
     tiny = tl.full([], TINY, ACC)
     mask_n = offs_n < seqlen_k
@@ -255,19 +255,19 @@ def store_log2_weights(
 @triton.jit
 def log2_weights(
     policy_ptr, size_ptr, mask_ptr, log2_weight_ptr,
-    seqlen_k, num_heads, stride_w, size_offset, weight_offset,
+    seqlen_k, weight_heads, stride_w, size_offset, weight_offset,
     stride_pb, stride_ph, stride_pn, stride_sb, stride_sn, stride_mb, stride_mn,
     TINY: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Log2 weights of keys: log2(size policy), and log2(size) ``size_offset`` behind it.
+    """Write log2(size policy) of keys and, ``size_offset`` behind it, log2(size).
 
-    Grid: B * Hw * cdiv(Nk, BLOCK_N), with Hw weights a key. A program handles BLOCK_N keys.
+    Grid: B * Hw * cdiv(Nk, BLOCK_N), with Hw rows of weights per image: 1, or H.
     """
     blocks = tl.cdiv(stride_w, BLOCK_N)
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     store_log2_weights(
-        policy_ptr, size_ptr, mask_ptr, log2_weight_ptr + weight_offset, row, num_heads,
+        policy_ptr, size_ptr, mask_ptr, log2_weight_ptr + weight_offset, row, weight_heads,
         (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N), seqlen_k, stride_w, size_offset,
         stride_pb, stride_ph, stride_pn, stride_sb, stride_sn, stride_mb, stride_mn, TINY,
     )  # fmt: skip
@@ -279,8 +279,8 @@ def masked_range(
 ):  # fmt: skip
     """Number of full tiles of a sequence, and which of them, [lo, hi), need masks.
 
-    Masks are needed where a block [start, end) of the other sequence crosses the diagonal; in all
-    tiles where queries have any position.
+    A tile needs masks where a block [start, end) of the other sequence crosses the diagonal. With
+    ANY_POSITION every tile may, so none is returned as full: callers mask all that are not.
     """
     num_full = length // BLOCK
     lo, hi = num_full, num_full
@@ -294,13 +294,13 @@ def masked_range(
 
 @triton.jit
 def unmasked_tile(i, lo, hi):
-    """Tile i of those before lo and from hi on."""
+    """The i-th tile without masks: tiles before lo, then tiles from hi on."""
     return tl.where(i < lo, i, i + hi - lo)
 
 
 @triton.jit
 def masked_tile(i, num_full, lo, hi):
-    """Tile i of [lo, hi) and, behind them, of the last, partial one."""
+    """The i-th tile with masks: tiles [lo, hi), then those that are not full."""
     return tl.where(lo + i < hi, lo + i, num_full + i - (hi - lo))
 
 

@@ -18,20 +18,20 @@ from .forward_short import ShortOptions, attention_forward_short
 from .online_softmax import ForwardOptions
 from .spec import Spec, Weights, describe, plan_weights
 
-#: Programs that keep a device busy.
-_ENOUGH = 512
+#: Programs that keep a device busy; beyond, a program handles several blocks of queries.
+_BUSY = 512
 
 
 def chunks(seqlen_k: int, widest: int) -> tuple[int, ...]:
-    """Up to four powers of two whose sum holds so many keys and little more."""
+    """Widths of up to four chunks, powers of two, that hold ``seqlen_k`` keys and little more."""
     found: list[int] = []
     left = seqlen_k
     while left > 0:
-        below = min(widest, 1 << (left.bit_length() - 1))
-        if len(found) == 3 or below < 16:
-            below = power_of_two(left, 16)
-        found.append(below)
-        left -= below
+        width = min(widest, 1 << (left.bit_length() - 1))
+        if len(found) == 3 or width < 16:
+            width = power_of_two(left, 16)
+        found.append(width)
+        left -= width
     whole = power_of_two(seqlen_k, 16)
     return (whole,) if whole <= min(widest, sum(found)) else tuple(found)
 
@@ -46,7 +46,7 @@ class ForwardLaunches(NamedTuple):
 
 @planned
 def plan_forward(spec: Spec) -> ForwardLaunches:
-    """Plan the launches of a call; without values, for lse and the share of eps by key."""
+    """Plan the launches of a call; for scores, without values, of lse and of p_eps by key."""
     (batch, num_heads, seqlen_q, head_dim), q_strides = spec.q
     (_, kv_heads, seqlen_k, _), k_strides = spec.k
     head_dim_v, v_strides = (1, (0, 0, 0, 0)) if spec.v is None else (spec.v[0][3], spec.v[1])
@@ -56,22 +56,26 @@ def plan_forward(spec: Spec) -> ForwardLaunches:
         raise _backend.UnservedError(f"{dtype} heads are wider than {limit}")
     spec.check_strides()
     block_d, block_dv = power_of_two(head_dim, 16), power_of_two(head_dim_v, 16)
-    positions = spec.self_keep or spec.exclude_self or spec.is_causal
+    uses_positions = spec.self_keep or spec.exclude_self or spec.is_causal
     given_positions = spec.query_position is not None
     kind = spec.arch, dtype, max(block_d, block_dv), seqlen_q
     short = None
     if spec.v is not None and not (has_eps and (spec.exclude_self or spec.is_causal)):
         short = heuristics.attention_forward_short(
-            *kind, seqlen_k, positions, has_eps, spec.padding
+            *kind, seqlen_k, uses_positions, has_eps, spec.padding
         )
     long = heuristics.attention_forward(
         *(spec.arch, dtype.itemsize, max(block_d, block_dv), seqlen_q),
         *(spec.policy is not None, has_eps or given_positions),
     )
-    skips_tiles = short is None and not has_eps and not (given_positions and positions)
+    # Tiles without a kept key are skipped. But eps needs all keys, and with query positions given
+    # any tile may have a query's own key.
+    skips_tiles = short is None and not has_eps and not (given_positions and uses_positions)
     skips_tiles = skips_tiles and (spec.policy is not None or spec.mask is not None)
     weights = plan_weights(spec, block_n=long.block_n if skips_tiles else 0)
+    # SCALE_SIGN has the sign; for a scale of 0, which it has too, any positive number does.
     qk_scale = abs(spec.scale) * math.log2(math.e) or 1.0
+    # The bound keeps exp2(max_i - m_i), at most 1 / exp2(log2_eps), far from overflow.
     log2_eps = max(math.log2(spec.eps), -64.0) if has_eps else 0.0
     sizes = (
         *(num_heads, num_heads // kv_heads, weights.heads, seqlen_q, seqlen_k),
@@ -93,7 +97,7 @@ def plan_forward(spec: Spec) -> ForwardLaunches:
         widths = chunks(seqlen_k, short.block_n)
         starts = tuple(sum(widths[:c]) for c in range(len(widths)))
         num_programs = max(
-            1, min(ceil_div(seqlen_q, short.block_m), ceil_div(_ENOUGH, max(1, batch * num_heads)))
+            1, min(ceil_div(seqlen_q, short.block_m), ceil_div(_BUSY, max(1, batch * num_heads)))
         )
         attend = Launch(
             attention_forward_short,
@@ -124,8 +128,8 @@ def policy_attention(inputs: Inputs) -> Saved:
     weights, attend, is_short = plan_forward(describe(inputs))
     batch, num_heads, seqlen_q, _ = q.shape
     out = q.new_empty(batch, seqlen_q, num_heads, v.shape[3])
-    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(batch, num_heads, seqlen_q, dtype=sums)
+    sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty(batch, num_heads, seqlen_q, dtype=sum_dtype)
     p_eps = lse.new_empty(batch, num_heads, seqlen_q if inputs.eps > 0 else 0)
     argmax = q.new_empty(p_eps.shape, dtype=torch.int32)
     log2_weight, tiles = weights(lse, policy, size, key_padding_mask)

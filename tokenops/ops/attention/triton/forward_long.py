@@ -27,14 +27,14 @@ from .online_softmax import finalize, initial_state, update
 @triton.jit
 def log2_weights_and_tiles(
     policy_ptr, size_ptr, mask_ptr, log2_weight_ptr, tiles_ptr,
-    seqlen_k, num_heads, stride_w, size_offset, num_tiles,
+    seqlen_k, weight_heads, stride_w, size_offset, num_tiles,
     stride_pb, stride_ph, stride_pn, stride_sb, stride_sn, stride_mb, stride_mn,
     BLOCK: tl.constexpr, TINY: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Log2 weights of keys, and the tiles of BLOCK_N keys where some weight is not 0.
+    """Write log2 weights of keys, and the list of the tiles of BLOCK_N keys that have a kept key.
 
-    Grid: one program for each of the B * Hw rows of weights. To a row of ``tiles`` it writes those
-    tiles, ascending, and behind ``num_tiles`` entries how many there are before each tile.
+    Grid: one program for each of the B * Hw rows of weights. Its row of ``tiles`` has num_tiles
+    entries for the list, ascending, then num_tiles + 1 ranks: the listed tiles before each tile.
     """
     row = tl.program_id(0).to(tl.int64)
     tiles_ptr += row * (2 * num_tiles + 1)
@@ -42,17 +42,17 @@ def log2_weights_and_tiles(
     count = tl.cast(0, tl.int32)
     for start in range(0, stride_w, BLOCK):
         log2_weight = store_log2_weights(
-            policy_ptr, size_ptr, mask_ptr, log2_weight_ptr, row, num_heads,
+            policy_ptr, size_ptr, mask_ptr, log2_weight_ptr, row, weight_heads,
             start + tl.arange(0, BLOCK), seqlen_k, stride_w, size_offset,
             stride_pb, stride_ph, stride_pn, stride_sb, stride_sn, stride_mb, stride_mn, TINY,
         )  # fmt: skip
-        live = tl.reshape(log2_weight, [BLOCK // BLOCK_N, BLOCK_N]) > float("-inf")
-        live = tl.max(live.to(tl.int32), 1)  # [BLOCK // BLOCK_N]
-        rank = count + tl.cumsum(live, 0) - live
+        kept = tl.reshape(log2_weight, [BLOCK // BLOCK_N, BLOCK_N]) > float("-inf")
+        kept = tl.max(kept.to(tl.int32), 1)  # [BLOCK // BLOCK_N]
+        rank = count + tl.cumsum(kept, 0) - kept
         tile = start // BLOCK_N + tl.arange(0, BLOCK // BLOCK_N)
-        tl.store(tiles_ptr + rank, tile, mask=(live > 0) & (tile < num_tiles))
+        tl.store(tiles_ptr + rank, tile, mask=(kept > 0) & (tile < num_tiles))
         tl.store(ranks_ptr + tile, rank, mask=tile < num_tiles)
-        count += tl.sum(live, 0)
+        count += tl.sum(kept, 0)
     tl.store(ranks_ptr + num_tiles, count)
 
 
@@ -99,7 +99,7 @@ def attention_forward(
     """Attention of a block of queries to all keys, tile by tile.
 
     Grid: B * H * cdiv(Nq, BLOCK_M). A program writes out, lse and, with eps, p_eps and argmax of
-    BLOCK_M queries of a head; without values lse to base 2 alone, and the share of eps by key.
+    BLOCK_M queries of a head; for scores, without values, only lse to base 2 and p_eps by key.
     """
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     ANY_POSITION: tl.constexpr = OPTS.POSITIONS and query_position_ptr is not None
@@ -108,7 +108,7 @@ def attention_forward(
     bh = pid // num_blocks
     block = pid % num_blocks
     if OPTS.CAUSAL:
-        block = num_blocks - 1 - block  # the longest first
+        block = num_blocks - 1 - block  # first those that see most keys
     h = bh % num_heads
     b = (bh // num_heads).to(tl.int64)
     kv_h = (h // group_size).to(tl.int64)
@@ -136,8 +136,8 @@ def attention_forward(
     num_full, lo, hi = masked_range(
         start_m, start_m + BLOCK_M, end, BLOCK_N, OPTS.POSITIONS, ANY_POSITION
     )
-    before, skipped, num_unmasked = lo, hi - lo, num_full - (hi - lo)
-    if tiles_ptr is not None:  # count only listed tiles
+    before, skipped, num_unmasked = lo, hi - lo, num_full - (hi - lo)  # skipped: masked below
+    if tiles_ptr is not None:  # the same three numbers of listed tiles
         tiles_ptr += w_row * (2 * num_tiles + 1)
         before = tl.load(tiles_ptr + num_tiles + lo)
         skipped = tl.load(tiles_ptr + num_tiles + hi) - before

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward pass over few keys: a program holds all keys and values of a head.
 
-The keys come in up to four chunks whose widths are powers of two: 197 = 128 + 64 + 5 of 16.
+Up to four chunks hold the keys. Their widths are powers of two: 128, 64 and 16 for 197 keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .common import (
     submatrix,
     weight_row,
 )
-from .online_softmax import ForwardOptions, finalize, first_live_key, initial_state, update
+from .online_softmax import ForwardOptions, finalize, first_valid_key, initial_state, update
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def _load_chunk(
     x, log2_size_ptr, start_n, seqlen_k,
     BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of a chunk, 0 for those that take no part."""
+    """Keys or values of a chunk, 0 for those that are not valid."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < seqlen_k
     if PADDING:
@@ -93,10 +93,10 @@ def attention_forward_short(
     if OPTS.WEIGHTS:
         log2_weight_ptr += weight_row(b, h, weight_heads) * stride_w
     log2_size_ptr = log2_weight_ptr
-    live = None
+    first_valid = None
     if OPTS.PADDING:
         log2_size_ptr += size_offset
-        live = first_live_key(log2_size_ptr, seqlen_k, 256)
+        first_valid = first_valid_key(log2_size_ptr, seqlen_k, 256)  # all keys at once
     k_rows = head_of(k_ptr, b, kv_h, stride_kb, stride_kh, stride_kn, stride_kd, head_dim)
     v_rows = head_of(v_ptr, b, kv_h, stride_vb, stride_vh, stride_vn, stride_vd, head_dim_v)
     ks: tl.tuple = ()
@@ -137,7 +137,7 @@ def attention_forward_short(
             )  # fmt: skip
         rows = bh.to(tl.int64) * seqlen_q + offs_m  # in [B, H, Nq]
         out = finalize(
-            state, lse_ptr, p_eps_ptr, argmax_ptr, rows, log2_size_ptr, live, pos_m, mask_m,
+            state, lse_ptr, p_eps_ptr, argmax_ptr, rows, log2_size_ptr, first_valid, pos_m, mask_m,
             seqlen_k, eps, 256, OPTS,
         )  # [BLOCK_M, BLOCK_DV]  # fmt: skip
         out_rows = contiguous_head(out_ptr, b, start, h, num_heads, seqlen_q, head_dim_v)

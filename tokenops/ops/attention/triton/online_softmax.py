@@ -16,9 +16,9 @@ from .common import LN2, LogitOptions
 class ForwardOptions(LogitOptions):
     """Options of the kernels of the forward pass."""
 
-    EVEN_DV: bool  # the block of columns is as wide as v
-    HAS_V: bool  # without values only lse and the share of eps are written
-    FP16: bool  # p is rounded to float16, which has few exponents
+    EVEN_DV: bool  # BLOCK_DV is the width of v
+    HAS_V: bool  # without v, for scores, only lse and p_eps by key are written
+    FP16: bool  # p is rounded to float16, which has a small range
 
 
 class SoftmaxState(NamedTuple):
@@ -27,8 +27,8 @@ class SoftmaxState(NamedTuple):
     acc: tl.tensor  # [BLOCK_M, BLOCK_DV] sum of p @ v
     v_sum_m: tl.tensor  # [BLOCK_M, BLOCK_DV] sum of the values that a query sees, in masked tiles
     v_sum: tl.tensor  # [BLOCK_DV] sum of values in other tiles, the same for all queries
-    m_i: tl.tensor  # [BLOCK_M] running maximum: p = exp2(qk - m_i)
-    max_i: tl.tensor  # [BLOCK_M] maximum of qk without the policy, over dropped keys too
+    m_i: tl.tensor  # [BLOCK_M] running maximum: p = exp2(qk - m_i); with eps max_i, unless FP16
+    max_i: tl.tensor  # [BLOCK_M] what eps refers to: maximum without the policy, over all keys
     l_i: tl.tensor  # [BLOCK_M] sum of p
     argmax: tl.tensor  # [BLOCK_M] the first key where qk is max_i
     num_keys: tl.tensor  # [BLOCK_M] number of keys that a query sees
@@ -56,20 +56,20 @@ def logits(
     q, k, log2_weight, log2_size, pos_m, offs_n, seqlen_k, qk_scale,
     OPTS: tl.constexpr, SELF_KEEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Tile qk [BLOCK_M, BLOCK_N], -inf where a key is not seen; without weights not yet scaled.
+    """Tile qk [BLOCK_M, BLOCK_N], -inf where a key is not seen; q k^T, unscaled, without WEIGHTS.
 
-    A query's own key has its log2_size in the place of log2_weight under SELF_KEEP.
+    Under SELF_KEEP a query's own key has log2_size in the place of log2_weight.
     """
     qk = tl.dot(q, tl.trans(k), input_precision=OPTS.INPUT_PRECISION, out_dtype=qk_scale.dtype)
     if OPTS.WEIGHTS:
-        if SELF_KEEP:  # select between two sums, because these have the layout of the product
+        if SELF_KEEP:  # both sums have the layout of the product, weights have not
             is_self = pos_m[:, None] == offs_n[None, :]
             unweighted = qk * qk_scale + log2_size[None, :]
             qk = tl.where(is_self, unweighted, qk * qk_scale + log2_weight[None, :])
         else:
             qk = qk * qk_scale + log2_weight[None, :]
     if MASKED and (OPTS.CAUSAL or not OPTS.WEIGHTS):
-        if OPTS.CAUSAL and OPTS.WEIGHTS:  # log2_weight is -inf where a key takes no part
+        if OPTS.CAUSAL and OPTS.WEIGHTS:  # log2_weight is -inf where a key is not valid
             visible = offs_n[None, :] <= pos_m[:, None]
         elif OPTS.CAUSAL:
             visible = offs_n[None, :] <= tl.minimum(pos_m, seqlen_k - 1)[:, None]
@@ -81,7 +81,7 @@ def logits(
 
 @triton.jit
 def add_policy(qk, log2_policy, pos_m, offs_n, SELF_KEEP: tl.constexpr):
-    """Add the policy to qk, but for a query's own key under SELF_KEEP."""
+    """Add the policy to qk, except at a query's own key under SELF_KEEP."""
     weighted = qk + log2_policy[None, :]
     if SELF_KEEP:
         weighted = tl.where(pos_m[:, None] == offs_n[None, :], qk, weighted)
@@ -96,7 +96,7 @@ def update(
     """Add a tile of keys to the state; SUM_V: add its values to v_sum, which eps needs."""
     acc, v_sum_m, v_sum, m_i, max_i, l_i, argmax, num_keys = state
     SELF_KEEP: tl.constexpr = OPTS.SELF_KEEP and MASKED
-    # eps refers to the maximum over dropped keys too: there the policy is added after it.
+    # eps refers to the maximum over dropped keys too, so the policy is added after the maximum.
     LATE_POLICY: tl.constexpr = OPTS.POLICY and OPTS.EPS
     if LATE_POLICY:
         log2_policy = log2_weight - finite(log2_size)
@@ -107,11 +107,11 @@ def update(
     )  # fmt: skip
     scale = qk_scale
     if OPTS.WEIGHTS:
-        scale = 1.0
+        scale = 1.0  # logits() has scaled qk
     tile_max = tl.max(qk, 1)
     if OPTS.EPS:
         if OPTS.HAS_V:
-            first = tl.where(qk == tile_max[:, None], offs_n[None, :], 2147483647)
+            first = tl.where(qk == tile_max[:, None], offs_n[None, :], 2147483647)  # the last int32
             argmax = tl.where(tile_max * scale > max_i, tl.min(first, 1), argmax)
         max_i = tl.maximum(max_i, tile_max * scale)
         m_new = max_i
@@ -144,7 +144,7 @@ def update(
                 num_keys += tl.sum(ones * mask_n.to(tl.float32)[None, :], 1)
             if OPTS.EXCLUDE_SELF:
                 ones = tl.where(offs_n[None, :] == pos_m[:, None], 0.0, ones)
-            if OPTS.HAS_V:  # v is 0 where a key takes no part
+            if OPTS.HAS_V:  # v is 0 where a key is not valid
                 v_sum_m = tl.dot(
                     ones.to(v.dtype), v, v_sum_m,
                     input_precision=OPTS.INPUT_PRECISION, out_dtype=acc.dtype,
@@ -158,38 +158,38 @@ def update(
 
 
 @triton.jit
-def first_live_key(log2_size_ptr, seqlen_k, BLOCK_N: tl.constexpr):
-    """The first key that takes part, Nk if there is none."""
+def first_valid_key(log2_size_ptr, seqlen_k, BLOCK_N: tl.constexpr):
+    """The first valid key, Nk if there is none."""
     first = tl.cast(seqlen_k, tl.int32)
     for start_n in range(0, seqlen_k, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         log2_size = tl.load(log2_size_ptr + offs_n, mask=offs_n < seqlen_k, other=float("-inf"))
-        live = tl.where(log2_size > float("-inf"), offs_n, seqlen_k)
-        first = tl.minimum(first, tl.min(live, 0))
+        valid = tl.where(log2_size > float("-inf"), offs_n, seqlen_k)
+        first = tl.minimum(first, tl.min(valid, 0))
     return first
 
 
 @triton.jit
 def finalize(
-    state, lse_ptr, p_eps_ptr, argmax_ptr, rows, log2_size_ptr, live, pos_m, mask_m, seqlen_k, eps,
-    BLOCK_N: tl.constexpr, OPTS: tl.constexpr,
+    state, lse_ptr, p_eps_ptr, argmax_ptr, rows, log2_size_ptr, first_valid, pos_m, mask_m,
+    seqlen_k, eps, BLOCK_N: tl.constexpr, OPTS: tl.constexpr,
 ):  # fmt: skip
     """The output of a block of queries; writes lse and, with eps, p_eps and argmax.
 
-    Without values, lse is to base 2, for other kernels, and the share of eps is that of each key.
-    ``live`` is the first key that takes part, searched for where it is None and needed.
+    Without values, for scores, lse is to base 2, and p_eps is divided by the number of keys.
+    ``first_valid`` is the first valid key; if it is None, it is searched for when needed.
     """
     acc, v_sum_m, v_sum, m_i, max_i, l_i, argmax, num_keys = state
     ACC: tl.constexpr = l_i.dtype
     if OPTS.PADDING:  # a query that sees no key is empty even if it is NaN
         is_nan = l_i != l_i
-        if live is None:
-            live = tl.cast(0, tl.int32)
+        if first_valid is None:
+            first_valid = tl.cast(0, tl.int32)
             if tl.max(is_nan.to(tl.int32), 0) > 0:
-                live = first_live_key(log2_size_ptr, seqlen_k, BLOCK_N)
-        no_key = is_nan & (live >= seqlen_k)
+                first_valid = first_valid_key(log2_size_ptr, seqlen_k, BLOCK_N)
+        no_key = is_nan & (first_valid >= seqlen_k)
         if OPTS.CAUSAL:
-            no_key = is_nan & (live > tl.minimum(pos_m, seqlen_k - 1))
+            no_key = is_nan & (first_valid > tl.minimum(pos_m, seqlen_k - 1))
         l_i = tl.where(no_key, 0, l_i)
         acc = tl.where(no_key[:, None], 0, acc)
         max_i = tl.where(no_key, float("-inf"), max_i)

@@ -49,7 +49,7 @@ def _add_tile(
     query_position_ptr, start_m, seqlen_q, seqlen_k, qk_scale, stride_ln, stride_qwn, stride_posn,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, OPTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of queries to ``total`` [BLOCK_N, BLOCK_M], to be summed over queries."""
+    """Add p of a tile of queries to ``total`` [BLOCK_N, BLOCK_M]; the caller sums its rows."""
     offs = tl.arange(0, BLOCK_M)
     offs_m = start_m + offs
     offs_m64 = offs_m.to(tl.int64)
@@ -60,7 +60,7 @@ def _add_tile(
     lse2 = load_row(lse_ptr + offs_m64 * stride_ln, mask_m, float("-inf"), MASKED)
     if OPTS.NATURAL_LSE:
         lse2 *= tl.full([], LOG2E, total.dtype)
-    # In an empty row all p are exp2(-inf).
+    # lse2 = inf makes all p of an empty row 0.
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
     if MASKED:
         pos_m = load_positions(query_position_ptr, stride_posn, offs_m, mask_m, -1, seqlen_k)
@@ -99,8 +99,8 @@ def attention_column_sums(
 ):  # fmt: skip
     """Attention that a block of keys receives from all queries of a head.
 
-    Grid: B * H * cdiv(Nk, BLOCK_N). A program writes BLOCK_N sums of p, times the queries' weights
-    if there are any, over queries. With eps it reads the share of eps by key, to be added to p.
+    Grid: B * H * cdiv(Nk, BLOCK_N). A program writes BLOCK_N sums over queries of p, or of p times
+    the query's weight if there are any. With eps it adds p_eps by key, which it reads, to p.
     """
     ACC: tl.constexpr = out_ptr.dtype.element_ty
     ANY_POSITION: tl.constexpr = OPTS.POSITIONS and query_position_ptr is not None
@@ -157,7 +157,7 @@ def attention_column_sums(
 
 @triton.jit
 def reduce_heads(x_ptr, out_ptr, num_heads, seqlen_k, divisor, BLOCK_N: tl.constexpr):
-    """Sums over heads, in their order, divided by ``divisor``.
+    """Sums over heads, in ascending order, divided by ``divisor``.
 
     Grid: B * cdiv(Nk, BLOCK_N). A program handles BLOCK_N keys of an image.
     """
@@ -187,13 +187,14 @@ def _plan(
     lse: tuple[int, ...] | None,
     head_reduce: str,
 ) -> ScoreLaunches:
-    """Plan the launches of a call; of the query weights and of lse strides are given."""
+    """Plan the launches of a call; ``query_weight`` and ``lse`` are strides."""
     (batch, num_heads, seqlen_q, head_dim), q_strides = spec.q
     (_, kv_heads, seqlen_k, _), k_strides = spec.k
     forward = plan_forward(spec)
     weights = forward.weights
     block_d = power_of_two(head_dim, 16)
     settings = heuristics.attention_scores(spec.dtype.itemsize, block_d, seqlen_q)
+    # eps is relative to the maximum of a row, which a given lse does not tell.
     reads_lse = lse is not None and spec.eps == 0
     if lse is None or spec.eps > 0:
         lse = num_heads * seqlen_q, seqlen_q, 1
@@ -234,8 +235,8 @@ def attention_scores(inputs: ScoreInputs) -> Tensor:
     )
     batch, num_heads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
-    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-    by_head = q.new_empty(batch, num_heads, seqlen_k, dtype=sums)
+    sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    by_head = q.new_empty(batch, num_heads, seqlen_k, dtype=sum_dtype)
     log2_weight, tiles = weights(by_head, policy, size, key_padding_mask)
     p_eps_key = None
     if lse is None or inputs.eps > 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What launches depend on, and the launch before all others: log2 weights of the keys."""
+"""Spec, on which the launches of a call depend, and the first launch: log2 weights of the keys."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ..arguments import Inputs, ScoreInputs
 from .common import MAX_BLOCK, input_precision, log2_weights
 from .forward_long import log2_weights_and_tiles
 
-#: Keys of a program of kernels that do one number a key, and of ``log2_weights_and_tiles``. Rows of
-#: log2 weights are padded to whole blocks.
+#: Keys of a program of the kernels that compute one number per key. Rows of log2 weights are padded
+#: to whole blocks.
 BLOCK = 256
+#: Keys that ``log2_weights_and_tiles`` handles at a time.
 LIST_BLOCK = 1024
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
 
 
 class Spec(NamedTuple):
-    """A call without the values of its tensors: its launches are planned once."""
+    """A call without the values of its tensors. Launches are planned once for each Spec."""
 
     arch: str
     device: int | None
@@ -32,10 +33,10 @@ class Spec(NamedTuple):
     k: Layout
     v: Layout | None
     policy: Layout | None
-    size: tuple[int, ...] | None  # strides, as the next two
-    mask: tuple[int, ...] | None
-    query_position: tuple[int, ...] | None
-    self_keep: bool  # where there is a policy
+    size: tuple[int, ...] | None  # strides
+    mask: tuple[int, ...] | None  # strides
+    query_position: tuple[int, ...] | None  # strides
+    self_keep: bool  # False without a policy
     exclude_self: bool
     eps: float
     is_causal: bool
@@ -43,7 +44,7 @@ class Spec(NamedTuple):
 
     @property
     def padding(self) -> bool:
-        """Whether some keys may take no part."""
+        """Whether some keys may be invalid."""
         return self.size is not None or self.mask is not None
 
     @property
@@ -57,7 +58,7 @@ class Spec(NamedTuple):
         return strides(self.query_position, 2)
 
     def options(self) -> dict[str, Any]:
-        """Values of :class:`.common.Options`, but EVEN_D."""
+        """Values of :class:`.common.Options`, except EVEN_D."""
         return {
             "INPUT_PRECISION": input_precision(self.arch, self.dtype),
             "WEIGHTS": self.policy is not None or self.padding,
@@ -68,7 +69,7 @@ class Spec(NamedTuple):
         }
 
     def logit_options(self) -> dict[str, Any]:
-        """Values of :class:`.common.LogitOptions`, but EVEN_D."""
+        """Values of :class:`.common.LogitOptions`, except EVEN_D."""
         return {
             **self.options(),
             "SCALE_SIGN": (self.scale > 0) - (self.scale < 0),
@@ -77,7 +78,7 @@ class Spec(NamedTuple):
         }
 
     def check_strides(self, *others: int) -> None:
-        """Raise if offsets within a tile of q, k, v or others need more than 32 bits."""
+        """Raise if offsets in a tile of q, k, v, or with ``others``, need more than 32 bits."""
         layouts = self.q, self.k, *(() if self.v is None else (self.v,))
         steps = [*others, *(stride for layout in layouts for stride in layout[1][2:])]
         if max(map(abs, steps)) * MAX_BLOCK >= 2**31:
@@ -115,7 +116,7 @@ def describe(inputs: Inputs | ScoreInputs) -> Spec:
 
 
 def strides(found: tuple[int, ...] | None, rank: int) -> tuple[int, ...]:
-    """Strides of a tensor broadcast to a rank, the missing dimensions before its last one."""
+    """Strides of a tensor [..., N] broadcast to a rank: of [B, N] to rank 3 they are B, 0, N."""
     if found is None:
         return (0,) * rank
     return *found[:-1], *(0,) * (rank - len(found)), found[-1]
@@ -125,11 +126,11 @@ class Weights(NamedTuple):
     """The log2 weights of keys: the launch that writes them, and how they lie in their buffer."""
 
     launch: Launch | None = None
-    heads: int = 1  # rows of an image
+    heads: int = 1  # rows per image: 1, or H with a policy per head
     stride: int = 0  # between rows
     size_offset: int = 0  # from log2_weight to log2_size
     numel: int = 0
-    num_tiles: int = 0  # of a row, where tiles are listed
+    num_tiles: int = 0  # of a row, if tiles are listed
     tiles_numel: int = 0
 
     def __call__(
@@ -148,7 +149,7 @@ class Weights(NamedTuple):
 
 
 def plan_weights(spec: Spec, offset: int = 0, block_n: int = 0) -> Weights:
-    """Plan the log2 weights at an offset of their buffer; with ``block_n`` tiles are listed too."""
+    """Plan log2 weights at an offset in a buffer, with ``block_n`` also the list of tiles."""
     if spec.policy is None and not spec.padding:
         return Weights()
     (batch, num_heads, _, _), (_, _, seqlen_k, _) = spec.q[0], spec.k[0]
