@@ -6,6 +6,7 @@ A new operator is a folder of its word in ``tokenops/ops``; what else it needs, 
 
 import ast
 import importlib
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -184,3 +185,17 @@ def test_source_file(path):
     mark = "#" if path.suffix == ".py" else "//"
     assert lines[0] == f"{mark} SPDX-License-Identifier: Apache-2.0"
     assert len(lines) <= 600, f"{len(lines)} lines; split it"
+
+
+def test_the_walk_names_functions_that_exist():
+    """The lists of CONTRIBUTING.md that follow a call, line by line."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^ *((?:csrc|tokenops)/\S+): (\w+(?:, \w+)*)", text, re.MULTILINE)
+    assert len(lines) > 30
+    wrong = [
+        f"{path}: {name}"
+        for path, names in lines
+        for name in names.split(", ")
+        if not re.search(rf"[\w>)] {name}[(:]", (ROOT / path).read_text(encoding="utf-8"))
+    ]
+    assert not wrong, wrong
