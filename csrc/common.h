@@ -47,7 +47,7 @@ inline Isa isa() {
   return level;
 }
 
-// The address of a function that each instruction set's namespace has, of the set of this CPU.
+// The address of a function that every instruction set's namespace defines: picks that of this CPU.
 #if TOKENOPS_X86
 #define TOKENOPS_KERNEL(...)                                           \
   (::tokenops::isa() >= ::tokenops::Isa::avx512 ? &avx512::__VA_ARGS__ \
@@ -124,8 +124,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// A workspace W{arena, sizes...}, a struct that takes its arrays from its member `arena`, in
-// `memory`.
+// Make a workspace in `memory`: a struct W{arena, sizes...} that takes its arrays from its member
+// `arena`.
 template <class W, class... Sizes>
 W allocate(Scratch<char>& memory, Sizes... sizes) {
   const W measured{Arena(nullptr), sizes...};

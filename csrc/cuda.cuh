@@ -35,7 +35,7 @@ struct Grid {
   int64_t shared_bytes = 0;
 };
 
-// The device and stream of one call's kernels: those of its first tensor, and the current stream.
+// Where the kernels of one call run: the device of its first tensor, and the current stream.
 class Target {
  public:
   Target(const char* op, const Tensor& first) : op_(op), first_(first) {
@@ -215,15 +215,15 @@ __device__ __forceinline__ char* shared_memory() {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
-// V elements that one instruction loads or stores: 16 bytes where the strides allow it.
+// V elements that one instruction loads or stores.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T item[V];
 };
 
 // Exclusive scan: returns the sum of the values of all threads before this one; `total` is the sum
-// of all. All threads of the block call it, which is whole warps; `scratch` holds one int per warp,
-// and one more.
+// of all. All threads of the block must call it, and the block must have whole warps. `scratch`
+// holds one int per warp, and one more.
 __device__ __forceinline__ int exclusive_scan(int value, int* scratch, int* total) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   int sum = value;

@@ -136,7 +136,7 @@ inline void run_block(Block& block, std::vector<Thread>& threads, uint64_t& seed
   }
   for (unsigned left = count; left > 0;) {
     for (unsigned i = count; i > 1; --i) {
-      seed = seed * 6364136223846793005u + 1442695040888963407u;
+      seed = seed * 6364136223846793005u + 1442695040888963407u;  // Knuth's MMIX generator
       std::swap(order[i - 1], order[(seed >> 33) % i]);
     }
     bool progress = false;
@@ -185,8 +185,8 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_by
   }
 }
 
-// Exchange values within a warp: returns look(value_of), where value_of(lane) is that lane's
-// `value`. All threads of the warp must be in the same function, whose name is `call`.
+// Exchange values within a warp: returns look(value_of), where value_of(lane) is the `value` of
+// that lane. All threads of the warp must call this from the same function, named `call`.
 template <class T, class F>
 auto in_warp(const T& value, F look, const char* call = __builtin_FUNCTION()) {
   static_assert(sizeof(T) <= kSlot, "too large a value");
@@ -194,10 +194,10 @@ auto in_warp(const T& value, F look, const char* call = __builtin_FUNCTION()) {
   Warp& warp = self.block->warp_of(self);
   std::memcpy(warp.slots[self.thread.x % kWarp], &value, sizeof(T));
   warp.calls[self.thread.x % kWarp] = call;
-  if (warp.barrier.expected != kWarp) fail("a function of the whole warp, after threads returned");
+  if (warp.barrier.expected != kWarp) fail("a warp function is called after threads returned");
   wait(warp.barrier);
   for (const char* other : warp.calls) {
-    if (std::strcmp(other, call) != 0) fail("threads of a warp are in different functions of it");
+    if (std::strcmp(other, call) != 0) fail("threads of a warp call different warp functions");
   }
   const auto result = look([&](int lane) {
     T other;

@@ -34,17 +34,18 @@
 
 // Each set has V = Vec<float> and Vec<double>. T is the type in memory (float, BFloat16 or Half for
 // Vec<float>, double for Vec<double>); stores round to nearest even.
-//   V::W                                   number of lanes
-//   V::zero(), V::set1(value)
-//   V::load(const T*), V::load_partial(const T*, n)      lanes n, n + 1... are zero, 1 <= n < W
-//   v.store(T*), v.store_partial(T*, n)                  the first n lanes
-//   v.stream(A*)                           store past the caches, 64-byte aligned; then
-//   stream_fence() a + b, a - b, a * b, a / b, fma(a, b, c) = a * b + c max(a, b), min(a, b) b
-//   where either is NaN, as the x86 instructions have it gt(a, b), ge(a, b), eq(a, b), is_nan(a),
-//   mask_and(m, n), mask_or(m, n)       V::Mask blend(m, a, b)                         a where m,
-//   else b reduce_add(a), reduce_max(a)           over the lanes, in a fixed order round(a) the
-//   nearest integer, for |a| < 2^22 ldexp(a, n)                            a * 2^n for integers n,
-//   where 2^n is a normal number
+// - V::W: the number of lanes
+// - V::zero(), V::set1(value)
+// - V::load(const T*), V::load_partial(const T*, n): the first n lanes, the others zero; 1 <= n < W
+// - v.store(T*), v.store_partial(T*, n): the first n lanes
+// - v.stream(A*): a non-temporal store, 64-byte aligned; stream_fence() has to follow
+// - a + b, a - b, a * b, a / b, fma(a, b, c) = a * b + c
+// - max(a, b), min(a, b): b where either is NaN, as in the x86 instructions
+// - gt(a, b), eq(a, b), is_nan(a), mask_and(m, n), mask_or(m, n): a V::Mask
+// - blend(m, a, b): a where m, else b
+// - reduce_add(a), reduce_max(a): over the lanes, in a fixed order
+// - round(a): the nearest integer, for |a| < 2^22
+// - ldexp(a, n): a * 2^n for integers n where 2^n is a normal number
 namespace tokenops {
 
 namespace portable {
@@ -125,7 +126,6 @@ struct Vec<float> : Vec128<float, int32_t, 4> {
   TOKENOPS_INLINE V max(V a, V b) { return V::wrap(a.v > b.v ? a.v : b.v); } \
   TOKENOPS_INLINE V min(V a, V b) { return V::wrap(a.v < b.v ? a.v : b.v); } \
   TOKENOPS_INLINE V::Mask gt(V a, V b) { return a.v > b.v; }                 \
-  TOKENOPS_INLINE V::Mask ge(V a, V b) { return a.v >= b.v; }                \
   TOKENOPS_INLINE V::Mask eq(V a, V b) { return a.v == b.v; }                \
   TOKENOPS_INLINE V::Mask is_nan(V a) { return a.v != a.v; }                 \
   TOKENOPS_INLINE V::Mask mask_and(V::Mask m, V::Mask n) { return m & n; }   \
@@ -269,7 +269,6 @@ struct Vec<float> {
   TOKENOPS_INLINE V max(V a, V b) { return {_mm256_max_##S(a.v, b.v)}; }                  \
   TOKENOPS_INLINE V min(V a, V b) { return {_mm256_min_##S(a.v, b.v)}; }                  \
   TOKENOPS_INLINE V::Mask gt(V a, V b) { return _mm256_cmp_##S(a.v, b.v, _CMP_GT_OQ); }   \
-  TOKENOPS_INLINE V::Mask ge(V a, V b) { return _mm256_cmp_##S(a.v, b.v, _CMP_GE_OQ); }   \
   TOKENOPS_INLINE V::Mask eq(V a, V b) { return _mm256_cmp_##S(a.v, b.v, _CMP_EQ_OQ); }   \
   TOKENOPS_INLINE V::Mask is_nan(V a) { return _mm256_cmp_##S(a.v, a.v, _CMP_UNORD_Q); }  \
   TOKENOPS_INLINE V::Mask mask_and(V::Mask m, V::Mask n) { return _mm256_and_##S(m, n); } \
@@ -412,7 +411,6 @@ struct Vec<float> {
   TOKENOPS_INLINE V max(V a, V b) { return {_mm512_max_##S(a.v, b.v)}; }                        \
   TOKENOPS_INLINE V min(V a, V b) { return {_mm512_min_##S(a.v, b.v)}; }                        \
   TOKENOPS_INLINE V::Mask gt(V a, V b) { return _mm512_cmp_##S##_mask(a.v, b.v, _CMP_GT_OQ); }  \
-  TOKENOPS_INLINE V::Mask ge(V a, V b) { return _mm512_cmp_##S##_mask(a.v, b.v, _CMP_GE_OQ); }  \
   TOKENOPS_INLINE V::Mask eq(V a, V b) { return _mm512_cmp_##S##_mask(a.v, b.v, _CMP_EQ_OQ); }  \
   TOKENOPS_INLINE V::Mask is_nan(V a) { return _mm512_cmp_##S##_mask(a.v, a.v, _CMP_UNORD_Q); } \
   TOKENOPS_INLINE V::Mask mask_and(V::Mask m, V::Mask n) { return m & n; }                      \

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stable radix sorts by some bits of the keys: by one block, and by the whole device.
+// Stable radix sorts by a range of bits of the keys: one by a block, one by the whole device.
 #pragma once
 
 #include "cuda.cuh"

@@ -137,8 +137,8 @@ namespace tokenops {
 
 // ---- arguments in groups ----
 
-// How a kernel's parameter of type P comes from the operator's flat arguments: `next` points to its
-// first argument and moves behind its last one.
+// Takes a kernel's parameter of type P from the operator's flat arguments: `next` points to its
+// first argument and moves past its last one.
 template <class P, class = void>
 struct Parameter {
   static constexpr size_t kArguments = 1;

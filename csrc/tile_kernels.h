@@ -88,7 +88,7 @@ TOKENOPS_INLINE void store_tile(const V (&sum)[kTile][N], A* out, int64_t stride
 // ---- transposition ----
 
 // One step of a transposition: swap the lanes of a whose index has the bit `Step` with the lanes of
-// b whose index has not.
+// b whose index does not have it.
 template <int Step, class V>
 TOKENOPS_INLINE void exchange(V& a, V& b) {
 #if TOKENOPS_X86
@@ -110,7 +110,7 @@ TOKENOPS_INLINE void exchange(V& a, V& b) {
 #endif
 }
 
-// Transpose a square of vectors; call with Step 1.
+// Transpose a square of W vectors. Callers pass Step 1; it recurs with Step 2, 4, ...
 template <int Step, class V>
 TOKENOPS_INLINE void transpose(V (&m)[V::W]) {
   if constexpr (Step < V::W) {

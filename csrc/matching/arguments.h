@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments of the matching operators on any device: checked, then as plain data for kernels.
+// Arguments of the matching operators on any device: as the schemas list them, then checked.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace tokenops::matching {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// What a match asks for, as the schemas list it.
+// A request as the schemas list it.
 struct RequestArgs {
   int64_t r;
   std::optional<double> threshold;
@@ -22,7 +22,7 @@ struct RequestArgs {
   auto fields() { return std::tie(r, threshold, thresholds, order); }
 };
 
-// How tokens are split, as the schemas list it.
+// A split as the schemas list it.
 struct SplitArgs {
   int64_t num_prefix;
   OptionalTensor protected_tokens;      // bool [N] or [B, N]
@@ -41,7 +41,7 @@ inline void check_count(const char* op, const char* what, int64_t count) {
                   ", got ", count);
 }
 
-// A split is two lists, or a pattern by numbers in their range.
+// Check that a split is two lists, or a pattern whose numbers are in range.
 inline void check_split(const char* op, const SplitArgs& split) {
   STD_TORCH_CHECK(split.src_index || !split.dst_index, op,
                   ": src_index must be given where dst_index is, got None");
@@ -58,7 +58,7 @@ inline bool is_cosine(const char* op, const Text& similarity) {
   return similarity == "cosine";
 }
 
-// The number in [low, high] that is closest.
+// Clamp a number to [low, high].
 inline int32_t clamp(int64_t value, int64_t low, int64_t high) {
   return static_cast<int32_t>(value < low ? low : value > high ? high : value);
 }
@@ -80,17 +80,17 @@ struct Metric {
     tokens = t.size(dims - 2), token_stride = t.stride(dims - 2);
     width = t.size(dims - 1), stride = t.stride(dims - 1);
     STD_TORCH_CHECK(heads > 0, op, ": expected at least one head");
-    // The CPU kernels count vectors of columns in float32: 2^24 vectors of at least four.
+    // The CPU search keeps indices of vectors of at least 4 tokens as float32, exact up to 2^24.
     STD_TORCH_CHECK(tokens <= int64_t{1} << 26, op, ": expected at most 2^26 tokens");
   }
 };
 
-// The index in [0, count) that is closest; count is at least one.
-TOKENOPS_HOST_DEVICE int32_t clamped(int64_t index, int32_t count) {
+// Clamp an index to [0, count); count is at least one.
+TOKENOPS_HOST_DEVICE int32_t clamp_index(int64_t index, int32_t count) {
   return static_cast<int32_t>(index < 0 ? 0 : index >= count ? count - 1 : index);
 }
 
-// A tensor [K] or [B, K] of any strides, of all images or of one; `data` may be null.
+// A tensor [K] or [B, K] with any strides, or its row of one image. `data` may be null.
 struct View {
   const void* data;
   int64_t batch_bytes;  // from one row to the next; 0 if all images share a row
@@ -105,9 +105,9 @@ struct View {
     return static_cast<const uint8_t*>(data)[i * stride] != 0;
   }
   TOKENOPS_HOST_DEVICE int32_t index(int64_t i, int32_t count) const {
-    return clamped(bytes == 8 ? static_cast<const int64_t*>(data)[i * stride]
-                              : static_cast<const int32_t*>(data)[i * stride],
-                   count);
+    return clamp_index(bytes == 8 ? static_cast<const int64_t*>(data)[i * stride]
+                                  : static_cast<const int32_t*>(data)[i * stride],
+                       count);
   }
   TOKENOPS_HOST_DEVICE double number(int64_t i) const {
     return bytes == 8 ? static_cast<const double*>(data)[i * stride]
@@ -115,7 +115,7 @@ struct View {
   }
 };
 
-// `narrow` and `wide` are the dtypes that it may have, `count` is its size if that is not negative.
+// A view of a tensor of dtype `narrow` or `wide` whose rows have `count` elements, any if negative.
 inline View make_view(const char* op, const char* name, const OptionalTensor& t, int64_t batch,
                       ScalarType narrow, ScalarType wide, int64_t count = -1) {
   if (!t) return {};
@@ -163,10 +163,10 @@ struct Strided {
   }
 };
 
-// What a match asks for, of all images or, by `image`, of one. Tensors stay the caller's.
+// A request and a split, checked: of all images or, from `image`, of one. Owns no tensors.
 struct Request {
   int32_t tokens, outputs;   // N, M
-  int32_t num_src, num_dst;  // by the pattern, or listed
+  int32_t num_src, num_dst;  // of the pattern or the lists
   int32_t r, prefix;
   bool listed, has_threshold, tome_order;
   double threshold;           // if `thresholds` has no data
@@ -183,13 +183,10 @@ struct Request {
     one.thresholds = thresholds.image(i);
     return one;
   }
-  TOKENOPS_HOST_DEVICE double limit() const {
-    return thresholds.data == nullptr ? threshold : thresholds.number(0);
-  }
   // The i-th listed source or destination, clamped.
   TOKENOPS_HOST_DEVICE int32_t src(int i) const { return src_index.index(i, tokens); }
   TOKENOPS_HOST_DEVICE int32_t dst(int i) const { return dst_index.index(i, tokens); }
-  // For tokens behind the prefix.
+  // For tokens after the prefix.
   TOKENOPS_HOST_DEVICE bool is_protected(int32_t token) const {
     return protected_tokens.data != nullptr && protected_tokens.flag(token);
   }
@@ -202,7 +199,7 @@ struct Request {
   }
 };
 
-// `split` is two lists or strided: make_lists in split.h makes two lists of a grid.
+// `split` is two lists or strided: make_lists in split.h turns a grid into lists.
 inline Request make_request(const char* op, int64_t batch, int64_t tokens, const RequestArgs& args,
                             const SplitArgs& split) {
   check_count(op, "tokens", tokens);
@@ -211,15 +208,15 @@ inline Request make_request(const char* op, int64_t batch, int64_t tokens, const
                   ": expected order position or tome, got ", args.order);
   Request ask = {};
   ask.tokens = static_cast<int32_t>(tokens);
-  ask.r = clamp(args.r, 0, tokens > 0 ? tokens - 1 : 0);  // one token is left
+  ask.r = clamp(args.r, 0, tokens > 0 ? tokens - 1 : 0);  // one token stays
   ask.has_threshold = args.threshold || args.thresholds;
   ask.outputs = ask.has_threshold ? ask.tokens : ask.tokens - ask.r;
   ask.prefix = clamp(split.num_prefix, 0, tokens);
-  ask.tome_order = args.order == "tome" && ask.r > 0;  // if nothing merges, the identity
+  ask.tome_order = args.order == "tome" && ask.r > 0;  // r = 0 leaves all tokens in place
   ask.threshold = args.threshold.value_or(0);
   ask.thresholds = make_view(op, "thresholds", args.thresholds, batch, ScalarType::Float,
                              ScalarType::Double, batch);
-  ask.thresholds.batch_bytes = ask.thresholds.stride * ask.thresholds.bytes;
+  ask.thresholds.batch_bytes = ask.thresholds.stride * ask.thresholds.bytes;  // [B] to [B, 1]
   ask.protected_tokens = make_mask(op, "protected", split.protected_tokens, batch, tokens);
   ask.pattern = {static_cast<uint32_t>(clamp(split.stride, 1, tokens + 1))};
   ask.num_dst = ask.pattern.dst_before(ask.tokens);
@@ -242,7 +239,7 @@ struct TokenMap {
   int32_t* assign;   // [N]
   int32_t* offsets;  // [M + 1]
   int32_t* members;  // [N]
-  int32_t* count;    // [1] live output tokens
+  int32_t* count;    // [1] output tokens that have members
 
   TOKENOPS_HOST_DEVICE TokenMap image(const Request& ask, int64_t i) const {
     return {assign + i * ask.tokens, offsets + i * (ask.outputs + int64_t{1}),

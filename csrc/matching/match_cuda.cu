@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA operators tokenops::match_image, a match of small images in one launch by a block for each,
-// and tokenops::match_fits, whether a block can do that.
+// CUDA operators tokenops::match_image, which matches small images in one launch, one block for
+// each, and tokenops::match_fits, which tells whether one block is enough.
 #include "search_cuda.cuh"
 #include "select_cuda.cuh"
 
@@ -12,20 +12,21 @@ constexpr int64_t kMaxImageTokens = 1056;
 
 // ---- the kernel ----
 
-// Bytes of both lists, node_max and node_idx, and of all shared memory of a block. The selection
-// and the listing take the place of the search.
-TOKENOPS_HOST_DEVICE int64_t pair_bytes(const Request& ask) {
+// Bytes that stay in use from the search to the selection: the lists of sources and destinations,
+// node_max, node_idx, and SearchMemory::first.
+TOKENOPS_HOST_DEVICE int64_t kept_bytes(const Request& ask) {
   return (4 * (3 * int64_t{ask.num_src} + ask.num_dst + 1) + 15) / 16 * 16;
 }
+// Bytes of shared memory of a block. Listing, search and selection use the same memory in turn.
 TOKENOPS_HOST_DEVICE int64_t block_bytes(const Request& ask, int steps, int tiles) {
   const int64_t search = search_bytes(ask.num_dst, steps, tiles);
   const int64_t select = shared_bytes<float>(ask);
-  const int64_t lists = ask.listed ? (ask.tokens + kMaxThreads / 32 + 1) * int64_t{4} : 0;
+  const int64_t lists = ask.listed ? (ask.tokens + kMaxThreads / kWarpSize + 1) * int64_t{4} : 0;
   const int64_t most = search > select ? search : select;
-  return pair_bytes(ask) + (most > lists ? most : lists);
+  return kept_bytes(ask) + (most > lists ? most : lists);
 }
 
-// List the tokens of both sides. Returns the number of distinct destinations.
+// List the sources, and the distinct destinations, ascending. Returns the number of destinations.
 __device__ __forceinline__ int list_tokens(const Request& ask, int32_t* src, int32_t* dst,
                                            int* scratch) {
   const Block block = {scratch};
@@ -46,14 +47,13 @@ __device__ __forceinline__ int list_tokens(const Request& ask, int32_t* src, int
   return found;
 }
 
-// Blocks that share a multiprocessor. Compiled for sm_80, rows of 64 elements in two parts would
-// spill if there were two.
+// Blocks that share a multiprocessor. On sm_80, two would make inexact rows of 64 elements spill.
 template <bool Exact, int Steps, int Tiles>
 constexpr int resident_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if (!Exact && Steps == 8) return 1;
 #endif
-  return in_pairs(Steps, Tiles) ? 2 : 1;
+  return two_per_sm(Steps, Tiles) ? 2 : 1;
 }
 
 template <bool Exact, int Steps, int Tiles>
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(search_warps(Steps, Tiles) * kWarpSize,
   const int64_t image = blockIdx.x;
   const Request ask = all.image(image);
   char* const memory = cuda::shared_memory();
-  char* const rest = memory + pair_bytes(ask);
+  char* const rest = memory + kept_bytes(ask);
   float* const node_max = reinterpret_cast<float*>(memory);
   int32_t* const node_idx = reinterpret_cast<int32_t*>(node_max + ask.num_src);
   int32_t* const src = node_idx + ask.num_src;
@@ -73,12 +73,13 @@ __global__ void __launch_bounds__(search_warps(Steps, Tiles) * kWarpSize,
   const SearchMemory arrays = {src, dst, node_max, node_idx, dst + ask.num_dst, rest};
   const auto takes_part = [&](int t) { return t >= ask.prefix && !ask.is_protected(t); };
   search_image<Exact, Steps, Tiles>(x, image, ask.num_src, num_dst, cosine, arrays, takes_part);
-  select_in_shared(ask, node_max, node_idx, rest, maps);
+  select_image(ask, node_max, Work<float>(ask, node_idx, rest, rest + kCounterBytes, nullptr),
+               maps);
 }
 
 // ---- its launch ----
 
-// A kernel for an image by one block. The function is null if no kernel fits.
+// A kernel that matches an image by one block. `function` is null if no kernel fits.
 struct ImageKernel {
   void (*function)(MetricRows, Request, bool, TokenMap) = nullptr;
   int threads = 0;
@@ -95,7 +96,7 @@ ImageKernel image_kernel(const Request& ask) {
           block_bytes(ask, Steps, Tiles)};
 }
 
-// Rows that tf32 does not hold exactly take more registers: they may be less wide.
+// Choose the kernel for a width. Inexact rows take more registers, so they must be narrower.
 ImageKernel choose_kernel(const Request& ask, const MetricRows& x) {
   if (x.type < 0 || ask.tokens == 0 || ask.tokens > kMaxImageTokens) return {};
   const bool few = ask.num_src <= search_warps(8, 1) * 16;
@@ -112,7 +113,7 @@ ImageKernel choose_kernel(const Request& ask, const MetricRows& x) {
 
 const char* const kOp = "tokenops::match";
 
-// Whether the images of a metric fit; a grid must have become two lists.
+// Whether the images of a metric fit. Without lists the split is strided; a grid must be listed.
 bool match_fits(const Tensor& metric, const OptionalTensor& src_index,
                 const OptionalTensor& dst_index, int64_t stride) {
   const Metric x(kOp, metric);
@@ -138,7 +139,7 @@ MapTensors match_images(const Tensor& metric, const Text& similarity, const Requ
   return maps;
 }
 
-// The reported shared memory is that of ViT-B/16 and, of two tiles a warp, ViT-L/16 at 512 pixels.
+// Report the shared memory of ViT-B/16 and, where a warp has two tiles, of ViT-L/16 at 512 pixels.
 template <bool Exact, int Steps, int Tiles>
 cuda::Reported report(const char* name) {
   Request ask = {};

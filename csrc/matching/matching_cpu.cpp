@@ -16,7 +16,7 @@ namespace {
 
 // ---- driver ----
 
-// Memory of one image.
+// The memory of one image.
 template <class T>
 struct Image {
   using A = acc_t<T>;
@@ -30,7 +30,7 @@ struct Image {
     search.node_idx = arena.take<int32_t>(num_src);
   }
 
-  // Divide the search among threads, once both sides are listed.
+  // Divide the listed sources into groups: a multiple of the threads, if there are enough tiles.
   void plan(int64_t threads) {
     const int64_t groups = (search.tiles() * kTile + kGroup - 1) / kGroup;
     search.groups = std::min((groups + threads - 1) / threads * threads, search.tiles());
@@ -53,20 +53,21 @@ void split_among(int64_t threads, int64_t count, const F& f) {
   });
 }
 
-// Search all images of a job, which prepares each image (lists its tokens) and finishes it. If
-// whole images divide well among the threads, each thread takes some, whose data stay in its cache;
-// else the threads share every phase of all images. Both ways give the same bits.
+// Search all images of a job: job.prepare lists the tokens of an image, job.finish writes its
+// results. If images divide well among the threads, a thread does all phases of an image, whose
+// data stay in its cache; else the threads share each phase of all images. Both ways give the same
+// bits.
 template <class T, class Job>
 void run(const Job& job, const Metric& x, int64_t n, int64_t num_src, int64_t num_dst) {
   const int64_t batch = x.batch, width = x.width;
-  constexpr double kSmall = 2e6;  // multiplications that do not pay for another thread
+  constexpr double kSmall = 2e6;  // fewer multiplications do not pay for a second thread
   const bool small = double(batch) * double(num_src) * double(num_dst) * double(width) < kSmall;
   const int64_t threads = small ? 1 : torch::stable::get_num_threads();
   const bool whole_images = batch % threads == 0 || batch >= 8 * threads;
-  const int64_t held = whole_images ? threads : batch;
+  const int64_t held = whole_images ? threads : batch;  // images in memory at a time
 
   Arena measure(nullptr);
-  Image<T> measured(measure, n, num_src, num_dst, width);
+  const Image<T> measured(measure, n, num_src, num_dst, width);  // counts its bytes
   const int64_t work_bytes = work_words(width) * sizeof(acc_t<T>);
   Scratch<char> memory(held * measure.used() + threads * work_bytes);
   const auto image = [&](int64_t i) {
@@ -104,7 +105,7 @@ void run(const Job& job, const Metric& x, int64_t n, int64_t num_src, int64_t nu
     job.prepare(b, images[b]);
     images[b].plan(threads);
   });
-  int64_t blocks = 0, groups = 0;  // the most of an image
+  int64_t blocks = 0, groups = 0;  // the largest numbers of any image
   for (const Image<T>& im : images) {
     blocks = std::max(blocks, im.search.blocks());
     groups = std::max(groups, im.search.groups);
@@ -143,7 +144,7 @@ struct NearestJob {
       out_index[row] = best < 0 ? -1 : found.dst.list[best];
     }
   }
-  // List the rows that take part in an image, ascending. Returns how many they are.
+  // List the rows that take part in an image, ascending. Returns how many there are.
   static int64_t list(int64_t rows, const View& takes_part, int32_t* out) {
     int64_t count = 0;
     for (int64_t i = 0; i < rows; ++i) {
@@ -209,6 +210,7 @@ struct MatchJob {
   TokenMap out;
 };
 
+// Makes tensors on the CPU, as cuda::Target does on a GPU.
 struct Host {
   static Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     return tokenops::empty(sizes, dtype);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The best destination of each source. isa_kernels.h includes this file once for each instruction
-// set.
+// Finds the best destination of each source. isa_kernels.h includes this file once for each
+// instruction set.
 //
 // Destinations are packed in panels [depth][columns], a few vectors wide; sources are rows. A
 // register tile of kTile sources by one panel accumulates scores. For each source and lane it keeps
@@ -25,7 +25,7 @@ TOKENOPS_INLINE V load_strided(const T* p, int64_t stride, int n) {
 }
 
 // Write the metric of one token as `words` words, zeros at the end. Returns the factor that its
-// scores still need: 1 / length of pairs, which are written unchanged, else 1.
+// scores still need: pairs of bfloat16 are written unscaled and need 1 / length, other rows need 1.
 template <class T>
 inline acc_t<T> load_row(const Tokens<T>& tokens, int64_t i, bool cosine, int64_t words,
                          acc_t<T>* row) {
@@ -35,8 +35,8 @@ inline acc_t<T> load_row(const Tokens<T>& tokens, int64_t i, bool cosine, int64_
   const T* x = tokens.data + tokens.list[i] * tokens.token_stride;
   P* out = reinterpret_cast<P*>(row);
   constexpr int64_t kPerWord = sizeof(A) / sizeof(P);
-  const bool as_it_is = sizeof(P) == sizeof(T) && tokens.heads == 1 && tokens.stride == 1;
-  if (as_it_is && tokens.width == words * kPerWord) {
+  const bool can_copy = sizeof(P) == sizeof(T) && tokens.heads == 1 && tokens.stride == 1;
+  if (can_copy && tokens.width == words * kPerWord) {
     for (int64_t k = 0; k < words; k += V::W) {
       V::load(reinterpret_cast<const A*>(x) + k).store(row + k);
     }
@@ -114,27 +114,27 @@ void pack(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
 
 // ---- search ----
 
-// A group of sources: its packed rows, and for each row and lane the best score so far with the
-// index of its vector.
+// A group of sources: its packed rows, and for each row and lane the best score so far and the
+// index of the vector that has it.
 template <class A>
 struct Group {
   const A* rows;  // [tiles * kTile][words]
   int64_t words, tiles;
   A* partial;  // sums of rows longer than kDepth, [tiles][kTile][columns of a panel]
   A* best;     // [tiles * kTile][W]
-  A* index;
+  A* index;    // [tiles * kTile][W]
 };
 
 template <class A>
 struct Panel {
   const A* columns;  // [depth][N * W]
-  const A* inverse;  // [N * W], factors of pairs
+  const A* inverse;  // [N * W], factors of pairs of bfloat16
   int64_t depth;
   int64_t first;  // index of the first vector
 };
 
-// One tile of a group by one panel of N vectors, over words [k, end). A strict comparison keeps the
-// first of equal scores, and no NaN.
+// Multiply tile t of a group by one panel of N vectors, over words [k, end). A strict comparison
+// keeps the first of equal scores, and drops NaN.
 template <class T, int N, class A>
 TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t t, int64_t k,
                           int64_t end) {
@@ -176,7 +176,7 @@ TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t 
   }
 }
 
-// A whole group by one panel of n <= N vectors, kDepth words at a time.
+// Multiply a whole group by one panel of n <= N vectors, kDepth words at a time.
 template <class T, int N, class A>
 void search_panel(const Group<A>& group, const Panel<A>& panel, int n) {
   if constexpr (N > 1) {
@@ -190,7 +190,8 @@ void search_panel(const Group<A>& group, const Panel<A>& panel, int n) {
   } while (k < panel.depth);
 }
 
-// The best score over the lanes of W rows, [W][W], its vector and its lane; the first of equals.
+// For W rows, find the best score over the W lanes, its vector and its lane; of equal scores, those
+// of the first destination.
 template <class V, class A>
 TOKENOPS_INLINE void reduce_lanes(const A* best, const A* index, A* top_out, A* at_out,
                                   A* lane_out) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search for the best destinations of one image: data that the driver and its kernels share.
+// The search for the best destinations of one image on the CPU: the data that matching_cpu.cpp
+// passes to matching_kernels.h. Packed rows consist of words (tile_kernels.h) of type acc_t<T>.
 #pragma once
 
 #include "../tile.h"
@@ -7,17 +8,17 @@
 
 namespace tokenops::matching {
 
-constexpr int kGroup = 96;   // most sources that are compared with a panel before the next one
-constexpr int kBlock = 64;   // destinations that are packed together
-constexpr int kDepth = 512;  // words of a row that are multiplied at a time
+constexpr int kGroup = 96;   // most sources that share a pass over all panels of destinations
+constexpr int kBlock = 64;   // destinations of a block; a thread packs whole blocks
+constexpr int kDepth = 512;  // words of a row that a tile multiplies at a time
 
 template <class A>
 constexpr A infinity() {
   return static_cast<A>(__builtin_inf());
 }
 
-// The tokens of one side of an image that take part, in ascending order. Element d of head h of the
-// i-th token is data[list[i] * token_stride + h * head_stride + d * stride].
+// The sources or destinations of an image that take part, ascending. Element d of head h of the
+// i-th one is data[list[i] * token_stride + h * head_stride + d * stride].
 template <class T>
 struct Tokens {
   const T* data;
@@ -39,16 +40,15 @@ Tokens<T> tokens_of(const Metric& x, int64_t image, const int32_t* list, int64_t
           x.stride};
 }
 
-// Rows are packed as words of acc_t<T>: one element, or a pair of bfloat16.
 template <class T>
 struct Search {
   using A = acc_t<T>;
 
   Tokens<T> src, dst;
   bool cosine;
-  int64_t groups;     // parts of the sources
-  A* panels;          // packed destinations, columns of kBlock * depth words
-  A* inverse;         // 1 / length of each destination, if packed rows are not scaled by it
+  int64_t groups;     // number of groups that the sources are divided into
+  A* panels;          // packed destinations
+  A* inverse;         // factor of each destination's scores, see load_row in matching_kernels.h
   A* node_max;        // [src.count]
   int32_t* node_idx;  // [src.count], indices of dst.list, or -1
 
@@ -56,13 +56,14 @@ struct Search {
   int64_t tiles() const { return (src.count + kTile - 1) / kTile; }
 };
 
-// The kernels of one instruction set. `work` is work_words() words of one thread.
+// The kernels of one instruction set. `work` is scratch of one thread, work_words() words.
 template <class T>
 struct Kernels {
   void (*pack)(const Search<T>&, int64_t block_begin, int64_t block_end, acc_t<T>* work);
   void (*search)(const Search<T>&, int64_t group_begin, int64_t group_end, acc_t<T>* work);
 };
 
+// Packed rows of a group, and partial sums of it with a panel.
 inline int64_t work_words(int64_t width) { return kGroup * (row_words(width) + kBlock); }
 
 }  // namespace tokenops::matching

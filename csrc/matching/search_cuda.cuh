@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search for the best destinations of one small image, by one block on tensor cores.
+// Finds the best destinations of one small image, by one block on tensor cores.
 //
 // Destinations are in shared memory as float32. Each warp holds the rows of some sources in
-// registers and goes over all destinations. If the 11 bits of tf32 hold rows exactly (one head in
-// half precision), a product is one multiplication in tf32, else three, which keep the precision of
-// float32. The row of a destination that takes no part is NaN, so that no comparison is true.
+// registers and goes over all destinations. Rows of one head in half precision are exact in the 11
+// bits of tf32: one product in tf32 suffices. Others are split into a high and a low part of tf32,
+// and three products keep the precision of float32 (3xTF32). The row of a destination that takes no
+// part is NaN, so that no comparison is true.
 #pragma once
 
 #include <cmath>
@@ -17,13 +18,13 @@ namespace tokenops::matching {
 using cuda::kAllLanes;
 using cuda::kWarpSize;
 
-// Warps of a block. If registers allow, two blocks share a multiprocessor: one loads while the
-// other multiplies. 197 to 224 tokens fill seven warps of 16 sources.
-TOKENOPS_HOST_DEVICE constexpr bool in_pairs(int steps, int tiles) {
+// Whether registers allow two blocks on a multiprocessor: one loads while the other multiplies.
+TOKENOPS_HOST_DEVICE constexpr bool two_per_sm(int steps, int tiles) {
   return tiles == 1 && steps <= 8;
 }
+// Warps of a block. Seven warps of 16 sources suit 197 to 224 tokens (ViT), half of them sources.
 TOKENOPS_HOST_DEVICE constexpr int search_warps(int steps, int tiles) {
-  return in_pairs(steps, tiles) ? 7 : 8;
+  return two_per_sm(steps, tiles) ? 7 : 8;
 }
 
 // The rows of a metric [B, N, D] or [B, H, N, D], any strides.
@@ -31,7 +32,7 @@ struct MetricRows {
   const void* data;
   int32_t type;  // 0: float, 1: half, 2: bfloat16, -1: not for this search
   int32_t heads, width;
-  bool paired;  // two neighbouring elements, the first one even, may be loaded at once
+  bool paired;  // elements 2 i and 2 i + 1 may be loaded at once
   int64_t batch_stride, head_stride, token_stride, stride;
 
   explicit MetricRows(const Metric& x)
@@ -69,23 +70,23 @@ __device__ __forceinline__ float to_tf32(float x) {
 #endif
 }
 
-// sums += a b for a of 16 by 8 and b of 8 by 8 elements, spread over a warp: with g = lane / 4 and
-// t = lane % 4, a[i] is row g + 8 (i % 2), column t + 4 (i / 2); b[i] row t + 4 i, column g;
-// sums[i] row g + 8 (i / 2), column 2 t + i % 2.
+// sums += a b for a of 16 by 8 and b of 8 by 8 elements, in the fragments of mma.m16n8k8: with
+// g = lane / 4 and t = lane % 4, a[i] is row g + 8 (i % 2), column t + 4 (i / 2); b[i] is row
+// t + 4 i, column g; sums[i] is row g + 8 (i / 2), column 2 t + i % 2.
 __device__ __forceinline__ void multiply(float (&sums)[4], const float (&a)[4],
                                          const float (&b)[2]) {
 #if defined(TOKENOPS_EMULATE)
-  struct Shown {
+  struct Fragments {
     float a[4], b[2];
   } mine;
   std::memcpy(mine.a, a, sizeof(a));
   std::memcpy(mine.b, b, sizeof(b));
   const int g = emulate::lane() / 4, t = emulate::lane() % 4;
-  emulate::in_warp(mine, [&](auto of) {
+  emulate::in_warp(mine, [&](auto of_lane) {
     for (int i = 0; i < 4; ++i) {
       for (int k = 0; k < 8; ++k) {
-        const float left = of(g * 4 + k % 4).a[i / 2 + k / 4 * 2];
-        const float right = of((2 * t + i % 2) * 4 + k % 4).b[k / 4];
+        const float left = of_lane(g * 4 + k % 4).a[i / 2 + k / 4 * 2];
+        const float right = of_lane((2 * t + i % 2) * 4 + k % 4).b[k / 4];
         sums[i] += to_tf32(left) * to_tf32(right);
       }
     }
@@ -103,8 +104,8 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const float (&a)[4],
 
 // ---- rows ----
 
-// Rows of one warp, averaged over heads, zero past the width. Lane l holds elements 2 l and 2 l + 1
-// of every 64.
+// Rows that a warp loads at a time, averaged over heads, zero past the width. Lane l holds elements
+// 2 l and 2 l + 1 of every 64.
 template <int Steps, int kBatch>
 struct RowBatch {
   static constexpr int kPairs = (Steps * 8 + 63) / 64;
@@ -120,7 +121,7 @@ struct RowBatch {
     }
   }
 
-  // All loads of a head are in flight before the first one is used.
+  // Issues all loads of a head before it uses the first one.
   template <class T, class F>
   __device__ __forceinline__ void load_as(const MetricRows& x, int64_t image, const F& token) {
     const T* base = static_cast<const T*>(x.data) + image * x.batch_stride;
@@ -197,13 +198,13 @@ struct SearchMemory {
   const int32_t* dst;  // [num_dst] tokens, ascending
   float* node_max;     // [num_src]
   int32_t* node_idx;   // [num_src]
-  int* first;          // [1] the first destination that takes part
-  char* rows;          // search_bytes(...)
+  int* first;          // [1] the index of the first destination that takes part
+  char* rows;          // search_bytes(num_dst, steps, tiles)
 };
 
 // Floats from one row to the next: four more than elements, so that the rows of a fragment are in
 // different banks.
-TOKENOPS_HOST_DEVICE int row_pitch(int steps) { return steps * 8 + 4; }
+TOKENOPS_HOST_DEVICE constexpr int row_pitch(int steps) { return steps * 8 + 4; }
 
 TOKENOPS_HOST_DEVICE int64_t search_bytes(int64_t num_dst, int steps, int tiles) {
   const int64_t padded = (num_dst + 7) / 8 * 8;
@@ -211,16 +212,17 @@ TOKENOPS_HOST_DEVICE int64_t search_bytes(int64_t num_dst, int steps, int tiles)
          static_cast<int64_t>(sizeof(float));
 }
 
-// Find the best destination of each source of an image among those for which takes_part(token) is
-// true: of equal scores the first destination, and the first of all if every score is NaN.
-// Exact: tf32 holds the rows, and scores are divided by lengths afterwards. Steps: of eight
-// elements of a row. Tiles: of 16 sources that a warp holds.
+// Find the best destination of each source of an image among the destinations that
+// takes_part(token) holds for: of equal scores the first one, and the first of all if no score is
+// above -inf. Exact: rows are exact in tf32, so they are multiplied as they are and their scores
+// are scaled by the inverse lengths. Steps: a row has 8 * Steps elements. Tiles: a warp holds 16 *
+// Tiles sources.
 template <bool Exact, int Steps, int Tiles, class TakesPart>
 __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image, int num_src,
                                              int num_dst, bool cosine, const SearchMemory& memory,
                                              const TakesPart& takes_part) {
-  constexpr int kPitch = Steps * 8 + 4, kWarps = search_warps(Steps, Tiles);
-  constexpr int kBatch = in_pairs(Steps, Tiles) ? 4 : 8;  // rows that a warp loads at a time
+  constexpr int kPitch = row_pitch(Steps), kWarps = search_warps(Steps, Tiles);
+  constexpr int kBatch = two_per_sm(Steps, Tiles) ? 4 : 8;  // rows that a warp loads at a time
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const int padded = (num_dst + 7) / 8 * 8;
@@ -240,10 +242,10 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
     TOKENOPS_UNROLL
     for (int i = 0; i < kBatch; ++i) {  // padded is a multiple of the batch
       const int j = begin + i;
-      const float length = cosine ? batch.inverse_length(i) : 1;
+      const float cosine_factor = cosine ? batch.inverse_length(i) : 1;
       const bool candidate = j < num_dst && takes_part(token(i));
       if (candidate && lane == 0) atomicMin(memory.first, j);
-      const float factor = candidate ? length : nan;
+      const float factor = candidate ? cosine_factor : nan;
       batch.store(i, rows + j * kPitch, Exact ? 1 : factor);
       if (Exact && lane == 0) inverse[j] = factor;
     }
@@ -254,7 +256,7 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
     float high[Tiles][Steps][4], low[Tiles][Exact ? 1 : Steps][4], scale[Tiles][2];
     TOKENOPS_UNROLL
     for (int tile = 0; tile < Tiles; ++tile) {
-      float lengths = 1;  // lane i holds the factor of row i
+      float row_factor = 1;  // lane i holds the factor of row i
       for (int half = 0; half < 16; half += kBatch) {
         const int at = begin + tile * 16 + half;
         batch.load(x, image,
@@ -262,12 +264,12 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
         TOKENOPS_UNROLL
         for (int i = 0; i < kBatch; ++i) {
           const float factor = cosine ? batch.inverse_length(i) : 1;
-          if (lane == half + i) lengths = factor;
+          if (lane == half + i) row_factor = factor;
           batch.store(i, staging + (half + i) * kPitch, Exact ? 1 : factor);
         }
       }
-      scale[tile][0] = __shfl_sync(kAllLanes, lengths, g);
-      scale[tile][1] = __shfl_sync(kAllLanes, lengths, g + 8);
+      scale[tile][0] = __shfl_sync(kAllLanes, row_factor, g);
+      scale[tile][1] = __shfl_sync(kAllLanes, row_factor, g + 8);
       __syncwarp();
       TOKENOPS_UNROLL
       for (int step = 0; step < Steps; ++step) {
@@ -317,7 +319,7 @@ __device__ __forceinline__ void search_image(const MetricRows& x, int64_t image,
         if (score > best[tile][c / 2]) best[tile][c / 2] = score, at[tile][c / 2] = j;
       }
     }
-    // The four lanes of a row saw different columns.
+    // Four lanes share a row and saw different columns: reduce over them.
     TOKENOPS_UNROLL
     for (int i = 0; i < Tiles * 2; ++i) {
       float mine = best[i / 2][i % 2];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The selection on the CPU: an image by one thread, before and after its search.
+// The selection on the CPU: one thread for an image lists its tokens, and after the search merges.
 #pragma once
 
 #include <algorithm>
@@ -10,78 +10,79 @@
 namespace tokenops::matching {
 
 template <class A>
-struct Selection : Groups {
+struct Selection : Segments {
   Key<A>* key;
-  Rank<Key<A>>* ranks;
-  int32_t* src;  // sources to search for, ascending: eligible ones, then protected ones that merge
-  int32_t* dst;  // eligible destinations, ascending
-  int64_t eligible, num_src, num_dst;
+  KeyedToken<Key<A>>* keyed;
+  int32_t* src;  // unprotected sources, ascending, then the protected ones that may have to merge
+  int32_t* dst;  // unprotected destinations, ascending
+  int64_t num_unprotected, num_src, num_dst;  // unprotected sources; lengths of `src` and `dst`
 
   Selection(Arena& arena, int64_t n) {
-    for (int32_t** array : {&group, &size, &first, &number, &slot, &src, &dst}) {
+    for (int32_t** array : {&root, &count, &first, &output, &role, &src, &dst}) {
       *array = arena.take<int32_t>(n);
     }
     key = arena.take<Key<A>>(n);
-    ranks = arena.take<Rank<Key<A>>>(n);
+    keyed = arena.take<KeyedToken<Key<A>>>(n);
   }
 
-  int32_t src_index(int t) const { return slot[t] == kNeitherSide ? -1 : slot[t]; }
-  int32_t target(int t) const { return number[t]; }  // until output tokens are numbered
-  void put(int i, int t) const { ranks[i] = {key[t], t}; }
-  void sort(const Serial&, int count) const { std::sort(ranks, ranks + count); }
-  int32_t ranked(int i) const { return ranks[i].token; }
+  int32_t src_index(int t) const { return role[t] == kNeitherSide ? -1 : role[t]; }
+  int32_t target(int t) const { return output[t]; }  // until output tokens are numbered
+  void put(int i, int t) const { keyed[i] = {key[t], t}; }
+  void sort(const Serial&, int count) const { std::sort(keyed, keyed + count); }
+  int32_t sorted_token(int i) const { return keyed[i].token; }
 };
 
-// List the tokens that the search is for.
+// List the sources and destinations that the search compares.
 template <class A>
 void list_tokens(const Request& ask, Selection<A>& s) {
-  start_groups(Serial{}, ask, s);
-  if (!ask.listed) {
-    std::fill_n(s.slot, ask.tokens, 0);
-    for (int i = 0; i < ask.num_dst; ++i) s.slot[ask.pattern.dst(i)] = INT_MIN;
+  start_segments(Serial{}, ask, s);
+  if (!ask.listed) {  // the sides suffice, no one asks for the indices
+    std::fill_n(s.role, ask.tokens, 0);
+    for (int i = 0; i < ask.num_dst; ++i) s.role[ask.pattern.dst(i)] = INT_MIN;
   }
-  s.eligible = s.num_dst = 0;
-  for (int32_t t = ask.prefix; t < ask.tokens; ++t) {
+  s.num_unprotected = s.num_dst = 0;
+  for (int32_t t = ask.prefix; t < ask.tokens; ++t) {  // append to both lists, without a branch
     const bool takes_part = !ask.is_protected(t);
-    s.src[s.eligible] = s.dst[s.num_dst] = t;
-    s.eligible += takes_part && s.src_index(t) >= 0;
-    s.num_dst += takes_part && s.slot[t] < 0;
+    s.src[s.num_unprotected] = s.dst[s.num_dst] = t;
+    s.num_unprotected += takes_part && s.src_index(t) >= 0;
+    s.num_dst += takes_part && s.role[t] < 0;
   }
-  s.num_src = s.eligible;
+  s.num_src = s.num_unprotected;
   if (ask.has_threshold) return;
   for (int32_t t = ask.prefix; t < ask.tokens && s.num_src < ask.r; ++t) {
     if (s.src_index(t) >= 0 && ask.is_protected(t)) s.src[s.num_src++] = t;
   }
 }
 
-// Write the map of `live` groups.
+// Write the map of `num_segments` segments.
 template <class A>
-void write_map(const Request& ask, int32_t live, const Selection<A>& s, const TokenMap& out) {
+void write_map(const Request& ask, int32_t num_segments, const Selection<A>& s,
+               const TokenMap& out) {
   const int32_t n = ask.tokens, m = ask.outputs;
   std::fill_n(out.offsets, m + 1, 0);
   for (int32_t t = 0; t < n; ++t) {
-    // More groups than outputs are left if too few sources could merge: those are dropped.
-    const int32_t a = s.number[s.group[t]];
+    // If too few sources could merge, there are more segments than outputs: drop the last ones.
+    const int32_t a = s.output[s.root[t]];
     out.assign[t] = a < m ? a : -1;
     if (a < m) ++out.offsets[a];
   }
   int32_t total = 0;
   for (int32_t a = 0; a <= m; ++a) total = out.offsets[a] += total;
   std::fill(out.members + total, out.members + n, -1);
-  // From the back, which turns the end of each group into its offset.
+  // Place the tokens from the last one on, which moves each end to the beginning of its segment.
   for (int32_t t = n; t-- > 0;) {
     if (out.assign[t] >= 0) out.members[--out.offsets[out.assign[t]]] = t;
   }
-  *out.count = std::min(live, m);
+  *out.count = std::min(num_segments, m);
 }
 
-// Write the map that changes nothing.
+// Write the map of an image in which nothing merges.
 inline void write_identity(int32_t n, const TokenMap& out) {
   for (int32_t t = 0; t < n; ++t) out.assign[t] = out.offsets[t] = out.members[t] = t;
   out.offsets[n] = *out.count = n;
 }
 
-// The map of one image from node_max and node_idx [num_src], indices of `dst`.
+// Write the map of one image. node_max and node_idx are [num_src]; node_idx are indices of `dst`.
 template <class A>
 void select_image(const Request& ask, const A* node_max, const int32_t* node_idx,
                   const Selection<A>& s, const TokenMap& out) {
@@ -92,31 +93,32 @@ void select_image(const Request& ask, const A* node_max, const int32_t* node_idx
     }
   }
   // Without an eligible destination, sources that have to merge take the first destination.
-  int32_t otherwise = -1;
+  int32_t fallback = -1;
   if (s.num_dst == 0 && !ask.has_threshold) {
     const int32_t* const found =
-        std::find_if(s.slot, s.slot + ask.tokens, [](int32_t slot) { return slot < 0; });
-    if (found != s.slot + ask.tokens) otherwise = static_cast<int32_t>(found - s.slot);
+        std::find_if(s.role, s.role + ask.tokens, [](int32_t role) { return role < 0; });
+    if (found != s.role + ask.tokens) fallback = static_cast<int32_t>(found - s.role);
   }
   for (int i = 0; i < s.num_src; ++i) {
     const int32_t t = s.src[i];
-    if (i < s.eligible) s.key[t] = key_of(node_max[i]);
-    s.number[t] = node_idx[i] < 0 ? otherwise : s.dst[node_idx[i]];
+    if (i < s.num_unprotected) s.key[t] = key_of(node_max[i]);
+    s.output[t] = node_idx[i] < 0 ? fallback : s.dst[node_idx[i]];
     s.put(i, t);
   }
 
-  Rank<Key<A>> last = {kUnscored<A>, INT_MAX};
+  // Protected sources that are not in `src` have no target: they must not merge.
+  KeyedToken<Key<A>> last = {kUnscored<A>, INT_MAX};
   if (ask.r < s.num_src) {
-    std::nth_element(s.ranks, s.ranks + ask.r - 1, s.ranks + s.num_src);
-    last = s.ranks[ask.r - 1];
-  } else if (s.eligible < s.num_src) {
-    last = s.ranks[s.num_src - 1];
+    std::nth_element(s.keyed, s.keyed + ask.r - 1, s.keyed + s.num_src);
+    last = s.keyed[ask.r - 1];
+  } else if (s.num_unprotected < s.num_src) {
+    last = s.keyed[s.num_src - 1];  // protected
   }
   constexpr Serial kTeam;
   merge_src<A>(kTeam, ask, last, s);
-  const int live =
+  const int num_segments =
       ask.tome_order ? number_as_tome<A>(kTeam, ask, s) : number_by_position(kTeam, ask, s);
-  write_map(ask, live, s, out);
+  write_map(ask, num_segments, s, out);
 }
 
 }  // namespace tokenops::matching

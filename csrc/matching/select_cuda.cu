@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA operators tokenops::select, the token map of the best pairs in one launch, and
-// tokenops::grid_sides, the sides of a grid as lists.
+// CUDA operators tokenops::select, which makes the token map of the best pairs in one launch, and
+// tokenops::grid_sides, which lists the sources and destinations of a grid.
 #include "select_cuda.cuh"
 
 namespace tokenops::matching {
@@ -11,7 +11,7 @@ namespace {
 constexpr int kListThreads = 256;
 constexpr int64_t kListBytes = (kMaxThreads / cuda::kWarpSize + 1) * sizeof(int);
 
-// A block for a band of an image.
+// One block for each band of an image.
 __global__ void __launch_bounds__(kListThreads) list_grid(Grid grid) {
   const Block block = {reinterpret_cast<int*>(cuda::shared_memory())};
   grid.list(block, blockIdx.x / grid.bands(), blockIdx.x % grid.bands());
@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor> grid_sides(const Tensor& metric, const SplitArgs& spl
 
 // ---- selection ----
 
-// A block for an image. Arrays are in shared memory if there are none in global memory; a sort may
-// still be in shared memory then.
+// One block for each image. Its arrays are in shared memory if kShared, else in `arrays`, in global
+// memory; the sort may be in shared memory even then.
 template <class A, bool kShared>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     select_images(Request all, const A* __restrict__ node_max, const int32_t* __restrict__ node_idx,
@@ -79,7 +79,7 @@ void launch_select(const Target& target, const Request& ask, int64_t batch, cons
                 static_cast<char*>(arrays.mutable_data_ptr()), bytes, sort_in_shared, out);
 }
 
-// The reported shared memory is that of an image of 1024 tokens.
+// Report the shared memory of an image of 1024 tokens.
 template <class A, bool kShared>
 cuda::Reported report(const char* name) {
   Request ask = {};

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The selection on CUDA: an image by one block, its arrays in shared memory as far as they fit.
+// The selection on CUDA: one block for an image, its arrays in shared memory if they fit, else in
+// global memory.
 //
 // All steps are linear in N, except for the sort of the unmerged sources in ToMe's order. Atomics
 // are of integers, and no result depends on their order.
@@ -15,12 +16,12 @@ constexpr int kMaxThreads = 1024;
 
 // ---- a block as a team ----
 
-// Indices whose loads a thread has in flight at a time.
+// Loads that a thread has in flight at a time.
 constexpr int kUnroll = 4;
 
 // The functions of Serial in team.h.
 struct Block {
-  int* sums;  // [kMaxThreads / kWarpSize + 1], of the scans
+  int* sums;  // [kMaxThreads / kWarpSize + 1], scratch of the scans
 
   template <class Use>
   __device__ __forceinline__ void for_each(int count, const Use& use) const {
@@ -68,23 +69,23 @@ struct Block {
 
 // ---- memory ----
 
-// What a block always has in shared memory.
+// These are in shared memory even if the arrays are not.
 struct Counters {
-  int digits[1 << kDigitBits];  // the histogram, zero between uses
+  int histogram[1 << kDigitBits];  // of digits; zero between uses
   int sums[kMaxThreads / cuda::kWarpSize + 1];
   int digit, before, digit_count;  // the digit of the wanted number
-  unsigned lowest, highest;        // the leading bits of the keys of finite scores
-  int scored, mergeable;           // sources with a finite score, and all that may merge
+  unsigned lowest, highest;        // the leading 32 bits of the keys of scores above -inf
+  int scored, mergeable;           // sources with a score above -inf, and all that may merge
   int num_dst;                     // distinct destinations
-  int crowded;                     // groups of very many members
+  int num_long;                    // long segments
 };
 constexpr int64_t kCounterBytes = (sizeof(Counters) + 15) / 16 * 16;
 
 // Bitonic sort of `count` pairs by key and then token, ascending. All compare-exchanges go in one
 // direction, so that elements past the end, which count as the largest, need not exist.
-// CUB's block sorts take a number of elements that is fixed at compile time. For the 11,000 tokens
-// that fit shared memory its radix sort takes 64 registers, spills, and needs 44 KB of its own;
-// this sort takes 28 registers, no memory and any count (nvcc 13.0, sm_90a).
+// CUB's block sorts fix the number of elements at compile time: for the 11,000 tokens that fit
+// shared memory, its radix sort takes 64 registers, spills, and needs 44 KB of scratch. This sort
+// takes 28 registers and no scratch (nvcc 13.0, sm_90a).
 template <class K>
 __device__ __forceinline__ void sort_pairs(K* keys, int32_t* tokens, int count) {
   const unsigned end = count;
@@ -96,7 +97,7 @@ __device__ __forceinline__ void sort_pairs(K* keys, int32_t* tokens, int count) 
         if (left >= end) break;
         const unsigned right = mirrored ? left - 2 * within + run - 1 : left + by;
         if (right >= end) continue;
-        const Rank<K> a = {keys[left], tokens[left]}, b = {keys[right], tokens[right]};
+        const KeyedToken<K> a = {keys[left], tokens[left]}, b = {keys[right], tokens[right]};
         if (b < a) {
           keys[left] = b.key, keys[right] = a.key;
           tokens[left] = b.token, tokens[right] = a.token;
@@ -107,48 +108,48 @@ __device__ __forceinline__ void sort_pairs(K* keys, int32_t* tokens, int count) 
   }
 }
 
-// Arrays [N] of an image. Some take the place of others that are no longer needed.
+// Arrays [N] of an image. Some share the memory of others that are no longer needed.
 template <class A>
-struct Work : Groups {
+struct Work : Segments {
   const Request& ask;
   const int32_t* node_idx;
   Counters* counters;
   Key<A>* key;
-  int32_t* start;       // where the members of an output token begin; in place of the keys
-  Key<A>* sorted_keys;  // in place of the numbers if they are small enough
-  int32_t* sorted;      // sources by rank; in place of `first`
-  int32_t* ascending;   // listed destinations; in place of the numbers
-  int32_t* staged;      // members, not yet in order; in place of `first`
-  int32_t* crowded;     // groups of very many members
+  int32_t* start;          // where the members of an output token begin; in place of `key`
+  Key<A>* sorted_keys;     // of 4 bytes: in place of `output`; of 8 bytes: after `key`
+  int32_t* sorted;         // sources by key; in place of `first`
+  int32_t* ascending;      // listed destinations; in place of `output`
+  int32_t* unsorted;       // members of each segment, in any order; in place of `first`
+  int32_t* long_segments;  // their roots: at most N / 32, since each has more than 2^5 members
 
-  // A sort may have memory of its own.
-  __device__ __forceinline__ Work(const Request& request, const int32_t* best, char* of_counters,
-                                  char* arrays, char* for_sort)
-      : ask(request), node_idx(best), counters(reinterpret_cast<Counters*>(of_counters)) {
+  // The sort uses `sort_memory` unless it is null.
+  __device__ __forceinline__ Work(const Request& request, const int32_t* node_idx_,
+                                  char* counter_memory, char* arrays, char* sort_memory)
+      : ask(request), node_idx(node_idx_), counters(reinterpret_cast<Counters*>(counter_memory)) {
     const int64_t n = ask.tokens;
     key = reinterpret_cast<Key<A>*>(arrays);
     start = reinterpret_cast<int32_t*>(arrays);
-    size = reinterpret_cast<int32_t*>(key + (sizeof(A) == 8 ? 2 * n : n));
-    group = size + n;
-    number = ascending = group + n;
-    first = sorted = staged = number + n;
-    crowded = first + n;
-    slot = crowded + n / 32 + 1;
-    sorted_keys = sizeof(A) == 8 ? key + n : reinterpret_cast<Key<A>*>(number);
-    if (for_sort != nullptr) {
-      sorted_keys = reinterpret_cast<Key<A>*>(for_sort);
+    count = reinterpret_cast<int32_t*>(key + (sizeof(A) == 8 ? 2 * n : n));
+    root = count + n;
+    output = ascending = root + n;
+    first = sorted = unsorted = output + n;
+    long_segments = first + n;
+    role = long_segments + n / 32 + 1;
+    sorted_keys = sizeof(A) == 8 ? key + n : reinterpret_cast<Key<A>*>(output);
+    if (sort_memory != nullptr) {
+      sorted_keys = reinterpret_cast<Key<A>*>(sort_memory);
       sorted = reinterpret_cast<int32_t*>(sorted_keys + ask.max_sorted());
     }
   }
 
   __device__ __forceinline__ int32_t src_index(int t) const {
     if (!ask.listed) return ask.pattern.src_index(t);
-    return slot[t] < 0 || slot[t] == kNeitherSide ? -1 : slot[t];
+    return role[t] < 0 || role[t] == kNeitherSide ? -1 : role[t];
   }
   __device__ __forceinline__ int32_t target(int t) const {
     const int32_t best = node_idx[src_index(t)];
     if (ask.has_threshold && best < 0) return -1;
-    const int32_t i = clamped(best, counters->num_dst);
+    const int32_t i = clamp_index(best, counters->num_dst);
     return ask.listed ? ascending[i] : ask.pattern.dst(i);
   }
   __device__ __forceinline__ void put(int i, int t) const {
@@ -158,21 +159,22 @@ struct Work : Groups {
   __device__ __forceinline__ void sort(const Block&, int count) const {
     sort_pairs(sorted_keys, sorted, count);
   }
-  __device__ __forceinline__ int32_t ranked(int i) const { return sorted[i]; }
+  __device__ __forceinline__ int32_t sorted_token(int i) const { return sorted[i]; }
 };
 
-// Bytes of the arrays, of the memory of a sort that has its own, and of all that select_in_shared
-// needs.
+// Bytes of the arrays of Work.
 template <class A>
 TOKENOPS_HOST_DEVICE int64_t array_bytes(const Request& ask) {
   const int64_t n = ask.tokens;
   const int64_t keys = (sizeof(A) == 8 ? 16 : 4) * n;
   return (keys + (4 * n + n / 32 + 1 + (ask.listed ? n : 0)) * 4 + 15) / 16 * 16;
 }
+// Bytes of the sort's own memory.
 template <class A>
 TOKENOPS_HOST_DEVICE int64_t sort_bytes(const Request& ask) {
   return ask.max_sorted() * static_cast<int64_t>(sizeof(A) + sizeof(int32_t));
 }
+// Bytes of shared memory that hold everything.
 template <class A>
 TOKENOPS_HOST_DEVICE int64_t shared_bytes(const Request& ask) {
   return kCounterBytes + array_bytes<A>(ask);
@@ -180,21 +182,21 @@ TOKENOPS_HOST_DEVICE int64_t shared_bytes(const Request& ask) {
 
 // ---- which sources merge ----
 
-// Narrow an interval until the wanted number is its largest or its only one. `number(i)` is the
-// i-th number, i < count; all numbers are less than ~K{0}.
+// Narrow an interval until it is selected as a whole, or holds only numbers equal to the wanted
+// one. number(i) is the i-th number, i < count; ~K{0}, which no interval holds, stands for none.
 template <class K, class Number>
 __device__ __forceinline__ Interval<K> narrow(Interval<K> among, int count, const Block& block,
                                               Counters* counters, const Number& number) {
-  while (!among.found() && among.low < among.high) {
+  while (!among.takes_all() && among.low < among.high) {
     const int shift = among.shift();
     block.for_each(count, number, [&](int, K x) {
-      if (among.holds(x)) atomicAdd(&counters->digits[among.digit(x, shift)], 1);
+      if (among.holds(x)) atomicAdd(&counters->histogram[among.digit(x, shift)], 1);
     });
     __syncthreads();
     block.scan(
-        1 << kDigitBits, [&](int i) { return counters->digits[i]; },
+        1 << kDigitBits, [&](int i) { return counters->histogram[i]; },
         [&](int i, int here, int before) {
-          counters->digits[i] = 0;
+          counters->histogram[i] = 0;
           if (before <= among.rank && among.rank < before + here) {
             counters->digit = i;
             counters->before = before;
@@ -241,10 +243,10 @@ __device__ __forceinline__ void find_keys(const Request& ask, const A* node_max,
   __syncthreads();
 }
 
-// The last source that merges.
+// Find the last source that merges.
 template <class A>
-__device__ __forceinline__ Rank<Key<A>> last_to_merge(const Request& ask, const Block& block,
-                                                      const Work<A>& work) {
+__device__ __forceinline__ KeyedToken<Key<A>> last_to_merge(const Request& ask, const Block& block,
+                                                            const Work<A>& work) {
   using K = Key<A>;
   const Counters& counters = *work.counters;
   const int scored = counters.scored, mergeable = counters.mergeable;
@@ -258,7 +260,7 @@ __device__ __forceinline__ Rank<Key<A>> last_to_merge(const Request& ask, const 
     keys = {kUnscored<A>, kProtected<A>, ask.r - 1 - scored, mergeable - scored};
   }
   keys = narrow(keys, ask.tokens, block, work.counters, [&](int t) { return work.key[t]; });
-  if (keys.found()) return {keys.high, INT_MAX};
+  if (keys.takes_all()) return {keys.high, INT_MAX};
   // Of several sources with the last key, those of the lowest tokens merge.
   const Interval<unsigned> all = {0, static_cast<unsigned>(ask.tokens - 1), keys.rank, keys.count};
   const Interval<unsigned> tokens = narrow(all, ask.tokens, block, work.counters, [&](int t) {
@@ -269,78 +271,79 @@ __device__ __forceinline__ Rank<Key<A>> last_to_merge(const Request& ask, const 
 
 // ---- the map ----
 
-// Write the map of `live` groups: that of image blockIdx.x, computed here to save registers.
+// Write the map of `num_segments` segments. The pointers of image blockIdx.x are computed here, not
+// by the caller, to save registers.
 template <class A>
-__device__ __forceinline__ void write_map(const Request& ask, int live, const Block& block,
+__device__ __forceinline__ void write_map(const Request& ask, int num_segments, const Block& block,
                                           const Work<A>& work, const TokenMap& maps) {
   const TokenMap out = maps.image(ask, blockIdx.x);
   const int n = ask.tokens, outputs = ask.outputs;
-  const int bits = compared_bits(n), one_staged = 2 << bits;
+  const int bits = short_bits(n), one_placed = 2 << bits;
   __syncthreads();
-  // The size of a crowded group becomes negative. That of another group counts its staged members
-  // from bit `bits + 1` on.
+  // `count` of a short segment holds two numbers: its members in the lower bits + 1 bits, and above
+  // them the members placed so far. `count` of a long segment becomes negative.
   block.for_each(n, [&](int t) {
-    if (work.group[t] != t) return;
-    const int size = work.size[t];
-    work.start[work.number[t]] = size;
-    if (size > 1 << bits) {
-      work.crowded[atomicAdd(&work.counters->crowded, 1)] = t;
-      work.size[t] = -size;
+    if (work.root[t] != t) return;
+    const int count = work.count[t];
+    work.start[work.output[t]] = count;
+    if (count > 1 << bits) {
+      work.long_segments[atomicAdd(&work.counters->num_long, 1)] = t;
+      work.count[t] = -count;
     }
   });
   __syncthreads();
   block.scan(
-      live, [&](int m) { return work.start[m]; },
+      num_segments, [&](int m) { return work.start[m]; },
       [&](int m, int, int before) {
         work.start[m] = before;
         if (m <= outputs) out.offsets[m] = before;
       });
-  for (int m = live + threadIdx.x; m <= outputs; m += blockDim.x) out.offsets[m] = n;
-  if (threadIdx.x == 0) *out.count = live < outputs ? live : outputs;
+  for (int m = num_segments + threadIdx.x; m <= outputs; m += blockDim.x) out.offsets[m] = n;
+  if (threadIdx.x == 0) *out.count = num_segments < outputs ? num_segments : outputs;
   __syncthreads();
 
   struct Place {
-    int32_t group, m, size, begin;
+    int32_t root, m, count, begin;
   };
   block.for_each(
       n,
       [&](int t) {
         Place place;
-        place.group = work.group[t];
-        place.m = work.number[place.group];
-        place.size = atomicAdd(&work.size[place.group], 0);  // other threads add to it meanwhile
+        place.root = work.root[t];
+        place.m = work.output[place.root];
+        place.count = atomicAdd(&work.count[place.root], 0);  // a load: other threads add to it
         place.begin = work.start[place.m];
         return place;
       },
       [&](int t, const Place& place) {
-        // More groups than outputs are left if too few sources could merge: those are dropped.
+        // If too few sources could merge, there are more segments than outputs: drop the last ones.
         const bool kept = place.m < outputs;
         out.assign[t] = kept ? place.m : -1;
-        if (place.size == 1) {
+        if (place.count == 1) {
           out.members[place.begin] = kept ? t : -1;
-        } else if (place.size > 0) {
-          const int staged = atomicAdd(&work.size[place.group], one_staged) >> (bits + 1);
-          work.staged[place.begin + staged] = t;
+        } else if (place.count > 0) {
+          const int placed = atomicAdd(&work.count[place.root], one_placed) >> (bits + 1);
+          work.unsorted[place.begin + placed] = t;
         }
       });
   __syncthreads();
   block.for_each(n, [&](int t) {
-    const int group = work.group[t], size = work.size[group];
-    if (size <= 1) return;
-    const int m = work.number[group], begin = work.start[m];
-    const int end = begin + (size & (one_staged - 1));
-    int at = begin;
-    for (int i = begin; i < end; ++i) at += work.staged[i] < t;
+    const int root = work.root[t], count = work.count[root];
+    if (count <= 1) return;
+    const int m = work.output[root], begin = work.start[m];
+    const int end = begin + (count & (one_placed - 1));
+    int at = begin;  // each smaller member moves t one place further
+    for (int i = begin; i < end; ++i) at += work.unsorted[i] < t;
     out.members[at] = m < outputs ? t : -1;
   });
-  // A warp for a crowded group goes over all tokens.
+  // For each long segment, one warp goes over all tokens.
   const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
-  for (int i = warp; i < work.counters->crowded; i += blockDim.x / cuda::kWarpSize) {
-    const int group = work.crowded[i], m = work.number[group];
+  for (int i = warp; i < work.counters->num_long; i += blockDim.x / cuda::kWarpSize) {
+    const int root = work.long_segments[i], m = work.output[root];
     int next = work.start[m];
     for (int begin = 0; begin < n; begin += cuda::kWarpSize) {
       const int t = begin + lane;
-      const bool member = t < n && work.group[t] == group;
+      const bool member = t < n && work.root[t] == root;
       const unsigned members = __ballot_sync(cuda::kAllLanes, member);
       if (member) out.members[next + __popc(members & ((1u << lane) - 1))] = m < outputs ? t : -1;
       next += __popc(members);
@@ -348,50 +351,40 @@ __device__ __forceinline__ void write_map(const Request& ask, int live, const Bl
   }
 }
 
-// Write the map of one image from node_max [num_src].
+// Write the map of one image from node_max [num_src]. The block may have any number of whole warps.
 template <class A>
 __device__ __forceinline__ void select_image(const Request& ask, const A* node_max, Work<A> work,
                                              const TokenMap& maps) {
   Counters& counters = *work.counters;
   const Block block = {counters.sums};
   __syncthreads();  // the memory may have been in use
-  block.for_each(1 << kDigitBits, [&](int i) { counters.digits[i] = 0; });
+  block.for_each(1 << kDigitBits, [&](int i) { counters.histogram[i] = 0; });
   if (threadIdx.x == 0) {
     counters.lowest = ~0u;
     counters.highest = 0;
     counters.num_dst = ask.num_dst;
-    counters.scored = counters.mergeable = counters.crowded = 0;
+    counters.scored = counters.mergeable = counters.num_long = 0;
   }
-  start_groups(block, ask, work);
+  start_segments(block, ask, work);
   if (ask.listed) {
     const int found = enumerate(
-        block, ask.tokens, [&](int t) { return work.slot[t] < 0; },
+        block, ask.tokens, [&](int t) { return work.role[t] < 0; },
         [&](int t, int n) { work.ascending[n] = t; });
     if (threadIdx.x == 0) counters.num_dst = found;
     __syncthreads();
   }
   find_keys(ask, node_max, block, work);
   merge_src<A>(block, ask, last_to_merge(ask, block, work), work);
-  const int live =
+  const int num_segments =
       ask.tome_order ? number_as_tome<A>(block, ask, work) : number_by_position(block, ask, work);
-  write_map(ask, live, block, work, maps);
-}
-
-// The same with everything in shared memory: shared_bytes<A>(ask) from `memory` on, a multiple of
-// 16. The block has any number of whole warps.
-template <class A>
-__device__ __forceinline__ void select_in_shared(const Request& ask, const A* node_max,
-                                                 const int32_t* node_idx, char* memory,
-                                                 const TokenMap& maps) {
-  select_image(ask, node_max, Work<A>(ask, node_idx, memory, memory + kCounterBytes, nullptr),
-               maps);
+  write_map(ask, num_segments, block, work, maps);
 }
 
 // ---- requests ----
 
 using cuda::Target;
 
-// What a match asks for; a grid has become two lists. In select_cuda.cu.
+// A request that owns the lists it points to, which a grid has become (select_cuda.cu).
 struct DeviceRequest : Request {
   DeviceRequest(const Target& target, const char* op, int64_t batch, int64_t tokens,
                 const RequestArgs& args, const SplitArgs& split);

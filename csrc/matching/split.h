@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sides of a grid as two lists, for kernels that take lists.
+// Lists the sources and destinations of a grid, for kernels that take lists.
 #pragma once
 
 #include "arguments.h"
@@ -7,18 +7,18 @@
 
 namespace tokenops::matching {
 
-// The tokens behind the prefix are rows of `width`. Each whole cell has one destination, all other
+// The tokens after the prefix are rows of `width`. Each whole cell has one destination, all other
 // tokens are sources. Both lists are ascending.
 struct Grid {
   int32_t tokens, prefix;
   int32_t width, cell_height, cell_width;
   int32_t rows, columns;  // of whole cells
-  View cell;              // index of each destination in its cell; no data if that is 0
+  View cell;              // offset of each destination in its cell; without data, 0
   int32_t *src, *dst;     // [num_src], [num_dst] of each image
 
   TOKENOPS_HOST_DEVICE int32_t num_dst() const { return rows * columns; }
   TOKENOPS_HOST_DEVICE int32_t num_src() const { return tokens - prefix - num_dst(); }
-  // Rows of cells, and one band for the tokens below the last one.
+  // A band is a row of cells; the last band is the tokens below all cells.
   TOKENOPS_HOST_DEVICE int32_t bands() const { return rows + 1; }
 
   // List the tokens of one band of an image.
@@ -27,7 +27,7 @@ struct Grid {
     const int32_t begin = band * cell_height * width, dst_before = band * columns;
     const int32_t columns_here = band < rows ? columns : 0;
     const int32_t count = band < rows ? cell_height * width : tokens - prefix - begin;
-    const View places = cell.image(image);
+    const View offsets = cell.image(image);
     int32_t* const to_src = src + image * num_src() + begin - dst_before;
     int32_t* const to_dst = dst + image * num_dst() + dst_before;
     team.scan(
@@ -35,10 +35,10 @@ struct Grid {
         [&](int i) {
           const int32_t y = i / width, x = i % width, column = x / cell_width;
           if (column >= columns_here) return 0;
-          const int32_t place = cell.data == nullptr
-                                    ? 0
-                                    : places.index(dst_before + column, cell_height * cell_width);
-          return static_cast<int>(y * cell_width + x % cell_width == place);
+          const int32_t offset = cell.data == nullptr
+                                     ? 0
+                                     : offsets.index(dst_before + column, cell_height * cell_width);
+          return static_cast<int>(y * cell_width + x % cell_width == offset);
         },
         [&](int i, int is_dst, int before) {
           (is_dst ? to_dst[before] : to_src[i - before]) = prefix + begin + i;
@@ -46,19 +46,19 @@ struct Grid {
   }
 };
 
-// A split as two lists: those that were given, those of a grid, or none if it is strided.
+// Sources and destinations as lists, given or made from a grid; none for a strided split.
 struct Lists {
   OptionalTensor src, dst;
 };
 
-// `device` makes tensors; list(grid, images) calls grid.list for each band of so many images.
+// `device` makes tensors; list(grid, images) has to call grid.list for all bands of all images.
 template <class Device, class List>
 Lists make_lists(const char* op, const Device& device, int64_t batch, int64_t tokens,
                  const SplitArgs& split, const List& list) {
   check_split(op, split);
   if (split.src_index || split.grid_width == 0) return {split.src_index, split.dst_index};
   check_count(op, "tokens", tokens);
-  constexpr int64_t kMost = int64_t{1} << 30;
+  constexpr int64_t kMost = int64_t{1} << 30;  // no image has more tokens
   Grid grid = {};
   grid.tokens = static_cast<int32_t>(tokens);
   grid.prefix = clamp(split.num_prefix, 0, tokens);
@@ -68,7 +68,7 @@ Lists make_lists(const char* op, const Device& device, int64_t batch, int64_t to
   grid.rows = (grid.tokens - grid.prefix) / grid.width / grid.cell_height;
   grid.columns = grid.rows > 0 ? grid.width / grid.cell_width : 0;
   grid.cell = make_list(op, "cell", split.cell, batch, grid.num_dst());
-  const int64_t images = grid.cell.batch_bytes != 0 ? batch : 1;
+  const int64_t images = grid.cell.batch_bytes != 0 ? batch : 1;  // 1: all images share the lists
   const Tensor src = device.empty({images, grid.num_src()}, ScalarType::Int);
   const Tensor dst = device.empty({images, grid.num_dst()}, ScalarType::Int);
   grid.src = static_cast<int32_t*>(src.mutable_data_ptr());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A team runs the steps of one image: a thread of the CPU, or a block of a GPU (select_cuda.cuh).
-// Functions of a team are written once for both.
+// A team is the threads that process one image: one thread of the CPU, or one block of a GPU
+// (Block in select_cuda.cuh). A function that takes a team is written once for both.
 #pragma once
 
 #include "../tensors.h"
@@ -13,7 +13,7 @@
 
 namespace tokenops::matching {
 
-// One thread.
+// A team of one CPU thread.
 struct Serial {
   // Call use(i) for i < count, in any order.
   template <class Use>
@@ -44,12 +44,12 @@ struct Serial {
   void min(int32_t* to, int32_t value) const { *to = value < *to ? value : *to; }
 };
 
-// Call give(i, n) for the n-th i < count of those that `among` is true of. Returns how many they
-// are.
-template <class Team, class Among, class Give>
-TOKENOPS_TEAM int enumerate(const Team& team, int count, const Among& among, const Give& give) {
-  return team.scan(count, among, [&](int i, int is_among, int before) {
-    if (is_among) give(i, before);
+// Number, from 0, the i < count that keep(i) holds for: call use(i, n) for the n-th one. Returns
+// how many there are.
+template <class Team, class Keep, class Use>
+TOKENOPS_TEAM int enumerate(const Team& team, int count, const Keep& keep, const Use& use) {
+  return team.scan(count, keep, [&](int i, int kept, int before) {
+    if (kept) use(i, before);
   });
 }
 

@@ -14,7 +14,7 @@ namespace tokenops::merging {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// A token map as the schemas list it.
+// The tensors of a token map as the schemas list them.
 struct Index {
   Tensor assign;   // int32 [B, N]
   Tensor offsets;  // int32 [B, M + 1]
@@ -61,7 +61,7 @@ struct Tokens : Argument {
     if (channels > 1 && given.stride(2) != 1) tensor = torch::stable::contiguous(given);
     batch_stride = tensor.stride(0), row_stride = tensor.stride(1);
   }
-  // The same for an argument with the batch, channels and dtype of another one.
+  // An argument with `rows_` rows and the batch, channels and dtype of `like`.
   Tokens(const char* op, const char* argument, const Tensor& given, int64_t rows_,
          const Tokens& like)
       : Tokens(op, argument, given) {
@@ -114,7 +114,7 @@ inline int64_t columns(const char* op, const char* name, const Tensor& t) {
   return t.size(1);
 }
 
-// The tensors of a token map.
+// The checked tensors of a token map, and their pointers.
 struct MapTensors {
   Matrix assign, offsets, members;
   TokenMap map;
@@ -139,7 +139,7 @@ struct MapTensors {
 
 // ---- checked arguments of operators ----
 
-// Of `merge` and `merge_wavg`, besides x.
+// The arguments of merge and merge_wavg, except for x.
 struct MergeInputs {
   MapTensors index;
   Reduce reduce;
@@ -174,7 +174,7 @@ struct MergeInputs {
   }
 };
 
-// Of `unmerge`, besides y.
+// The arguments of unmerge, except for y.
 struct UnmergeInputs {
   MapTensors index;
   std::optional<Matrix> weight, scale;
@@ -190,6 +190,7 @@ struct UnmergeInputs {
   }
 };
 
+// The arguments of pair_dot.
 struct PairDotInputs {
   Tokens x;
   MapTensors index;
@@ -199,7 +200,7 @@ struct PairDotInputs {
       : x(op, "x", x_), index(op, index_, x.batch, x.rows), y(op, "y", y_, index.map.outputs, x) {}
 };
 
-// Of the backward of amax, amin and prod.
+// The arguments of the backward of amax, amin and prod.
 struct ReduceBackwardInputs {
   Tokens x;
   MapTensors index;
@@ -218,7 +219,7 @@ struct ReduceBackwardInputs {
   }
 };
 
-// Of `invert` and `compose`.
+// The arguments of invert and compose.
 struct InvertInputs {
   Matrix assign;
   std::optional<Matrix> earlier;

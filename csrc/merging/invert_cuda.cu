@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA operators tokenops::invert and tokenops::compose: token maps in CSR form.
+// CUDA operators tokenops::invert and tokenops::compose, which make the CSR form of a token map.
 #include "../sort.cuh"
 #include "arguments.h"
 
@@ -8,9 +8,10 @@ namespace {
 
 using cuda::Target;
 
-// Most tokens that a block sorts.
-constexpr int64_t kBlockTokens = 4096;
+// A block sorts keys of 32 bits: the output token, then the input token in kTokenBits bits.
 constexpr int kTokenBits = 12;
+constexpr int64_t kBlockTokens = 1 << kTokenBits;
+constexpr int64_t kBlockOutputs = 1 << 19;
 
 // One block for each image: sort its tokens by output token, and find where each segment begins.
 template <int Threads, int Items>
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(Threads)
   TOKENOPS_UNROLL
   for (int i = 0; i < Items; ++i) {
     const int n = threadIdx.x * Items + i;
-    int32_t m = outputs;  // sorts dropped tokens, and indices past the last token, to the end
+    int32_t m = outputs;  // dropped tokens, and elements past the last token, go to the end
     if (n < inputs) {
       const int32_t to = map(image, n);
       if (composed != nullptr) composed[image * inputs + n] = to;
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(Threads)
   }
 }
 
-// For images of any size: make keys for a sort of the whole device ...
+// Images of any size are sorted by the whole device. This kernel makes the keys, for all images.
 __global__ void __launch_bounds__(256)
     make_keys(Assignment map, int64_t count, int32_t* composed, uint64_t* keys, int32_t* values) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -68,8 +69,8 @@ __global__ void __launch_bounds__(256)
   values[i] = static_cast<int32_t>(n);
 }
 
-// ... and read the sorted keys: write each token to `members`, and the offsets of the segments that
-// begin at it.
+// This kernel reads the sorted keys: a thread writes its token to `members`, and the offsets of the
+// segments that begin at it.
 __global__ void __launch_bounds__(256)
     read_keys(const uint64_t* keys, const int32_t* values, int64_t count, int64_t inputs,
               int64_t outputs, int32_t* offsets, int32_t* members) {
@@ -114,14 +115,15 @@ void launch_device(const Target& target, const Assignment& map, int32_t* compose
                 map.outputs, offsets, members);
 }
 
-// Offsets [B, M + 1] and members [B, N] of a map; also its `composed` [B, N] if that is not null.
+// Make offsets [B, M + 1] and members [B, N] of a map, and fill `composed` [B, N] unless it is
+// null.
 std::tuple<Tensor, Tensor> run_invert(const Target& target, const Assignment& map,
                                       int32_t* composed) {
   const Tensor offsets_out = target.empty({map.batch, map.outputs + 1}, ScalarType::Int);
   const Tensor members_out = target.empty({map.batch, map.inputs}, ScalarType::Int);
   int32_t* const offsets = output<int32_t>(offsets_out);
   int32_t* const members = output<int32_t>(members_out);
-  const bool few_outputs = map.outputs < 1 << 19;  // a key has 32 bits, 12 of them for the token
+  const bool few_outputs = map.outputs < kBlockOutputs;
   if (map.batch > 0 && map.inputs == 0) {
     target.zero(offsets, map.batch * (map.outputs + 1) * static_cast<int64_t>(sizeof(int32_t)));
   } else if (map.inputs <= 1024 && few_outputs) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the merging operators pass to their kernels: plain pointers and shapes.
+// Arguments of the merging kernels: plain pointers and shapes.
 #pragma once
 
 #include "../tensors.h"
@@ -12,7 +12,8 @@ struct Segment {
   int64_t count;
 };
 
-// A token map as the user made it: an index is used only after a comparison with its bound.
+// A token map from a user: its values are unchecked, so no index is used before it is compared with
+// its bound.
 struct TokenMap {
   const int32_t* assign;   // [B, N]
   const int32_t* offsets;  // [B, M + 1]
@@ -26,7 +27,7 @@ struct TokenMap {
     const int64_t m = assign[b * inputs + n];
     return 0 <= m && m < outputs ? m : -1;
   }
-  // The segment of output token m, within `members`; each of its entries may be out of range.
+  // The segment of output token m, clamped to `members`, whose values may be out of range.
   TOKENOPS_HOST_DEVICE Segment segment(int64_t b, int64_t m) const {
     const int32_t* bounds = offsets + b * (outputs + 1) + m;
     const int64_t begin = bounds[0] < 0 ? 0 : bounds[0] > inputs ? inputs : bounds[0];
@@ -36,7 +37,7 @@ struct TokenMap {
   TOKENOPS_HOST_DEVICE bool is_input(int64_t n) const { return 0 <= n && n < inputs; }
 };
 
-// The map that `invert` and `compose` make: the output token of each input token.
+// The output token of each input token, which invert and compose turn into CSR form.
 struct Assignment {
   const int32_t* assign;   // [B, N], or [B, middle] after an earlier map
   const int32_t* earlier;  // [B, N], indices into `middle` tokens, or null
@@ -64,7 +65,7 @@ struct MergeArgs {
   const acc_t<T>* scale;   // [B, M] or null
   bool mean;               // divide by the sum of the weights, by the count if there are none
   T* out;                  // [B, M, C]
-  bool stream;             // store past the caches
+  bool stream;             // use non-temporal stores
   acc_t<T>* total;         // [B, M] or null: receives the divisor of the mean
 };
 
@@ -78,7 +79,7 @@ struct UnmergeArgs {
   Rows<const T> residual;  // [B, N, C], its data null if there is none
   bool mean;               // divide by the number of members
   T* out;                  // [B, N, C]
-  bool stream;             // store past the caches
+  bool stream;             // use non-temporal stores
 };
 
 template <class T>
@@ -90,7 +91,7 @@ struct PairDotArgs {
   acc_t<T>* out;     // [B, N]
 };
 
-// Of the backward of amax, amin and prod.
+// Arguments of the backward of amax, amin and prod on the CPU; ReduceGradArgs on CUDA.
 template <class T>
 struct ReduceBackwardArgs {
   TokenMap map;

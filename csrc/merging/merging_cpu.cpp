@@ -5,7 +5,7 @@
 
 namespace tokenops::merging {
 
-// Each kernel makes the rows [begin, end) of its output, the rows of all images counted together.
+// A kernel computes rows [begin, end) of its output; the rows of all images are counted together.
 template <class T>
 struct Kernels {
   void (*merge[5])(const MergeArgs<T>&, int64_t begin, int64_t end);  // by Reduce
@@ -20,7 +20,7 @@ struct Kernels {
 
 namespace {
 
-// Run a kernel on its rows in parallel; 64 stands for the cost of a row beside its bytes.
+// Run a kernel on its rows in parallel; 64 is the cost of a row besides its bytes.
 template <class Args>
 void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t rows,
          int64_t bytes_per_row) {
@@ -35,8 +35,8 @@ int64_t row_bytes(const Tokens& tokens) {
   return tokens.channels * static_cast<int64_t>(sizeof(T));
 }
 
-// Whether to store `rows` rows per image past the caches: where input and output together exceed
-// the caches, a plain store would read the output from memory before it is written there.
+// Whether to use non-temporal stores for `rows` output rows per image. If input and output exceed
+// the caches, a plain store would first read the output's cache lines from memory.
 template <class T>
 bool streams(const Tokens& input, int64_t rows, const T* out) {
   const int64_t bytes = row_bytes<T>(input);

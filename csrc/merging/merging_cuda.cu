@@ -9,21 +9,21 @@ namespace {
 
 using cuda::Target;
 
-// Packs of a tile that outweigh the constant cost of a block ...
+// Packs of a tile, enough to outweigh the constant cost of a block.
 constexpr int64_t kTilePacks = 3072;
-// ... if that leaves enough blocks for each multiprocessor to get several.
+// Blocks that give each multiprocessor several; with fewer, tiles become smaller.
 constexpr int64_t kManyBlocks = 1024;
 
 int64_t ceil_div(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// Tiles of rows [batch, rows, packs], each of which reduces about `members` rows.
+// Divide output rows [batch, rows, packs], each reduced from about `members` rows, into tiles.
 Tiling cut(int64_t batch, int64_t rows, int64_t packs, int pack_bytes, int64_t members) {
-  // Split wide rows evenly, into pieces that are still long reads.
+  // Split wide rows evenly into pieces that are still long reads: 1 KiB, if packs have 16 bytes.
   const int64_t widest = pack_bytes < 16 ? kThreads : 64;
   const int64_t columns = ceil_div(packs, std::max<int64_t>(ceil_div(packs, widest), 1));
   const int64_t width = std::max<int64_t>(columns, 1);
   const int64_t column_tiles = std::max<int64_t>(ceil_div(packs, width), 1);
-  // A row of a long segment keeps a block busy by itself.
+  // One row with a long segment keeps a whole block busy.
   const bool is_long = members > kLong;
   const int64_t least = is_long ? 1 : kThreads;
   const int64_t wanted =
@@ -52,7 +52,7 @@ template <class A>
 void expect(const Target& target, const std::optional<A>& argument) {
   if (argument) expect(target, *argument);
 }
-// All arguments must be on the device.
+// Check that all arguments are on the device.
 template <class... A>
 void expect_all(const Target& target, const A&... arguments) {
   (expect(target, arguments), ...);
@@ -78,7 +78,7 @@ bool packs_fit(const Tokens& tokens) {
 }
 bool packs_fit(const std::optional<Tokens>& tokens) { return !tokens || packs_fit(*tokens); }
 
-// Call f(V) with the number of elements of a pack, as a constant.
+// Call f with the number of elements of a pack as a compile-time constant.
 template <class T, class F>
 void with_pack(bool fits, F&& f) {
   fits ? f(std::integral_constant<int, kPack<T>>()) : f(std::integral_constant<int, 1>());
@@ -86,7 +86,7 @@ void with_pack(bool fits, F&& f) {
 
 // ---- merge and unmerge of several tensors ----
 
-// Tensors of one shape and dtype, except for their channels, and an output for each.
+// Tensors of one dtype and of one shape but for their channels, with an output for each.
 struct TensorList {
   std::vector<Tokens> inputs;
   std::vector<Tensor> outputs;
@@ -106,9 +106,9 @@ struct TensorList {
   }
 };
 
-// Call launch(packed, args, blocks, tile_rows) for the tensors whose rows can be read in packs,
-// then for the other ones, each time for as many of them as fit in a launch. `members` as for
-// `cut`.
+// Call launch(packed, args, blocks, tile_rows) for the tensors whose rows can be read in packs of
+// 16 bytes, then for the others, with as many tensors at a time as fit in a launch. `members`: see
+// cut.
 template <class T, class Launch>
 void launch_parts(const TensorList& list, const std::optional<Tokens>& residual, Parts<T> args,
                   int64_t rows, int64_t members, Launch launch) {
@@ -317,7 +317,7 @@ Tensor merge_reduce_backward(const Tensor& grad, const Tensor& x, const Tensor& 
   return grad_x;
 }
 
-// With the shared memory of a tile of 32 rows.
+// Report the shared memory of a tile of 32 rows.
 template <class T>
 cuda::Reported report_merge(const char* name) {
   constexpr int V = kPack<T>;

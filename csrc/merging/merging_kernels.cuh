@@ -6,7 +6,7 @@
 
 namespace tokenops::merging {
 
-// One tensor of a launch.
+// One tensor of a launch of several.
 template <class T>
 struct Part {
   Tiling tiling;
@@ -29,7 +29,7 @@ struct Parts {
   Part<T> part[kTensors];
 };
 
-// The part that this block works on, and its first block.
+// Find the part that this block works on, and the first block of the part.
 template <class T>
 __device__ __forceinline__ int part_of_block(const Parts<T>& args, unsigned* first_block) {
   int which = 0;
@@ -48,7 +48,7 @@ int64_t merge_shared_bytes(int tile_rows) {
          static_cast<int64_t>(sizeof(int32_t)) * kStaged;
 }
 
-// A NaN stays. amin is amax of negated values.
+// A NaN stays. Kernels compute amin as amax of negated values.
 template <Reduce R, class A>
 __device__ __forceinline__ A combine(A acc, A value) {
   if (R == Reduce::prod) return acc * value;
@@ -67,16 +67,16 @@ __device__ __forceinline__ A member_factor(const TileMembers<A>& listed, int at,
   return R == Reduce::sum ? listed.weight_of(at) : R == Reduce::amax ? sign : A(1);
 }
 
-// Make a row a mean whose weights sum to `total`.
+// Make the result of a row a mean whose weights sum to `total`.
 template <class T>
 __device__ __forceinline__ void set_mean(MergedRow<T>& row, acc_t<T> total) {
   row.factor = Factor<T>::mean(total);
   if (total == 0) row.count = 0;
 }
 
-// Reduce a long segment by the whole block. Its threads form slices that are a row of packs wide;
-// slice s reduces the members s, s + slices, ...; then slices are reduced in pairs, in a fixed
-// order.
+// Reduce a long segment by the whole block. A slice is as many threads as the tile has packs in a
+// row; slice s reduces the members s, s + slices, ...; then a tree in shared memory reduces the
+// slices, in a fixed order.
 template <Reduce R, class T, int V>
 __device__ __forceinline__ void merge_long_row(const Parts<T>& args, const Tile& tile,
                                                const TileMembers<acc_t<T>>& listed,
@@ -85,7 +85,7 @@ __device__ __forceinline__ void merge_long_row(const Parts<T>& args, const Tile&
                                                acc_t<T>* partial, acc_t<T>* partial_weight) {
   using A = acc_t<T>;
   const int slices = start.step_rows, slice = start.row;
-  const bool live = start.pack < tile.packs;
+  const bool has_pack = start.pack < tile.packs;
   A acc[V], weights = 0;
   TOKENOPS_UNROLL
   for (int i = 0; i < V; ++i) acc[i] = identity<R, A>();
@@ -97,14 +97,14 @@ __device__ __forceinline__ void merge_long_row(const Parts<T>& args, const Tile&
     for (int k = 0; k < kInFlight; ++k) {
       if (j + k * slices >= row.count) continue;
       const int at = row.begin + j + k * slices;
-      if (live) member[k] = Pack<T, V>::at(x + listed.token(at) * row_stride);
+      if (has_pack) member[k] = Pack<T, V>::at(x + listed.token(at) * row_stride);
       factor[k] = member_factor<R>(listed, at, args.sign);
     }
     TOKENOPS_UNROLL
     for (int k = 0; k < kInFlight; ++k) {
       if (j + k * slices >= row.count) continue;
       weights += factor[k];
-      if (!live) continue;
+      if (!has_pack) continue;
       TOKENOPS_UNROLL
       for (int i = 0; i < V; ++i) {
         acc[i] = combine<R>(acc[i], member[k][i] * factor[k]);
@@ -131,7 +131,7 @@ __device__ __forceinline__ void merge_long_row(const Parts<T>& args, const Tile&
       set_mean(row, partial_weight[threadIdx.x]);
       if (total != nullptr && start.pack == 0) *total = partial_weight[threadIdx.x];
     }
-    if (live) {
+    if (has_pack) {
       const A reciprocal = row.factor.reciprocal();
       TOKENOPS_UNROLL
       for (int i = 0; i < V; ++i) {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kMergeBlocks<T>) merge_tiles(const P
     const int64_t before = segment.members - (args.map.members + tile.image * args.map.inputs);
     const int begin = static_cast<int>(before) - listed.begin, rest = listed.count - begin;
     MergedRow<T> row = {{R == Reduce::amax ? args.sign : A(1), 1}, begin, 0};
-    if (begin >= 0 && rest > 0) {  // unless offsets descend
+    if (begin >= 0 && rest > 0) {  // false if a user's offsets descend
       row.count = static_cast<int>(segment.count < rest ? segment.count : rest);
     }
     if (R == Reduce::sum && args.scale != nullptr) row.factor.times = args.scale[first_row + r];
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kMergeBlocks<T>) merge_tiles(const P
       TOKENOPS_ROLL
       for (int j = 0; j < row.count; ++j) sum += listed.weight_of(row.begin + j);
       if (total != nullptr) total[r] = sum;
-      // The mean of a single member is the member: count -1 means one member, without its weight.
+      // The mean of a single member of finite weight is the member: count -1 means so.
       const bool single = row.count == 1 && sum - sum == 0;
       set_mean(row, sum);
       if (single && row.count == 1) row.factor = {1, 1}, row.count = -1;
@@ -335,8 +335,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) unmerge_tiles(const Part
 
 // ---- pair_dot ----
 
-// out[b, n] = sum_c x[b, n, c] * y[b, assign[b, n], c]; 0 where n is dropped. A row is made by
-// `width` lanes of a warp, a power of two; an image is made by `blocks` blocks.
+// out[b, n] = sum_c x[b, n, c] * y[b, assign[b, n], c]; 0 where n is dropped. `width` lanes of a
+// warp, a power of two, compute a row; `blocks` blocks compute an image.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     pair_dot_rows(PairDotArgs<T> args, int width, int packs, int blocks) {
@@ -391,8 +391,8 @@ __device__ __forceinline__ bool same(A a, A b) {
   return a == b || (a != a && b != b);
 }
 
-// The gradient of the members of each output token. Only output token assign[b, n] writes row n,
-// whatever `members` holds.
+// Compute the gradient of the members of each output token. Only output token assign[b, n] writes
+// row n, even if `members` lists a token twice.
 template <bool Prod, class T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     reduce_backward_tiles(const ReduceGradArgs<T> args, Tiling tiling) {
@@ -482,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   }
 }
 
-// Zeros for the tokens that no output token wrote.
+// Write zeros for the tokens that no output token wrote.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     zero_dropped(const ReduceGradArgs<T> args, Tiling tiling) {

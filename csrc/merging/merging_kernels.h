@@ -14,7 +14,7 @@ TOKENOPS_INLINE void store(V v, T* p, int lanes) {
   Full ? v.store(p) : v.store_partial(p, lanes);
 }
 
-// Store a whole vector; past the caches if `stream` and if the elements need no conversion.
+// Store a whole vector; a non-temporal store if `stream`, unless the elements need a conversion.
 template <class V, class T>
 TOKENOPS_INLINE void store_or_stream(V v, T* p, [[maybe_unused]] bool stream) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
@@ -57,8 +57,8 @@ TOKENOPS_INLINE void zero_row(T* to, int64_t channels) {
   std::memset(static_cast<void*>(to), 0, static_cast<size_t>(channels) * sizeof(T));
 }
 
-// A factor of a row of T. A division becomes a product with the reciprocal where that is as exact:
-// for powers of two, and where the result is rounded to half precision anyway.
+// Multiplies or divides a row by `value`. A division becomes a product with the reciprocal where
+// that is as exact: by powers of two, and where the result is rounded to half precision.
 template <class T>
 struct Factor {
   using A = acc_t<T>;
@@ -161,7 +161,7 @@ void merge_rows(const MergeArgs<T>& args, int64_t begin, int64_t end) {
     if (m == args.map.outputs) m = 0, ++b;
     Segment segment = args.map.segment(b, m);
     Factor<T> factor = {args.scale != nullptr ? args.scale[row] : A(1), false};
-    bool copies = R != Reduce::weighted_sum && factor.is_one();  // a single member
+    bool copies = R != Reduce::weighted_sum && factor.is_one();  // whether one member is the result
     if (args.mean) {
       const A total = sum_of_weights(args, b, segment);
       if (args.total != nullptr) args.total[row] = total;
@@ -213,7 +213,7 @@ void unmerge_rows(const UnmergeArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row, ++n) {
     if (n == map.inputs) n = 0, ++b;
     T* out = args.out + row * args.channels;
-    if (n + 2 < map.inputs) {  // the hardware cannot predict which rows are read
+    if (n + 2 < map.inputs) {  // hardware prefetchers cannot follow a gather
       const int64_t next = map.output_of(b, n + 2);
       if (next >= 0) prefetch_row(args.y(b, next), args.channels);
     }
@@ -286,9 +286,9 @@ TOKENOPS_INLINE typename V::Mask same(V a, V b) {
   return mask_or(eq(a, b), mask_and(is_nan(a), is_nan(b)));
 }
 
-// Gradient of amax and amin for K vectors of channels from channel c on: members that are equal to
-// the result share it equally. Only output token assign[b, n] writes row n, so that no two threads
-// write the same row, whatever `members` holds.
+// Gradient of amax and amin for K vectors of channels from channel c on: all members that equal the
+// result get an equal share of it. Only output token assign[b, n] writes row n: even if `members`
+// lists a token twice, no two threads write the same row.
 template <bool Full, int K, class T>
 TOKENOPS_INLINE void ties_block(const ReduceBackwardArgs<T>& args, int64_t b, int64_t m,
                                 Segment segment, int64_t c, int lanes) {
@@ -356,7 +356,7 @@ void reduce_backward_rows(const ReduceBackwardArgs<T>& args, int64_t begin, int6
   for (int64_t row = begin; row < end; ++row, ++m) {
     if (m == map.outputs) m = 0, ++b;
     const Segment segment = map.segment(b, m);
-    int64_t last = -1;  // row of grad_x that is written
+    int64_t last = -1;  // the last row of grad_x that this segment writes
     for (int64_t j = 0; j < segment.count; ++j) {
       const int64_t n = segment.members[j];
       if (!map.is_input(n) || map.output_of(b, n) != m) continue;

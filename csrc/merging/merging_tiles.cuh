@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How merging on CUDA divides its work. A block makes a tile of the result: some rows of one image
-// by some packs of channels. It copies the tile's part of the token map to shared memory; then each
-// thread makes every kThreads-th pack of the tile, with kInFlight loads at a time.
+// How merging on CUDA divides its work. A block computes a tile of the result: some rows of one
+// image by some packs of channels. It copies the tile's part of the token map to shared memory;
+// then each thread computes every kThreads-th pack of the tile, with kInFlight loads at a time.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 #include "../cuda.cuh"
 #include "merging.h"
 
-// For loops of unknown length: unrolled, they would only take more registers.
+// For loops whose length is unknown at compile time: unrolled, they only take more registers.
 #if defined(TOKENOPS_EMULATE)
 #define TOKENOPS_ROLL
 #else
@@ -29,7 +29,7 @@ constexpr int kTensors = 8;    // most tensors of one launch
 // Elements of a pack of 16 bytes.
 template <class T>
 constexpr int kPack = 16 / static_cast<int>(sizeof(T));
-// Fewest blocks on a multiprocessor: the limit of registers follows from it.
+// Blocks that must fit on a multiprocessor, which limits the registers of a thread.
 template <class T>
 constexpr int kBlocks = sizeof(T) == sizeof(double) ? 2 : 4;
 template <class T>
@@ -48,16 +48,16 @@ struct Tiling {
 
 struct Tile {
   int64_t image;
-  int row, rows;    // the first one, and their number
-  int pack, packs;  // likewise
+  int row, rows;    // the first row, and the number of rows
+  int pack, packs;  // the first pack of channels, and the number of packs
 
-  // Image after image.
+  // Blocks go through one image after the other.
   static __device__ __forceinline__ Tile in_order(const Tiling& all, unsigned block) {
     const int by_column = static_cast<int>(block / all.column_tiles);
     return at(all, by_column / all.row_tiles, by_column % all.row_tiles, block % all.column_tiles);
   }
-  // The last rows of all images first. The last output token may have all pruned tokens as members
-  // (`prune` with `fuse`), and the longest segment should not begin last.
+  // Blocks begin with the last rows of all images. The last output token may have all pruned tokens
+  // as members (`prune` with `fuse`), and the longest segment should not begin last.
   static __device__ __forceinline__ Tile last_rows_first(const Tiling& all, unsigned block) {
     const int by_column = static_cast<int>(block / all.column_tiles);
     return at(all, by_column % all.batch, all.row_tiles - 1 - by_column / all.batch,
@@ -74,7 +74,7 @@ struct Tile {
   }
 };
 
-// Iterates over the packs of a tile that a thread makes, without a division for each of them.
+// Iterates over the packs of a tile that a thread computes, without a division for each of them.
 struct Walk {
   int row, pack, columns, step_rows, step_packs;
 
@@ -104,7 +104,7 @@ struct alignas(sizeof(T) * V) Pack {
   static __device__ __forceinline__ Pack at(const T* data) {
     return *reinterpret_cast<const Pack*>(data);
   }
-  // V of the values, from values[first] on.
+  // The pack of values[first], ..., values[first + V - 1].
   template <int Count>
   static __device__ __forceinline__ Pack of(const acc_t<T> (&values)[Count], int first = 0) {
     Pack pack;
@@ -152,8 +152,8 @@ struct alignas(sizeof(T) * V) Pack {
 
 // ---- rows of a tile ----
 
-// The factor times / over of an accumulated row. Where the result is rounded to half precision, a
-// product with the reciprocal is as exact, and `over` is the reciprocal of the divisor.
+// Scales an accumulated row by times / over. Where the result is rounded to half precision, a
+// product with the reciprocal is as exact: there, `over` holds the reciprocal of the divisor.
 template <class T>
 struct Factor {
   using A = acc_t<T>;
@@ -162,13 +162,14 @@ struct Factor {
 
   // 1 / total, both parts scaled by a power of two so that the reciprocal does not overflow.
   static __device__ __forceinline__ Factor mean(A total) {
-    const A size = total < 0 ? -total : total, big = A(uint64_t{1} << 63);
-    const A times = size < 1 / big ? big : size > big ? 1 / big : A(1);
+    const A magnitude = total < 0 ? -total : total, big = A(uint64_t{1} << 63);
+    const A times = magnitude < 1 / big ? big : magnitude > big ? 1 / big : A(1);
     return {times, kHalf ? 1 / (total * times) : total * times};
   }
   // The second argument of `apply`.
   __device__ __forceinline__ A reciprocal() const { return kHalf || over == 1 ? over : 1 / over; }
-  // x * times / over, rounded as a division: the remainder of the quotient corrects it.
+  // x * times / over, rounded as a division: the remainder corrects the quotient, unless it is
+  // infinite or NaN.
   __device__ __forceinline__ A apply(A x, A reciprocal) const {
     x *= times;
     const A quotient = x * reciprocal;
@@ -181,15 +182,15 @@ struct Factor {
 template <class T>
 struct alignas(16) MergedRow {
   Factor<T> factor;
-  int begin, count;  // its segment within the members of the tile
+  int begin, count;  // its segment, as indices of the tile's members
 };
 
-// The members of a tile's rows and their weights: in shared memory if at most kStaged, else in
-// global memory.
+// The members of a tile's rows and their weights: staged in shared memory if there are at most
+// kStaged, else read from global memory.
 template <class A>
 struct TileMembers {
   const int32_t* list;  // members of the image from `begin` on
-  const A* weight;      // of the entries of `list` if staged, else of tokens; or null
+  const A* weight;      // by index of `list` if staged, else by token; or null
   int inputs, begin, count;
   bool staged;
 

@@ -93,7 +93,7 @@ void intervals_find_the_nth_smallest() {
     std::sort(sorted.begin(), sorted.end());
     const int rank = static_cast<int>(number(0, count - 1));
     Interval<W> among = {sorted.front(), sorted.back(), rank, count};
-    for (int round = 0; !among.found() && among.low < among.high; ++round) {
+    for (int round = 0; !among.takes_all() && among.low < among.high; ++round) {
       CHECK(round < 10);
       const int shift = among.shift();
       std::vector<int> digits(1 << kDigitBits);
@@ -105,7 +105,7 @@ void intervals_find_the_nth_smallest() {
       among = among.of_digit(digit, shift, before, digits[digit]);
     }
     // The numbers up to the end of the interval are the rank + 1 smallest, or it is the n-th alone.
-    if (among.found()) {
+    if (among.takes_all()) {
       const auto up_to =
           std::count_if(numbers.begin(), numbers.end(), [&](W x) { return x <= among.high; });
       CHECK(up_to == rank + 1 && among.holds(sorted[rank]));
@@ -116,7 +116,7 @@ void intervals_find_the_nth_smallest() {
 }
 
 void ranks_go_by_key_then_token() {
-  using R = Rank<uint32_t>;
+  using R = KeyedToken<uint32_t>;
   const R last = {10, 4};
   const R others[] = {{9, 100}, {10, 4}, {10, 0}};
   for (const R& other : others) CHECK(!(last < other));
@@ -128,7 +128,7 @@ void wild_indices_stay_inside() {
   for (int i = 0; i < 20000; ++i) {
     const int32_t count = static_cast<int32_t>(number(1, 50));
     const int64_t value = number(0, 1) ? number(-60, 60) : static_cast<int64_t>(generator());
-    const int32_t inside = clamped(value, count);
+    const int32_t inside = clamp_index(value, count);
     CHECK(0 <= inside && inside < count);
     CHECK(value < 0 || value >= count || inside == value);
 
@@ -165,7 +165,7 @@ void wild_indices_stay_inside() {
 void comparing_members_stays_cheap() {
   int before = 0;
   for (int64_t tokens = 1; tokens < int64_t{1} << 22; tokens = tokens * 3 / 2 + 1) {
-    const int bits = compared_bits(tokens);
+    const int bits = short_bits(tokens);
     CHECK(5 <= bits && bits <= 10 && before <= bits);
     before = bits;
   }

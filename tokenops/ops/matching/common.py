@@ -33,7 +33,8 @@ class Sides(NamedTuple):
 class Counts(NamedTuple):
     """Number of sources and destinations, and how many of them are in the prefix.
 
-    Only a stride counts tokens of the prefix.
+    Under a stride, tokens of the prefix count as sources or destinations, too; under lists or a
+    grid they do not.
     """
 
     num_src: int
@@ -115,7 +116,7 @@ def sides(operator: str, batch: int, tokens: int, split: SplitArgs, device: torc
                 offset = cell.long().clamp(0, split.cell_height * stride - 1)
                 offset = offset[..., number.clamp(0, num_dst - 1)]  # [N] or [B, N]
             is_dst = inside & (y % split.cell_height * stride + x % stride == offset)
-            kind = torch.where(after < 0, 2, is_dst.byte())  # a grid has no tokens of the prefix
+            kind = torch.where(after < 0, 2, is_dst.byte())  # a grid leaves the prefix out
         # Stable sorts in place of masks: shapes must not depend on values.
         order = kind.argsort(dim=-1, stable=True)
         src, dst = order[..., :num_src], order[..., num_src : num_src + num_dst]
@@ -200,13 +201,13 @@ def select(
         if least is not None:
             merged = merged & (grade == 0) & (node_idx >= 0) & (node_max >= least)
 
-    # A token's group is named by the destination if the token merges, else by the token itself.
-    group = token.repeat(batch, 1).scatter(1, src, torch.where(merged, target, src))
+    # The root of a token is its destination if it merges, else the token itself.
+    root = token.repeat(batch, 1).scatter(1, src, torch.where(merged, target, src))
     if request.order == "position" or r == 0:  # where nothing merges, both orders are the identity
-        first = torch.full_like(group, tokens).scatter_reduce(
-            1, group, token.expand(batch, -1), "amin"
+        first = torch.full_like(root, tokens).scatter_reduce(
+            1, root, token.expand(batch, -1), "amin"
         )
-        leader = first.gather(1, group)  # first member of each token's group
+        leader = first.gather(1, root)  # first member of each token's segment
         number = (leader == token).cumsum(1) - 1
         assign = number.gather(1, leader)
     else:
@@ -220,8 +221,8 @@ def select(
         index = torch.arange(dst_listed.shape[1], device=device).expand_as(dst_listed)
         listed = torch.zeros_like(within).scatter(1, dst_listed, index)
         within = torch.where(key == 3, listed, within)
-        key = torch.where(group == token, key, 4) * tokens + within
-        assign = key.argsort(dim=1).argsort(dim=1).gather(1, group)
+        key = torch.where(root == token, key, 4) * tokens + within
+        assign = key.argsort(dim=1).argsort(dim=1).gather(1, root)
     outputs = tokens - r if least is None else tokens
     assign = torch.where(assign < outputs, assign, -1).int()
     counts = (tokens - merged.sum(dim=1)).clamp(max=outputs).int()

@@ -25,7 +25,7 @@ from .arguments import Best, Map, Request, SplitArgs
 class _Sides(NamedTuple):
     """Sources and destinations: those of a stride, else ascending lists, int64 ``[B, .]``.
 
-    An index of a source or destination is its index among the ascending ones.
+    Sources and destinations are named by their index in ascending order.
     """
 
     tokens: int
@@ -33,7 +33,7 @@ class _Sides(NamedTuple):
     stride: int  # 0 where tokens are listed
     num_src: int
     num_dst: int
-    prefix_src: int = 0  # of a stride, so many sources and destinations are in the prefix
+    prefix_src: int = 0  # sources and destinations in the prefix; a stride only
     prefix_dst: int = 0
     src: Tensor | None = None
     dst: Tensor | None = None
@@ -73,7 +73,7 @@ class _Pairs(NamedTuple):
 
     src: Tensor
     dst: Tensor
-    live: Tensor | None  # bool, false for a source that does not merge after all
+    live: Tensor | None  # bool, false for a pair that does not merge after all; None if all do
     by_score: Tensor | None  # all sources [B, Ns] by falling score, where they are sorted
 
 
@@ -305,7 +305,7 @@ def _map(pairs: _Pairs, sides: _Sides, r: int, request: Request) -> Map:
     if sides.stride > 0 and (request.limited() or (pairs.live is None and merged == r)):
         inverse = invert_partition(number, outputs)
         return Map(number.sub_(1).int(), *inverse, counts)
-    # If fewer sources than r merged, there are more groups than outputs: the last ones are dropped.
+    # If too few sources could merge, there are more segments than outputs: drop the last ones.
     assign = torch.where(number <= outputs, number - 1, -1)
     return Map(assign.int(), *invert(assign, outputs), counts)
 
@@ -314,23 +314,27 @@ def _by_position(pairs: _Pairs, sides: _Sides) -> Tensor:
     """Output token of each token, plus 1, int64 [B, N], in the order of their first members."""
     batch = pairs.src.shape[0]
     token = torch.arange(sides.tokens, device=pairs.src.device)
-    leader = token.expand(batch, -1).clone()  # first member of each token's group
+    leader = token.expand(batch, -1).clone()  # first member of each token's segment
     if pairs.src.shape[1] == 0:
         return leader.add_(1)
-    src, group = sides.src_tokens(pairs.src), sides.dst_tokens(pairs.dst)  # [B, r]
+    src, root = sides.src_tokens(pairs.src), sides.dst_tokens(pairs.dst)  # [B, r]
     if pairs.live is not None:
-        group = torch.where(pairs.live, group, src)
-    leader.scatter_reduce_(1, group, src, "amin")
-    leader.scatter_(1, src, leader.gather(1, group))
+        root = torch.where(pairs.live, root, src)
+    leader.scatter_reduce_(1, root, src, "amin")
+    leader.scatter_(1, src, leader.gather(1, root))
     return (leader == token).cumsum(1).gather(1, leader)
 
 
 def _as_tome(pairs: _Pairs, sides: _Sides) -> Tensor:
-    """The same in ToMe's order: prefix, tokens of neither side, unmerged sources, destinations."""
+    """Output token of each token, plus 1, int64 [B, N], in ToMe's order.
+
+    That is: prefix, tokens of neither side, unmerged sources, destinations.
+    """
     batch, device, prefix = pairs.src.shape[0], pairs.src.device, sides.prefix
     stays = torch.ones(batch, sides.num_src, dtype=torch.int64, device=device)
     stays.scatter_(1, pairs.src, 0 if pairs.live is None else (~pairs.live).long())
-    first: Tensor | int = prefix - sides.prefix_src  # outputs before the unmerged sources
+    # Tokens of the prefix that are no sources come first; `stays` counts the sources.
+    first: Tensor | int = prefix - sides.prefix_src
     neither, dst_order = None, sides.dst_order
     if sides.stride == 0 and prefix + sides.num_src + sides.num_dst > 0:
         src, dst = sides.lists(batch, device)

@@ -40,7 +40,7 @@ def match_image(metric: Tensor, similarity: str, request: Request, split: SplitA
 def match(metric: Tensor, similarity: str, request: Request, split: SplitArgs) -> Map:
     """Bipartite matching; see :func:`tokenops.match`."""
     if split.grid_width > 0 and split.src_index is None and split.dst_index is None:
-        # Both halves, and both kernels, take lists.
+        # match_image, search and select take lists: make them once.
         src_index, dst_index = grid_sides(metric, *split)
         split = SplitArgs(split.num_prefix, split.protected, src_index, dst_index)
     if match_fits(metric, split.src_index, split.dst_index, split.stride):

@@ -29,7 +29,7 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def metric_rows(x: Tensor) -> Tensor:
-    """The metric as [B, N, D] in the type of sums: the mean over heads of keys [B, H, N, D]."""
+    """The metric as [B, N, D] in the dtype of sums; of keys [B, H, N, D], the mean over heads."""
     x = x.to(acc_dtype(x))
     return x.mean(1) if x.dim() == 4 else x
 
@@ -49,7 +49,7 @@ def nearest(
         index = index.masked_fill(~a_mask, -1)
     if score.numel() == 0 or b.shape[1] == 0:
         return score, index
-    # The scores of the chosen pairs again, for autograd; NaN of other pairs does not reach them.
+    # Compute the scores of the chosen pairs again, for autograd, without NaN of other pairs.
     chosen = (score > -math.inf)[..., None]
     pairs = torch.where(chosen, _rows(b, index.clamp(min=0).long()), 0)  # [B, Na, D]
     similar = (torch.where(chosen, a, 0) * pairs).sum(-1)

@@ -34,7 +34,7 @@ def _nearest_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _nearest_backward(ops: Any, ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     a, b, score, index = ctx.saved_tensors
-    index = torch.where(score == -math.inf, -1, index)  # no finite similarity, no gradient
+    index = torch.where(score == -math.inf, -1, index)  # -inf has no gradient
     rows_a, rows_b = reference.metric_rows(a), reference.metric_rows(b)  # [B, Na, D], [B, Nb, D]
     # The chosen pairs are a token map from the rows of a to those of b.
     pairs = index, *ops.invert(index, rows_b.shape[1])
@@ -58,7 +58,7 @@ def _nearest_backward(ops: Any, ctx: Any, grad: Tensor, _: Tensor | None) -> tup
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Replace NaN and inf, which rows without a gradient may hold, so that 0 times them is 0."""
+    """Replace NaN and inf, which rows without a gradient may hold: 0 times them must be 0."""
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -89,6 +89,7 @@ register(
 
 # ---- match, search and select ----
 
+#: Arguments that may have one row for all images.
 _SHARED = ("protected", "src_index", "dst_index", "cell")
 
 

@@ -6,10 +6,10 @@ A candidate that takes no part (masked, protected, past the end) has similarity 
 best score and the number of the tile that had it, so that a score costs one comparison and two
 selects; the elements of a row are compared once, at the end.
 
-Letters: Na sources, Nb candidates, D width. Similarities come from one of three inputs:
+Letters: Na sources, Nb candidates, D width. Rows come in one of three forms, INPUT:
 
-- ``EXACT``: rows of one head in half precision, as they are. Tensor cores make exact products; a
-  candidate's inverse length multiplies each score, a source's only the largest one.
+- ``EXACT``: rows of one head in half precision, as they are. Tensor cores multiply them exactly; a
+  candidate's inverse length scales each of its scores, a source's scales only the largest one.
 - ``MEAN``: rows in any precision; the kernel averages their heads and divides by their lengths.
 - ``PREPARED``: contiguous, padded rows that ``prepare`` wrote.
 """
@@ -23,7 +23,7 @@ EXACT = tl.constexpr(0)
 MEAN = tl.constexpr(1)
 PREPARED = tl.constexpr(2)
 
-NONE = tl.constexpr(2**31 - 1)
+NONE = tl.constexpr(2**31 - 1)  # the index of no candidate: the largest, for minima
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _inverse_length(squares):
 
 @triton.jit
 def tokens_of(index, image, index_b, index_n, offs, count, tokens, run, step, first):
-    """Token of each source or candidate: from a list of indices, or by the pattern of a Side."""
+    """Token of each source or candidate: from a list, or by the formula of a Side."""
     if index is not None:
         pointers = index + image * index_b + offs.to(tl.int64) * index_n
         token = tl.load(pointers, mask=offs < count, other=0).to(tl.int64)
@@ -94,7 +94,7 @@ def prepare(
     index_b, index_n, mask_b, mask_n, run, step, first, prefix,
     COSINE: tl.constexpr, PROTECTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write rows to compare, or inverse lengths if ``rows`` is None; NaN for rows without part."""
+    """Write scaled rows, or inverse lengths if ``rows`` is None; NaN where one takes no part."""
     tiles = tl.cdiv(padded, BLOCK_M)
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
@@ -177,7 +177,7 @@ def search_resident(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """The sources of a tile stay on the chip; candidates come in tiles of whole rows."""
+    """Search with a tile of sources kept on the chip; candidates come in tiles of whole rows."""
     ACC: tl.constexpr = score.dtype.element_ty
     tiles_m = tl.cdiv(Na, BLOCK_M)
     pid = tl.program_id(0)
@@ -287,7 +287,7 @@ def search_streamed(
     INPUT: tl.constexpr, COSINE: tl.constexpr, PROTECTED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Rows of any width: both sides come in chunks, in one loop over tiles and chunks."""
+    """Search rows of any width: both sides come in chunks, in one loop over tiles and chunks."""
     ACC: tl.constexpr = score.dtype.element_ty
     tiles_m = tl.cdiv(Na, BLOCK_M)
     pid = tl.program_id(0)

@@ -25,8 +25,8 @@ from . import search_kernels as kernels
 WHOLE = 128
 BLOCK_D = 64
 
-#: Most elements that the search reads again for every tile of sources, to take the lengths of
-#: candidates or their means over heads; for more elements, another kernel prepares candidates.
+#: Every tile of sources reads all candidates again, to compute their lengths or their means over
+#: heads. If that is more than so many elements, another kernel prepares the candidates first.
 MAX_REREAD = 1 << 26
 
 #: Programs that fill a device; with fewer programs, tiles become smaller.
@@ -96,7 +96,7 @@ def nearest_tile(device: str, dtype: torch.dtype, exact: bool, width: int, few: 
             # Triton 3.6 spills registers of narrow rows with two stages, of wide ones with three.
             deeper = BEFORE_3_7 and device.startswith("sm_8") and width <= BLOCK_D
             return Settings(64, 64, 4, 3 if deeper else 2)
-        # With half the warps, each instruction that a tile needs once serves twice the elements.
+        # With 4 warps, instructions that each warp executes once per tile are half as many.
         return Settings(128, 64, 4 if device == "sm_90" and width <= BLOCK_D else 8, 2)
     if few:
         return Settings(64, 64, 4, 3)

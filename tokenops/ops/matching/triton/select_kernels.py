@@ -3,12 +3,12 @@
 
 One program makes the token map of an image by sorting keys that no two tokens share, so ties need
 no further code. The r-th smallest key of the sources is that of the last source to merge. A sort of
-all tokens by group then brings the members of each output token together. In order of position, a
-group stands where its first member, the leader, does: the sort by group finds the leaders, and a
-second sort, by leader, is the map. In ToMe's order, the sort by group is the map already.
+all tokens by root then brings the members of each segment together. By position, a segment stands
+where its first member, the leader, does: the sort by root finds the leaders, and a second sort, by
+leader, gives the map. In ToMe's order, the sort by root gives the map.
 
-Role of a token: the index of a source among the sources; -2 - the index of a destination among the
-listed ones; -1 for other tokens.
+Root of a token: its destination if it merges, else itself. Role of a token: for a source, its index
+in the list; for a destination, -2 minus its index; -1 for other tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .search_kernels import tokens_of
 
-LAST_32 = tl.constexpr(2**31 - 1)
+LAST_32 = tl.constexpr(2**31 - 1)  # keys that sort last
 LAST_64 = tl.constexpr(2**63 - 1)
 
 
@@ -94,7 +94,7 @@ def list_grid(
     image = tl.program_id(1).to(tl.int64)
     start = band * height * width
     end = tl.where(band < rows, start + height * width, tokens - prefix)
-    found = band * columns  # destinations
+    found = band * columns  # destinations before this block
     for first in range(start, end, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         y, x = offs // width - band * height, offs % width
@@ -121,9 +121,9 @@ def _source_key(
     node_max, node_idx, protected, image, index, token, prefix, is_src, num_src,
     protected_b, protected_n,
 ):  # fmt: skip
-    """Key of a source: the smallest keys merge. Grade, falling score and token, high to low bits.
+    """Key of a source; the smallest keys merge: grade, falling score, token (13 bits with padding).
 
-    The grade is 0 for free sources, 1 for protected ones, 2 in the prefix, and 3 for no source.
+    The grade is 0 for a source, 1 if it is protected, 2 if it is in the prefix, 3 for other tokens.
     """
     offs = image * num_src + index
     score = tl.load(node_max + offs, mask=is_src, other=0)
@@ -166,7 +166,7 @@ def select_image(
     )  # fmt: skip
     last = tl.sum(tl.where(index == r - 1, _sort(key, BITS_S), 0), 0)  # 0 if r is 0
 
-    # The group of each token, named by its destination if the token merges, else by itself.
+    # Which tokens merge, and the root of each token.
     token = tl.arange(0, BLOCK)
     inside = token < tokens
     if role is None:
@@ -193,9 +193,9 @@ def select_image(
         target = best * stride + stride - 1
     else:
         target = tl.load(dst + image * dst_b + best, mask=merged & (best < num_dst), other=0)
-    group = tl.where(merged, target, token)
+    root = tl.where(merged, target, token)
 
-    # Tokens by group, groups in the order of the outputs.
+    # Sort the tokens by root, and the roots in the order of the output tokens.
     offs = tl.arange(0, BLOCK)
     if TOME:
         # Prefix 0, tokens of neither side 1, sources 2, destinations 3 with what merges into them.
@@ -210,32 +210,32 @@ def select_image(
         within = tl.where(merged, target_rank.to(tl.int64), within)
         in_prefix = tl.where(merged, target < prefix, in_prefix)
         kind = tl.where(in_prefix, 0, kind)
-        within = tl.where(in_prefix, group.to(tl.int64), within)
-        key = (kind.to(tl.int64) << 56) | (within << 24) | (group << 12).to(tl.int64) | token
+        within = tl.where(in_prefix, root.to(tl.int64), within)
+        key = (kind.to(tl.int64) << 56) | (within << 24) | (root << 12).to(tl.int64) | token
         key = _sort(tl.where(inside, key, LAST_64), BITS)
-        owner = ((key >> 12) & 0xFFF).to(tl.int32)
+        root = ((key >> 12) & 0xFFF).to(tl.int32)
         token = (key & 0xFFF).to(tl.int32)
     else:
-        key = _sort(tl.where(inside, group * BLOCK + token, LAST_32), BITS)
-        owner, token = key // BLOCK, key % BLOCK
-    before = tl.gather(owner, tl.maximum(offs - 1, 0), 0)
-    starts = (offs == 0) | (owner != before)
+        key = _sort(tl.where(inside, root * BLOCK + token, LAST_32), BITS)
+        root, token = key // BLOCK, key % BLOCK
+    before = tl.gather(root, tl.maximum(offs - 1, 0), 0)
+    starts = (offs == 0) | (root != before)
     if not TOME:
         start = tl.associative_scan(tl.where(starts, offs, 0), 0, _larger)
         leader = tl.gather(token, start, 0)
         key = _sort(tl.where(offs < tokens, leader * BLOCK + token, LAST_32), BITS)
-        owner, token = key // BLOCK, key % BLOCK
-        starts = owner == token
+        root, token = key // BLOCK, key % BLOCK
+        starts = root == token
     inside = offs < tokens
     starts = starts & inside
-    number = tl.cumsum(starts.to(tl.int32), 0) - 1  # of the output token
-    # With too few sources to merge, there are more groups than outputs: the last ones are dropped.
-    kept = inside & (number < outputs)
+    output = tl.cumsum(starts.to(tl.int32), 0) - 1
+    # If too few sources could merge, there are more segments than outputs: drop the last ones.
+    kept = inside & (output < outputs)
     offs_out = image * tokens + offs
     tl.store(members + offs_out, tl.where(kept, token, -1), mask=inside)
-    tl.store(assign + image * tokens + token, tl.where(kept, number, -1), mask=inside)
+    tl.store(assign + image * tokens + token, tl.where(kept, output, -1), mask=inside)
     offsets += image * (outputs + 1)
-    tl.store(offsets + number, offs, mask=starts & kept)
+    tl.store(offsets + output, offs, mask=starts & kept)
     live = tl.sum((starts & kept).to(tl.int32), 0)
     after = live + offs  # offsets of the padding
     total = tl.sum(kept.to(tl.int32), 0)

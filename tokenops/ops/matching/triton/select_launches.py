@@ -30,10 +30,10 @@ class SidesLaunch(NamedTuple):
     Attributes:
         src: Rows of the metric that are sources.
         dst: Rows of the metric that are destinations.
-        launch: Lists both sides of a grid, or sorts listed ones; None for a stride.
+        launch: Lists both sides of a grid, or sorts listed destinations; None for a stride.
         images: Number of images with sides of their own; 1 for all images in common.
-        strides: Of images and sources in the list of sources, of images in the roles of tokens and
-            in the sorted destinations.
+        strides: Strides of ``Sides.src`` (image, source), ``Sides.role`` (image) and ``Sides.dst``
+            (image).
     """
 
     src: Side
@@ -75,7 +75,7 @@ def listed_sides(
     dst_shape: tuple[int, ...],
     dst_strides: tuple[int, int],
 ) -> SidesLaunch:
-    """Sides that are listed; ``index`` is that of the device."""
+    """Sides that are listed; ``index`` is the device's, part of the key of a plan."""
     images = max(shape[0] if len(shape) == 2 else 1 for shape in (src_shape, dst_shape))
     own = int(images > 1)
     num_src, num_dst = src_shape[-1], dst_shape[-1]
@@ -140,10 +140,10 @@ def select_launch(
     limited = threshold is not None or thresholds is not None
     outputs = tokens if limited else tokens - r
     src, dst = sides.src, sides.dst
-    limit = min(r, src.rows) if dst.rows > 0 else 0
+    num_merged = min(r, src.rows) if dst.rows > 0 else 0
     block, block_s = power_of_two(tokens, 32), power_of_two(src.rows, 32)
     numbers = (
-        tokens, outputs, src.rows, dst.rows, limit, num_prefix, stride,
+        tokens, outputs, src.rows, dst.rows, num_merged, num_prefix, stride,
         src.run if sides.launch is None else 1, *sides.strides, *protected, thresholds or 0,
         threshold or 0.0,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def _tile(row_tiles, column_tiles, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Image, first row and column of tiles of a program, and its channels."""
+    """Image, first row, column of tiles, and channels of a program."""
     pid = tl.program_id(0)
     column = pid % column_tiles
     tile = pid // column_tiles
@@ -68,7 +68,7 @@ def _store(base, row, mask_m, C, offs_c, mask_c, values):
 
 @triton.jit
 def _upcast(values):
-    """Values in the dtype of sums."""
+    """Values in the dtype of sums: float64 stays, others become float32."""
     if values.dtype == tl.float64:
         return values
     else:  # noqa: RET505 - the compiler takes one branch of a constant condition
@@ -132,7 +132,7 @@ def merge_rows(
     total = tl.zeros([BLOCK_M], acc.dtype)
     if weight is not None:
         weight += image * N
-    # Load two members ahead: the compiler would serialize loads that are used at once.
+    # Load two members ahead: the compiler would wait for each load that is used immediately.
     a, a_weight = _load_member(
         x, weight, members, start, count, 0, N, row_stride, offs_c, stride, mask_c, IDENTITY
     )  # fmt: skip
@@ -237,8 +237,8 @@ def reduce_backward_rows(
     """Gradient of the members of a tile of output tokens, or zeros for dropped tokens.
 
     The first ``output_tiles`` tiles of an image are output tokens, the other ones are input tokens.
-    Only output token ``assign[n]`` writes row n, whatever ``members`` holds. The gradient of prod
-    keeps the products of all later members in ``suffix`` [N, C].
+    Only output token ``assign[n]`` writes row n, even if ``members`` lists a token twice. For prod,
+    ``suffix`` [N, C] holds the product of all later members of the segment.
     """
     image, first, _column, offs_c = _tile(row_tiles, column_tiles, BLOCK_M, BLOCK_C)
     mask_c = offs_c < C
@@ -308,10 +308,10 @@ def reduce_backward_rows(
 def invert_image(assign, earlier, composed, offsets, members, N, MIDDLE, M, SIZE: tl.constexpr):
     """Sort the input tokens of an image by output token, and write the map in CSR form.
 
-    A sentinel for each output token, and one for dropped tokens, is sorted before the tokens of its
-    segment. Subtract the sentinels before an element to get its CSR position: that of a sentinel is
-    an offset, that of a token is its index in ``members``. Under ``earlier`` (indices into MIDDLE
-    tokens) the map is composed first.
+    Each output token has a sentinel, which is sorted before its members; dropped tokens have one,
+    too. The position of an element less the sentinels before it is its position in CSR form: for a
+    sentinel an offset, for a token its index in ``members``. With ``earlier`` (indices into MIDDLE
+    tokens), the map is composed first.
     """
     image = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)

@@ -31,10 +31,10 @@ THREADS = 128
 #: Programs that keep a large device busy; with fewer programs, tiles are smaller.
 FULL_DEVICE = 528
 
-#: One program inverts a map if its inputs and outputs together are fewer.
+#: A program sorts one image to invert its map, if input and output tokens together are fewer.
 SORTED = 8192
 
-#: Elements of a tile of the backward of prod that Triton 3.6 keeps in registers.
+#: Most elements of a tile of prod's backward that Triton 3.6 keeps in registers.
 MOST_PROD = 2048
 
 _Shape = tuple[int, ...]
@@ -50,11 +50,11 @@ def _merging(
     split: bool,
     strides: tuple[int, ...],
 ) -> Settings:
-    """Tile of rows by channels. The kernels are limited by memory, so bytes per thread count.
+    """Tile of rows by channels. Memory limits the kernels, so the bytes per thread decide.
 
     Args:
         device: Architecture as :func:`arch` returns it.
-        dtype: Of the rows.
+        dtype: Dtype of the rows.
         images: Number of images.
         rows: Rows of an image.
         channels: Channels of a row.
@@ -62,7 +62,7 @@ def _merging(
         strides: Strides of the channels of all tensors; strides of 1 allow vector loads.
     """
     block_c = 64
-    for wide in (256, 128):
+    for wide in (256, 128):  # if at most an eighth is padding
         if 8 * ceil_div(channels, wide) * wide <= 9 * channels:
             block_c = wide
             break
@@ -94,7 +94,7 @@ def _launch(
     numbers: tuple[int, ...],
     **constants: Any,
 ) -> Launch:
-    """A launch with a program for each tile; its last numbers are the tiles of an image."""
+    """A launch with a program for each tile; it appends row_tiles and column_tiles to numbers."""
     row_tiles = ceil_div(rows, tile.block_m)
     column_tiles = max(ceil_div(channels, tile.block_n), 1)
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n}
@@ -129,6 +129,9 @@ def _dense_factors(name: str, x: Tensor, factors: Factors, inputs: int, outputs:
     return Factors(weight, scale)
 
 
+# Plans are cached by all arguments, also by those that a function does not read: Triton compiles a
+# launch for one device, and for tensors that are there or None.
+
 # ---- merge ----
 
 
@@ -147,9 +150,7 @@ def _merge_plan(
     images, tokens, channels = shape
     tile = _merging(device, dtype, images, outputs, channels, True, strides[2:])
     numbers = tokens, outputs, channels, *strides
-    return _launch(
-        kernels.merge_rows, tile, images, outputs, channels, numbers, REDUCE=reduce
-    )  # fmt: skip
+    return _launch(kernels.merge_rows, tile, images, outputs, channels, numbers, REDUCE=reduce)
 
 
 def _merge(
@@ -374,7 +375,7 @@ def _invert_by_sort(assign: Tensor, num_tokens: int) -> Inverse:
     """:func:`invert` by PyTorch's sort, for maps of any size."""
     live = (assign >= 0) & (assign < num_tokens)
     slot, order = torch.where(live, assign, num_tokens).sort(dim=1, stable=True)
-    first = torch.arange(num_tokens + 1, dtype=slot.dtype, device=slot.device)
-    first = first.repeat(slot.shape[0], 1)
-    offsets = torch.searchsorted(slot, first, out_int32=True)
+    slots = torch.arange(num_tokens + 1, dtype=slot.dtype, device=slot.device)
+    slots = slots.repeat(slot.shape[0], 1)
+    offsets = torch.searchsorted(slot, slots, out_int32=True)  # the first token of each slot
     return Inverse(offsets, torch.where(slot < num_tokens, order, -1).int())
