@@ -66,21 +66,15 @@ class Shape:
     grid: tuple[int, int, int, int] | None = None  # (h, w, sy, sx) of tomesd's split; None: ToMe's
 
     def describe(self, letter: str) -> str:
-        """Sizes in words; ``letter`` stands for the width."""
-        words = [f"B{self.batch}", f"N{self.tokens}"]
-        words += [f"H{self.heads}"] if self.heads else []
-        words += [f"{letter}{self.width}", f"r{self.r}"]
-        if self.grid is not None:
-            words.append("grid {}x{} in {}x{}".format(*self.grid))
-        return " ".join(words)
+        heads = f"H{self.heads} " if self.heads else ""
+        grid = " grid {}x{} in {}x{}".format(*self.grid) if self.grid else ""
+        return f"B{self.batch} N{self.tokens} {heads}{letter}{self.width} r{self.r}{grid}"
 
     def tiny(self) -> Shape:
-        """Sizes of the same kind that take no time."""
         tokens, grid = (17, None) if self.grid is None else (24, (4, 6, 2, 2))
         return Shape(2, tokens, 8, 4, self.prefix, min(self.heads, 2), grid)
 
     def split(self) -> Split:
-        """The split into sources and destinations."""
         return tokenops.alternate() if self.grid is None else tokenops.grid(*self.grid)
 
     def split_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -94,6 +88,16 @@ class Shape:
         return (~is_dst).nonzero()[:, 0], is_dst.nonzero()[:, 0]
 
 
+def relative(result: Any, expected: Any) -> float:
+    """Largest difference of tensors, or of tuples of them, relative to the largest entry."""
+    if not isinstance(expected, Tensor):
+        return max(relative(a, b) for a, b in zip(result, expected, strict=True))
+    if result.shape != expected.shape:
+        raise ValueError(f"shapes differ: {list(result.shape)} and {list(expected.shape)}")
+    a, b = result.detach().double(), expected.detach().double()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
 @dataclass
 class Work:
     """A case made ready: its inputs exist."""
@@ -105,7 +109,7 @@ class Work:
     tolerance: float  # largest difference at which a rival counts as doing the same
     tensor: Tensor  # one of the inputs, for device and dtype
     #: (name, result, expected): how far a rival's result is from that of tokenops.
-    difference: Callable[[str, Any, Any], float] = field(default=lambda _, a, b: relative(a, b))
+    difference: Callable[[str, Any, Any], float] = lambda _, a, b: relative(a, b)
     inference: bool = True  # whether to time under torch.inference_mode
 
     def make(self, name: str) -> Call:
@@ -124,7 +128,7 @@ class Case:
 
     operator: str  # public operator, perhaps with "_backward" or "_forward_backward"
     name: str  # unique within the operator
-    shape: Any
+    shape: Any  # with the methods describe and tiny
     setup: Callable[[Any, torch.dtype, torch.device], Work]
     device: str = "cpu"  # kind of device whose sizes these are
     skip: Mapping[str, str] = field(default_factory=dict)  # rivals that do not run, and why
@@ -149,6 +153,21 @@ class Case:
         return replace(self, shape=self.shape.tiny())
 
 
+def cases_of(
+    operator: str,
+    setup: Callable[..., Work],
+    shapes: Mapping[str, Any],
+    memory: Mapping[str, tuple[str, ...]] | None = None,
+    **options: Any,
+) -> list[Case]:
+    """Cases of an operator from shapes by name; ``memory`` is by name, too."""
+    memory = memory or {}
+    return [
+        Case(operator, name, shape, setup, memory=memory.get(name, ()), **options)
+        for name, shape in shapes.items()
+    ]
+
+
 def recipes(
     eager: Callable[..., Any], make: Callable[[Callable[..., Any]], Call]
 ) -> dict[str, Callable[[], Call]]:
@@ -159,24 +178,14 @@ def recipes(
     }
 
 
-def relative(result: Any, expected: Any) -> float:
-    """Largest difference of tensors, or of tuples of them, relative to the largest entry."""
-    if not isinstance(expected, Tensor):
-        return max(relative(a, b) for a, b in zip(result, expected, strict=True))
-    if result.shape != expected.shape:
-        raise ValueError(f"shapes differ: {list(result.shape)} and {list(expected.shape)}")
-    a, b = result.detach().double(), expected.detach().double()
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
-
-
-def randn(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal random numbers from a fixed seed, rounded from float32 to the dtype."""
-    return torch.randn(size, generator=generator(device), device=device).to(dtype)
-
-
 def generator(device: torch.device) -> torch.Generator:
     """A generator with a fixed seed."""
     return torch.Generator(device).manual_seed(0)
+
+
+def randn(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal random numbers, rounded from float32 to the dtype."""
+    return torch.randn(size, generator=generator(device), device=device).to(dtype)
 
 
 def make_metric(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ round each score to eight bits: compared is the mean similarity of the pairs tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import tokenops
 from tokenops import TokenMap
 
 from . import rivals
-from .cases import Case, Shape, Work, make_metric, recipes, relative
+from .cases import Case, Shape, Work, cases_of, make_metric, recipes, relative
 from .timing import Call
 
 #: Difference of mean cosines up to which a rival counts as matching as well.
@@ -25,32 +26,29 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def setup_match(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
-    """Work of ``match``."""
     metric = make_metric(shape, dtype, device)
-    split = shape.split()
+    split, split_index = shape.split(), shape.split_index(device)
+    index = rivals.tomesd_split(*shape.grid, device) if shape.grid else ()
 
     def ours() -> TokenMap:
         return tokenops.match(metric, shape.r, num_prefix=shape.prefix, split=split)
 
-    def recipe(function: Callable[..., Any]) -> Call:
-        if shape.grid is None:
-            return lambda: function(metric, shape.r, shape.prefix > 0)
-        index = rivals.tomesd_split(*shape.grid, device)
-        return lambda: function(metric, shape.r, *index)
+    def recipe(match: Callable[..., Any]) -> Call:
+        return lambda: match(metric, shape.r, shape.prefix > 0, *index)
 
     def product(then: Callable[[Tensor], Any]) -> Call:
         rows = metric.mean(1) if metric.dim() == 4 else metric
-        src, dst = (rows[:, index] for index in shape.split_index(device))
+        src, dst = (rows[:, index] for index in split_index)
         return lambda: then(src @ dst.transpose(1, 2))
 
     def difference(name: str, result: Any, expected: TokenMap) -> float:
         return mean_similarity(metric, shape, expected) - mean_similarity(metric, shape, result)
 
-    num_src, num_dst = map(len, shape.split_index(device))
+    num_src, num_dst = map(len, split_index)
     return Work(
         rivals={
             "tokenops": lambda: ours,
-            **recipes(rivals.tomesd_match if shape.grid else rivals.tome_match, recipe),
+            **recipes(rivals.match, recipe),
             "bmm": lambda: product(lambda scores: scores),
             "bmm+max": lambda: product(lambda scores: scores.max(dim=2)),
         },
@@ -63,13 +61,9 @@ def setup_match(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
 
 
 def setup_nearest(shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
-    """Work of ``nearest``: the search of ``match`` alone."""
+    """The search of ``match`` alone."""
     metric = make_metric(shape, dtype, device)
     a, b = (metric[:, index] for index in shape.split_index(device))
-
-    def difference(name: str, result: Any, expected: Any) -> float:
-        return relative(result[0], expected[0])
-
     return Work(
         rivals={
             "tokenops": lambda: lambda: tokenops.nearest(a, b),
@@ -77,7 +71,7 @@ def setup_nearest(shape: Shape, dtype: torch.dtype, device: torch.device) -> Wor
         },
         bytes=metric.numel() * metric.element_size(),
         flops=2 * shape.batch * a.shape[1] * b.shape[1] * shape.width,
-        difference=difference,
+        difference=lambda name, result, expected: relative(result[0], expected[0]),
         tolerance=TOLERANCE[dtype],
         tensor=a,
     )
@@ -100,9 +94,9 @@ def mean_similarity(metric: Tensor, shape: Shape, result: Any) -> float:
 def _pairs(shape: Shape, result: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens [B, r] that merge, and the destinations [B, r] that they merge into."""
     src, dst = shape.split_index(device)
-    if isinstance(result, rivals.GridMatch):  # its sort need not keep the order of sources
-        src, dst = result.src_index[0, :, 0], result.dst_index[0, :, 0]
-    if not isinstance(result, TokenMap):
+    if isinstance(result, rivals.Match):
+        if result.src_index is not None:  # its sort need not keep the order of sources
+            src, dst = result.src_index[0, :, 0], result.dst_index[0, :, 0]
         return src[result.merged[..., 0]], dst[result.target[..., 0]]
     assign = result.assign.long()
     batch = assign.shape[0]
@@ -113,51 +107,42 @@ def _pairs(shape: Shape, result: Any, device: torch.device) -> tuple[Tensor, Ten
     return src[order], target.gather(1, order)
 
 
+_VIT_B = Shape(32, 197, 64, 16, prefix=1)
+_VIT_L = Shape(4, 1025, 64, 40, prefix=1)
 _SD = Shape(2, 4096, 320, 2048, grid=(64, 64, 2, 2))
 _N16384 = Shape(2, 16384, 320, 8192, grid=(128, 128, 2, 2))
-_SHAPES = {
-    "vit-b": Shape(32, 197, 64, 16, prefix=1),
-    "vit-b-qkv": Shape(32, 197, 64, 16, prefix=1, heads=12),
-    "vit-l-512": Shape(4, 1025, 64, 40, prefix=1),
+_N65536 = Shape(1, 65536, 64, 32768, grid=(256, 256, 2, 2))
+_CPU = {
+    "vit-b": _VIT_B,
+    "vit-b-qkv": replace(_VIT_B, heads=12),
+    "vit-l-512": _VIT_L,
     "sd": _SD,
     "n16384": _N16384,
-    "n65536": Shape(1, 65536, 64, 32768, grid=(256, 256, 2, 2)),
-}
-_CUDA = {
-    "vit-b-256": Shape(256, 197, 64, 16, prefix=1),
-    "vit-b-256-qkv": Shape(256, 197, 64, 16, prefix=1, heads=12),
-    "vit-l-512-32": Shape(32, 1025, 64, 40, prefix=1),
-    "sd-2": _SD,
-    "sd-16": Shape(16, 4096, 320, 2048, grid=(64, 64, 2, 2)),
-    "n16384-320": _N16384,
-    "n16384-640": Shape(2, 16384, 640, 8192, grid=(128, 128, 2, 2)),
-    "vlm-2880": Shape(8, 2880, 64, 1440),
 }
 _ON_REQUEST = {
-    "vit-b-8": Shape(8, 197, 64, 16, prefix=1),
-    "vit-b-8-qkv": Shape(8, 197, 64, 16, prefix=1, heads=12),
+    "vit-b-8": replace(_VIT_B, batch=8),
+    "vit-b-8-qkv": replace(_VIT_B, batch=8, heads=12),
     "sd-cpu": _SD,
 }
-_TOO_LARGE = "not run: it stores 49152 x 16384 scores, 3.2 GB in float32"
-_SKIP = {"n65536": dict.fromkeys(("eager", "compile", "bmm", "bmm+max"), _TOO_LARGE)}
-_MEMORY = {
-    "sd": ("tokenops", "eager"),
-    "n16384": ("tokenops", "reference", "eager"),
-    "n65536": ("tokenops",),
+_CUDA = {
+    "vit-b-256": replace(_VIT_B, batch=256),
+    "vit-b-256-qkv": replace(_VIT_B, batch=256, heads=12),
+    "vit-l-512-32": replace(_VIT_L, batch=32),
+    "sd-2": _SD,
+    "sd-16": replace(_SD, batch=16),
+    "n16384-320": _N16384,
+    "n16384-640": replace(_N16384, width=640),
+    "vlm-2880": Shape(8, 2880, 64, 1440),
 }
-
-
-def _case(name: str, shape: Shape, **options: Any) -> Case:
-    return Case("match", name, shape, setup_match, **options)
-
+_MEMORY = {"sd": ("tokenops", "eager"), "n16384": ("tokenops", "reference", "eager")}
+_TOO_LARGE = "not run: it stores 49152 x 16384 scores, 3.2 GB in float32"
+_SKIP = dict.fromkeys(("eager", "compile", "bmm", "bmm+max"), _TOO_LARGE)
 
 CASES = (
-    *(
-        _case(name, shape, skip=_SKIP.get(name, {}), memory=_MEMORY.get(name, ()))
-        for name, shape in _SHAPES.items()
-    ),
-    Case("nearest", "vit-b", _SHAPES["vit-b"], setup_nearest),
-    *(_case(name, shape, on_request=True) for name, shape in _ON_REQUEST.items()),
-    *(_case(name, shape, device="cuda") for name, shape in _CUDA.items()),
-    Case("nearest", "vit-b-256", _CUDA["vit-b-256"], setup_nearest, "cuda"),
+    *cases_of("match", setup_match, _CPU, _MEMORY),
+    Case("match", "n65536", _N65536, setup_match, skip=_SKIP, memory=("tokenops",)),
+    Case("nearest", "vit-b", _VIT_B, setup_nearest),
+    *cases_of("match", setup_match, _ON_REQUEST, on_request=True),
+    *cases_of("match", setup_match, _CUDA, device="cuda"),
+    Case("nearest", "vit-b-256", _CUDA["vit-b-256"], setup_nearest, device="cuda"),
 )

@@ -32,22 +32,15 @@ from torch import Tensor
 LOG_EPS = 1e-6
 
 
-class ToMeMatch(NamedTuple):
+class Match(NamedTuple):
     """The merge of sources into destinations; all int64, ready to be expanded to channels."""
 
     unmerged: Tensor  # [B, Ns - r, 1], positions among the sources
     merged: Tensor  # [B, r, 1], positions among the sources
     target: Tensor  # [B, r, 1], positions among the destinations
-
-
-class GridMatch(NamedTuple):
-    """The same, with the split as index tensors."""
-
-    unmerged: Tensor
-    merged: Tensor
-    target: Tensor
-    src_index: Tensor  # [1, Ns, 1], token of each source
-    dst_index: Tensor  # [1, Nd, 1], token of each destination
+    # tomesd's split; ToMe's has no index
+    src_index: Tensor | None = None  # [1, Ns, 1], token of each source
+    dst_index: Tensor | None = None  # [1, Nd, 1], token of each destination
 
 
 def _expand(index: Tensor, like: Tensor) -> Tensor:
@@ -55,30 +48,17 @@ def _expand(index: Tensor, like: Tensor) -> Tensor:
     return index.expand(like.shape[0], -1, like.shape[2])
 
 
-def _select(scores: Tensor, r: int, keep_first: bool) -> ToMeMatch:
-    node_max, node_idx = scores.max(dim=-1)  # [B, Ns]
-    ranking = node_max.argsort(dim=-1, descending=True)[..., None]  # [B, Ns, 1]
-    merged, unmerged = ranking[:, :r], ranking[:, r:]
-    if keep_first:
-        unmerged = unmerged.sort(dim=1).values
-    return ToMeMatch(unmerged, merged, node_idx[..., None].gather(1, merged))
+def _split(x: Tensor, src_index: Tensor | None, dst_index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sources [B, Ns, C] and destinations [B, Nd, C]."""
+    if src_index is None or dst_index is None:
+        return x[:, 0::2], x[:, 1::2]
+    return x.gather(1, _expand(src_index, x)), x.gather(1, _expand(dst_index, x))
 
 
 def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Best cosine similarity [B, Na] of each row of a [B, Na, D] to a row of b, and its index."""
     a, b = (x / x.norm(dim=-1, keepdim=True) for x in (a, b))
     return (a @ b.transpose(1, 2)).max(dim=-1)
-
-
-def tome_match(metric: Tensor, r: int, class_token: bool) -> ToMeMatch:
-    """ToMe's matching: metric [B, N, D], or keys [B, H, N, D] that are averaged first."""
-    if metric.dim() == 4:
-        metric = metric.mean(1)
-    unit = metric / metric.norm(dim=-1, keepdim=True)
-    scores = unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)  # [B, Ns, Nd]
-    if class_token:
-        scores[:, 0] = -math.inf
-    return _select(scores, r, class_token)
 
 
 def tomesd_split(h: int, w: int, sy: int, sx: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -90,62 +70,63 @@ def tomesd_split(h: int, w: int, sy: int, sx: int, device: torch.device) -> tupl
     return order[:, count:], order[:, :count]
 
 
-def tomesd_match(metric: Tensor, r: int, src_index: Tensor, dst_index: Tensor) -> GridMatch:
-    """tomesd's matching by a split that was made beforehand."""
+def match(
+    metric: Tensor,
+    r: int,
+    class_token: bool,
+    src_index: Tensor | None = None,
+    dst_index: Tensor | None = None,
+) -> Match:
+    """The match of a metric [B, N, D], or of keys [B, H, N, D] that are averaged first.
+
+    ToMe's, or with the index of a split tomesd's. With a class token, unmerged sources keep their
+    order.
+    """
+    if metric.dim() == 4:
+        metric = metric.mean(1)
     unit = metric / metric.norm(dim=-1, keepdim=True)
-    src, dst = unit.gather(1, _expand(src_index, unit)), unit.gather(1, _expand(dst_index, unit))
-    match = _select(src @ dst.transpose(1, 2), r, keep_first=False)
-    return GridMatch(*match, src_index, dst_index)
+    src, dst = _split(unit, src_index, dst_index)
+    scores = src @ dst.transpose(1, 2)  # [B, Ns, Nd]
+    if class_token:
+        scores[:, 0] = -math.inf
+    node_max, node_idx = scores.max(dim=-1)  # [B, Ns]
+    ranking = node_max.argsort(dim=-1, descending=True)[..., None]  # [B, Ns, 1]
+    merged, unmerged = ranking[:, :r], ranking[:, r:]
+    if class_token:
+        unmerged = unmerged.sort(dim=1).values
+    return Match(unmerged, merged, node_idx[..., None].gather(1, merged), src_index, dst_index)
 
 
-def _reduce(src: Tensor, dst: Tensor, match: ToMeMatch | GridMatch, mode: str) -> Tensor:
+def merge(x: Tensor, match: Match, mode: str) -> Tensor:
+    """[B, N, C] -> [B, N - r, C], unmerged sources first, then destinations."""
+    src, dst = _split(x, match.src_index, match.dst_index)
     kept = src.gather(1, _expand(match.unmerged, src))
     moved = src.gather(1, _expand(match.merged, src))
     merged = dst.scatter_reduce(1, _expand(match.target, src), moved, reduce=mode)
     return torch.cat([kept, merged], dim=1)
 
 
-def tome_merge(x: Tensor, match: ToMeMatch, mode: str) -> Tensor:
-    """[B, N, C] -> [B, N - r, C], unmerged sources first, then destinations."""
-    return _reduce(x[:, 0::2], x[:, 1::2], match, mode)
-
-
-def tomesd_merge(x: Tensor, match: GridMatch, mode: str) -> Tensor:
-    """[B, N, C] -> [B, N - r, C], unmerged sources first, then destinations."""
-    src = x.gather(1, _expand(match.src_index, x))
-    dst = x.gather(1, _expand(match.dst_index, x))
-    return _reduce(src, dst, match, mode)
-
-
-def tome_merge_wavg(x: Tensor, size: Tensor, match: ToMeMatch) -> tuple[Tensor, Tensor]:
+def merge_wavg(x: Tensor, size: Tensor, match: Match) -> tuple[Tensor, Tensor]:
     """Mean weighted by size [B, N, 1], and the new sizes [B, N - r, 1]."""
-    total = tome_merge(size, match, "sum")
-    return tome_merge(x * size, match, "sum") / total, total
+    total = merge(size, match, "sum")
+    return merge(x * size, match, "sum") / total, total
 
 
-def _unmerge(y: Tensor, match: ToMeMatch | GridMatch) -> tuple[Tensor, ...]:
-    """Zeros [B, N, C], and the rows of unmerged sources, of merged ones and of destinations."""
+def unmerge(y: Tensor, match: Match) -> Tensor:
+    """[B, N - r, C] -> [B, N, C]."""
     count = match.unmerged.shape[1]
     kept, dst = y[:, :count], y[:, count:]
     moved = dst.gather(1, _expand(match.target, y))
-    return y.new_zeros(y.shape[0], y.shape[1] + moved.shape[1], y.shape[2]), kept, moved, dst
-
-
-def tome_unmerge(y: Tensor, match: ToMeMatch) -> Tensor:
-    """[B, N - r, C] -> [B, N, C]."""
-    out, kept, moved, dst = _unmerge(y, match)
-    out[:, 1::2] = dst
-    out.scatter_(1, _expand(2 * match.unmerged, y), kept)
-    return out.scatter_(1, _expand(2 * match.merged, y), moved)
-
-
-def tomesd_unmerge(y: Tensor, match: GridMatch) -> Tensor:
-    """[B, N - r, C] -> [B, N, C]."""
-    out, kept, moved, dst = _unmerge(y, match)
-    src_index = match.src_index.expand(y.shape[0], -1, 1)
-    out.scatter_(1, _expand(match.dst_index, y), dst)
-    out.scatter_(1, _expand(src_index.gather(1, match.unmerged), y), kept)
-    return out.scatter_(1, _expand(src_index.gather(1, match.merged), y), moved)
+    out = y.new_zeros(y.shape[0], y.shape[1] + moved.shape[1], y.shape[2])
+    if match.src_index is None or match.dst_index is None:
+        out[:, 1::2] = dst
+        unmerged, merged = 2 * match.unmerged, 2 * match.merged
+    else:
+        out.scatter_(1, _expand(match.dst_index, y), dst)
+        src_index = match.src_index.expand(y.shape[0], -1, 1)
+        unmerged, merged = (src_index.gather(1, i) for i in (match.unmerged, match.merged))
+    out.scatter_(1, _expand(unmerged, y), kept)
+    return out.scatter_(1, _expand(merged, y), moved)
 
 
 def index_merge(x: Tensor, row: Tensor, counts: Tensor) -> Tensor:

@@ -48,18 +48,16 @@ def test_recipes_are_what_tokenops_computes(grid, prefix):
     x = torch.randn(3, 35, 5, dtype=torch.float64)
     size = torch.randint(1, 4, (3, 35, 1)).double()
     token_map = tokenops.match(metric, 6, num_prefix=prefix, split=shape.split(), order="tome")
-    if grid is None:
-        match = rivals.tome_match(metric, 6, prefix > 0)
-        merged = rivals.tome_merge(x, match, "mean")
-        back = rivals.tome_unmerge(merged, match)
-        weighted, total = rivals.tome_merge_wavg(x, size, match)
+    index = () if grid is None else rivals.tomesd_split(*grid, CPU)
+    match = rivals.match(metric, 6, prefix > 0, *index)
+    merged = rivals.merge(x, match, "mean")
+    back = rivals.unmerge(merged, match)
+    if grid is None:  # an argsort that is not stable lists sources and destinations in any order
+        weighted, total = rivals.merge_wavg(x, size, match)
         expected, expected_total = tokenops.merge_wavg(x, token_map, size)
         torch.testing.assert_close(merged, tokenops.merge(x, token_map))
         torch.testing.assert_close(weighted, expected)
         torch.testing.assert_close(total, expected_total)
-    else:  # an argsort that is not stable lists sources and destinations in any order
-        match = rivals.tomesd_match(metric, 6, *rivals.tomesd_split(*grid, CPU))
-        back = rivals.tomesd_unmerge(rivals.tomesd_merge(x, match, "mean"), match)
     torch.testing.assert_close(back, tokenops.unmerge(tokenops.merge(x, token_map), token_map))
 
 
@@ -161,7 +159,7 @@ def test_a_worse_matching_is_noticed():
     metric = make_metric(case.shape, torch.float32, CPU)
     work = case.prepare(torch.float32, CPU)
     best = work.make("tokenops")()
-    arbitrary = rivals.tome_match(torch.randn_like(metric), case.shape.r, True)
+    arbitrary = rivals.match(torch.randn_like(metric), case.shape.r, True)
     assert work.difference("eager", arbitrary, best) > work.tolerance
     assert mean_similarity(metric, case.shape, best) <= 1
 
