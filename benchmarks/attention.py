@@ -8,7 +8,7 @@ sizes have no gradient, as in the models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import tokenops
 
 from . import rivals
-from .cases import Case, Work, generator, randn, recipes
+from .cases import Work, cases_of, generator, randn, recipes
 from .timing import Call
 
 #: Largest difference, relative to the largest entry, up to which a rival counts as doing the same.
@@ -48,18 +48,15 @@ class AttentionShape:
     rows: int = 1  # number of the last queries
 
     def describe(self, letter: str) -> str:
-        """Sizes in words; ``letter`` stands for the width."""
-        heads = f"H{self.heads}/{self.key_heads}" if self.key_heads else f"H{self.heads}"
-        words = [f"B{self.batch}", heads, f"N{self.tokens}", f"{letter}{self.width}"]
+        heads = f"{self.heads}/{self.key_heads}" if self.key_heads else self.heads
         special = {"hard": f"keep {self.keep:g}", "last": f"last {self.rows}"}
-        words.append(special.get(self.weights, self.weights))
-        words += [f"eps {self.eps:g}".replace("e-0", "e-")] if self.eps else []
-        words += ["packed qkv"] if self.packed else []
-        words += [f"policy_grad {self.policy_grad}"] if self.policy_grad != "exact" else []
-        return " ".join(words)
+        text = f"B{self.batch} H{heads} N{self.tokens} {letter}{self.width}"
+        text += f" {special.get(self.weights, self.weights)}"
+        text += f" eps {self.eps:g}".replace("e-0", "e-") if self.eps else ""
+        text += " packed qkv" if self.packed else ""
+        return text + (f" policy_grad {self.policy_grad}" if self.policy_grad != "exact" else "")
 
     def tiny(self) -> AttentionShape:
-        """Sizes of the same kind that take no time."""
         heads, key_heads = (4, 2) if self.key_heads else (2, 0)
         sizes = {"heads": heads, "key_heads": key_heads, "rows": min(self.rows, 3)}
         return replace(self, batch=2, tokens=17, width=16, **sizes)
@@ -83,7 +80,7 @@ class AttentionShape:
 
     def forward_flops(self) -> int:
         """Least work forward: logits, of all keys where eps needs their maximum, and values."""
-        return self._products((self.tokens if self.eps > 0 else self.kept) + self.kept)
+        return self.products((self.tokens if self.eps > 0 else self.kept) + self.kept)
 
     def backward_flops(self) -> int:
         """Least work backward in memory linear in N.
@@ -92,13 +89,10 @@ class AttentionShape:
         of the policy; then the gradients of q, k and v, of kept keys.
         """
         columns = self.tokens if self.policy_grad == "exact" else self.kept
-        return self._products(2 * columns + 3 * self.kept)
+        return self.products(2 * columns + 3 * self.kept)
 
-    def score_flops(self) -> int:
-        """Least work of scores: the logits of the rows that count."""
-        return self._products(self.counted.stop - self.counted.start)
-
-    def _products(self, columns: int) -> int:
+    def products(self, columns: int) -> int:
+        """FLOPs of the products [N, D] x [D, columns] of all heads."""
         return 2 * self.batch * self.heads * self.tokens * columns * self.width
 
 
@@ -200,30 +194,23 @@ def setup_attention(
 def setup_scores(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Work:
     """Work of ``attention_scores``."""
     q, k, v = make_heads(shape, dtype, device)
-    weights = make_weights(shape, device)
-    counted = shape.counted
-    rows = range(counted.start, counted.stop)
-    columns = shape.weights == "columns"
-
-    def ours() -> Tensor:
-        if columns:
-            return tokenops.attention_scores(q, k, query_weight=weights)
-        return tokenops.attention_scores(q, k, query_index=rows)
-
-    def recipe(function: Callable[..., Any]) -> Call:
-        if columns:
-            return lambda: function(q, k, weights)
-        return lambda: function(q[:, :, counted], k)
-
-    eager = rivals.attention_received if columns else rivals.attention_of_rows
-    made = {"tokenops": lambda: ours, **recipes(eager, recipe)}
-    if columns:  # it attends from all queries, too
+    rows = range(shape.tokens)[shape.counted]
+    made: dict[str, Callable[[], Call]] = {}
+    if shape.weights == "columns":
+        weights = make_weights(shape, device)
+        made["tokenops"] = lambda: lambda: tokenops.attention_scores(q, k, query_weight=weights)
+        made |= recipes(rivals.attention_received, lambda recipe: lambda: recipe(q, k, weights))
+        # it attends from all queries, too
         made["sdpa"] = lambda: lambda: scaled_dot_product_attention(q, k, v)
+    else:
+        some = q[:, :, shape.counted]
+        made["tokenops"] = lambda: lambda: tokenops.attention_scores(q, k, query_index=rows)
+        made |= recipes(rivals.attention_of_rows, lambda recipe: lambda: recipe(some, k))
     elements = len(rows) * q[0, :, 0].numel() + k[0].numel()
     return Work(
         rivals=made,
         bytes=shape.batch * (elements * q.element_size() + 4 * shape.tokens),
-        flops=shape.score_flops(),
+        flops=shape.products(len(rows)),  # the logits of the rows that count
         tolerance=TOLERANCE[dtype],
         tensor=q,
     )
@@ -233,7 +220,7 @@ _EPS = 1e-6  # DynamicViT's
 _VIT_B = AttentionShape(16, 12, 197, 64)
 _VIT_L = AttentionShape(1, 16, 1025, 64)
 _VIT_B_8 = replace(_VIT_B, batch=8)
-_SHAPES = {
+_CPU = {
     "vit-b": replace(_VIT_B, eps=_EPS),
     "vit-l-512": replace(_VIT_L, eps=_EPS),
     "vit-b-packed": replace(_VIT_B, eps=_EPS, packed=True),
@@ -246,86 +233,76 @@ _SHAPES = {
     "vit-b-keep35": replace(_VIT_B, weights="hard", keep=0.35),
     "vit-l-512-keep50": replace(_VIT_L, weights="hard", keep=0.5),
 }
+# Where tokens are removed, a hard policy needs no gradient.
+_STEPS = {
+    name + suffix: replace(shape, policy_grad=policy_grad)
+    for name, shape in _CPU.items()
+    for suffix, policy_grad in (("", "exact"), ("-none", "none"))
+    if policy_grad == "exact" or shape.skips_exactly
+}
+_DECODERS = {
+    "vit-b-8": _VIT_B_8,
+    "vit-l-336": AttentionShape(1, 16, 577, 64),
+    "llama-7b": AttentionShape(1, 32, 2048, 128),
+    "qwen2-7b": AttentionShape(1, 28, 4096, 128, key_heads=4),
+}
+_LAST = {
+    f"{name}-last{rows}": replace(shape, weights="last", rows=rows)
+    for name, shape in _DECODERS.items()
+    for rows in (1, 64)
+}
 _ON_REQUEST = {
     "vit-b-8": replace(_VIT_B_8, eps=_EPS),
     "vit-b-8-size": replace(_VIT_B_8, weights="size"),
 }
-_SCORES = {
-    **{f"vit-b-{kind}": replace(_VIT_B, weights=kind) for kind in ("class", "columns")},
-    **{f"vit-l-512-{kind}": replace(_VIT_L, weights=kind) for kind in ("class", "columns")},
-    **{
-        f"{name}-last{rows}": replace(shape, weights="last", rows=rows)
-        for name, shape in {
-            "vit-b-8": _VIT_B_8,
-            "vit-l-336": AttentionShape(1, 16, 577, 64),
-            "llama-7b": AttentionShape(1, 32, 2048, 128),
-            "qwen2-7b": AttentionShape(1, 28, 4096, 128, key_heads=4),
-        }.items()
-        for rows in (1, 64)
-    },
-}
+_VIT_B_256, _VIT_L_32 = replace(_VIT_B, batch=256), replace(_VIT_L, batch=32)
+_VLM = AttentionShape(8, 16, 2880, 64)
 _CUDA = {
-    "vit-b-256": AttentionShape(256, 12, 197, 64, eps=_EPS),
-    "vit-l-512-32": AttentionShape(32, 16, 1025, 64, eps=_EPS),
-    "vit-b-256-size": AttentionShape(256, 12, 197, 64, weights="size"),
-    "vit-l-512-32-size": AttentionShape(32, 16, 1025, 64, weights="size"),
+    "vit-b-256": replace(_VIT_B_256, eps=_EPS),
+    "vit-l-512-32": replace(_VIT_L_32, eps=_EPS),
+    "vit-b-256-size": replace(_VIT_B_256, weights="size"),
+    "vit-l-512-32-size": replace(_VIT_L_32, weights="size"),
     "vlm-576": AttentionShape(32, 16, 576, 64),
-    "vlm-2880": AttentionShape(8, 16, 2880, 64),
-    "vlm-2880-keep50": AttentionShape(8, 16, 2880, 64, weights="hard", keep=0.5),
-    "n16384-10": AttentionShape(2, 10, 16384, 64, eps=_EPS),
+    "vlm-2880": _VLM,
+    "vlm-2880-keep50": replace(_VLM, weights="hard", keep=0.5),
 }
-# Where tokens are removed, a hard policy needs no gradient.
-_STEPS = {
-    name + suffix: replace(shape, policy_grad=policy_grad)
-    for name, shape in _SHAPES.items()
-    for suffix, policy_grad in (("", "exact"), ("-none", "none"))
-    if policy_grad == "exact" or shape.skips_exactly
-}
+_LARGE = {"n16384-10": AttentionShape(2, 10, 16384, 64, eps=_EPS)}
 _TOO_LARGE = dict.fromkeys(
     ("reference", "eager", "compile", "sdpa+bias"),
     "not run: it stores several attention maps of 2.1 GB each in float32",
 )
-_MEMORY = {
-    "vit-l-512": ("tokenops", "eager", "sdpa"),
-    "n8192": ("tokenops", "sdpa"),
-    "vit-l-512-class": ("tokenops", "eager"),
-    "vit-l-512-columns": ("tokenops", "eager"),
-}
 
 
-def _cases(
-    operator: str, shapes: Mapping[str, AttentionShape], memory: bool = False, **options: Any
-) -> Iterator[Case]:
-    for name, shape in shapes.items():
-        skip = _TOO_LARGE if shape.tokens >= 8192 else {}
-        memory_of = _MEMORY.get(name, ()) if memory else ()
-        yield Case(operator, name, shape, _SETUPS[operator], skip=skip, memory=memory_of, **options)
+def _scored(name: str, shape: AttentionShape) -> dict[str, AttentionShape]:
+    """Shapes of scores by the class token and by all queries."""
+    return {f"{name}-{kind}": replace(shape, weights=kind) for kind in ("class", "columns")}
 
 
-_FORWARD, _STEP, _RECEIVED = _SETUPS = {
-    "policy_attention": setup_attention,
-    "policy_attention_forward_backward": partial(setup_attention, backward=True),
-    "attention_scores": setup_scores,
-}
+_forward = partial(cases_of, "policy_attention", setup_attention)
+_step = partial(
+    cases_of, "policy_attention_forward_backward", partial(setup_attention, backward=True)
+)
+_scores = partial(cases_of, "attention_scores", setup_scores)
+_SCORED_L = _scored("vit-l-512", _VIT_L)
+
 CASES = (
-    *_cases(_FORWARD, _SHAPES),
-    *_cases(_STEP, {**_STEPS, "n8192": AttentionShape(1, 8, 8192, 64, eps=_EPS)}, memory=True),
-    *_cases(_RECEIVED, _SCORES, memory=True),
-    *_cases(_FORWARD, _ON_REQUEST, on_request=True),
-    *_cases(_STEP, _ON_REQUEST, on_request=True),
-    *_cases(
-        _RECEIVED,
-        {f"vit-b-8-{kind}": replace(_VIT_B_8, weights=kind) for kind in ("class", "columns")},
-        on_request=True,
+    *_forward(_CPU),
+    *_step(_STEPS, {"vit-l-512": ("tokenops", "eager", "sdpa")}),
+    *_step(
+        {"n8192": AttentionShape(1, 8, 8192, 64, eps=_EPS)},
+        {"n8192": ("tokenops", "sdpa")},
+        skip=_TOO_LARGE,
     ),
-    *_cases(_FORWARD, _CUDA, device="cuda"),
-    *_cases(_STEP, _CUDA, device="cuda"),
-    *_cases(
-        _RECEIVED,
-        {
-            "vit-b-256-class": AttentionShape(256, 12, 197, 64, weights="class"),
-            "vlm-2880-columns": AttentionShape(8, 16, 2880, 64, weights="columns"),
-        },
-        device="cuda",
-    ),
+    *_scores(_scored("vit-b", _VIT_B)),
+    *_scores(_SCORED_L, dict.fromkeys(_SCORED_L, ("tokenops", "eager"))),
+    *_scores(_LAST),
+    *_forward(_ON_REQUEST, on_request=True),
+    *_step(_ON_REQUEST, on_request=True),
+    *_scores(_scored("vit-b-8", _VIT_B_8), on_request=True),
+    *_forward(_CUDA, device="cuda"),
+    *_forward(_LARGE, skip=_TOO_LARGE, device="cuda"),
+    *_step(_CUDA, device="cuda"),
+    *_step(_LARGE, skip=_TOO_LARGE, device="cuda"),
+    *_scores({"vit-b-256-class": replace(_VIT_B_256, weights="class")}, device="cuda"),
+    *_scores({"vlm-2880-columns": replace(_VLM, weights="columns")}, device="cuda"),
 )
