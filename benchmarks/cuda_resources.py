@@ -15,10 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import budget
-from .budget import Row
+from . import budget, store
+from .store import Row
 
-BUDGET = budget.RESULTS / "cuda.csv"
+BUDGET = store.RESULTS / "cuda.csv"
 
 #: Largest library, in bytes.
 LARGEST = 25 << 20
@@ -26,7 +26,8 @@ LARGEST = 25 << 20
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers"
+    r"(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
 
@@ -49,29 +50,26 @@ def parse(log: str) -> list[Row]:
     found = [match.groupdict() for match in _ENTRY.finditer(log)]
     found = [entry for entry in found if "3cub" not in entry["name"]]
     names = demangle([entry["name"] for entry in found])
-    rows = []
-    for entry in found:
-        shared = re.search(r"(\d+) bytes smem", entry["rest"])
-        spills = int(entry["stores"]) + int(entry["loads"])
-        rows.append(
-            {
-                "kernel": names[entry["name"]],
-                **{column: entry[column] for column in ("arch", "registers", "stack")},
-                "spills": str(spills),
-                "shared": shared[1] if shared else "0",
-            }
-        )
+    rows = [
+        {
+            "kernel": names[entry["name"]],
+            "arch": entry["arch"],
+            "registers": entry["registers"],
+            "stack": entry["stack"],
+            "spills": str(int(entry["stores"]) + int(entry["loads"])),
+            "shared": entry["shared"] or "0",
+        }
+        for entry in found
+    ]
     return sorted(rows, key=lambda row: (row["kernel"], int(re.sub(r"\D", "", row["arch"]))))
 
 
 def missing(rows: list[Row], known: list[Row]) -> list[str]:
     """Rows of the budget that were not compiled."""
-    compiled = {budget.key(row) for row in rows}
-    return [
-        f"{' '.join(budget.key(row))}: not compiled"
-        for row in known
-        if budget.key(row) not in compiled
-    ]
+    left = dict.fromkeys(map(budget.key, known))
+    for row in rows:
+        left.pop(budget.key(row), None)
+    return [f"{' '.join(key)}: not compiled" for key in left]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,9 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = parse(options.log.read_text(encoding="utf-8"))
     if options.write:
-        budget.write(BUDGET, rows, ("kernel", "arch"))
+        store.write(BUDGET, rows, ("kernel", "arch", *budget.NUMBERS))
     size = options.library.stat().st_size
-    known = budget.read(BUDGET)
+    known = store.read(BUDGET)
     wrong = budget.excesses(rows, known) + missing(rows, known)
     if size > LARGEST:
         wrong.append(f"the library has {size} bytes, at most {LARGEST} allowed")

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +21,7 @@ import tokenops
 from tokenops import _backend, _library, _native
 
 from .cases import BACKENDS
-from .timing import CpuTimer, best, event_timer, usage
+from .timing import best, usage
 
 #: glibc by default gives each tensor above 32 MB new pages: page faults would be timed, and they
 #: weigh more the fewer intermediate tensors there are to reuse. Inductor otherwise keeps a pool of
@@ -37,8 +38,6 @@ def run_again(module: str, arguments: list[str], variables: dict[str, str]) -> N
 
     glibc and the compiled library read these variables when a process starts.
     """
-    if platform.libc_ver()[0] != "glibc":
-        variables = {name: value for name, value in variables.items() if name not in TUNED}
     if any(os.environ.get(name) != value for name, value in variables.items()):
         sys.stdout.flush()
         command = [sys.executable, "-m", module, *arguments]
@@ -58,23 +57,22 @@ def malloc_state() -> str:
     return "fresh pages"
 
 
-def _cpuinfo() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n", 1)[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
+def _cpuinfo(key: str) -> str:
+    """What Linux says about the first processor; nothing on other systems."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(rf"^{key}\s*: (.*)", text, re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def cpu_model() -> str:
     """Name of the processor."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_level() -> str:
     """The widest vector extension of the processor."""
-    flags = _cpuinfo().get("flags", "").split()
+    flags = _cpuinfo("flags").split()
     known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
     return next((flag for flag in known if flag in flags), platform.machine())
 
@@ -113,8 +111,7 @@ def backends_of(operator: str, tensor: torch.Tensor) -> list[str]:
     return sorted(able, key="composed".__ne__) if stepped_aside else able
 
 
-@dataclass(frozen=True)
-class Ceilings:
+class Ceilings(NamedTuple):
     """Rates that bound everything else, in GFLOP/s, by name of the dtype."""
 
     peak: dict[str, float]  # of fused multiply-adds
@@ -124,11 +121,10 @@ class Ceilings:
 
 def ceilings(device: torch.device, dtypes: list[str], seconds: float) -> Ceilings:
     """Measure the ceilings, for so many seconds each, with the threads of PyTorch."""
-    n, timer = (2048, CpuTimer) if device.type == "cpu" else (8192, event_timer)
-    mm = {}
+    n, mm = 2048 if device.type == "cpu" else 8192, {}
     for name in dtypes:
         a = torch.randn(n, n, device=device).to(getattr(torch, name))
-        mm[name] = 2e-9 * n**3 / best(partial(torch.mm, a, a), timer, seconds)
+        mm[name] = 2e-9 * n**3 / best(partial(torch.mm, a, a), seconds)
     probe = fma_peak(torch.get_num_threads(), seconds) if device.type == "cpu" else None
     if probe is None:
         return Ceilings(mm, "torch.mm", mm)

@@ -14,11 +14,10 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +26,7 @@ from .cases import DTYPES, ON_REQUEST, RIVALS, YARDSTICKS, Case, Work, context
 from .gpu.record import POISONED, is_cuda_error
 from .registry import all_cases, operators, select
 from .store import Row, number
-from .timing import QUICK, REHEARSAL, TIMERS, Call, Policy, Sample, Sampler, Series, interleave
+from .timing import QUICK, REHEARSAL, TIMERS, Call, Policy, Sampler, Series, interleave
 
 #: Environments by name in which slower code serves on the CPU. "avx2 machine" keeps PyTorch's
 #: kernels below AVX-512 too, as a CPU without it does.
@@ -46,43 +45,39 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The settings of all cases of a run."""
 
-    device: torch.device
     rivals: tuple[str, ...]
     policy: Policy
-    timer: str  # in TIMERS
-    measure_memory: bool
     ceilings: machine.Ceilings
-    common: Row  # columns that all rows share
+    common: Row  # columns that all rows share, the device and the timer among them
+    measure_memory: bool = False
 
 
 def run_case(case: Case, dtype: str, settings: Settings) -> list[Row]:
     """Measure one case in one dtype; return a row per rival and yardstick."""
-    work = case.prepare(DTYPES[dtype], settings.device)
+    device, policy = torch.device(settings.common["device"]), settings.policy
+    work = case.prepare(DTYPES[dtype], device)
     backends = machine.backends_of(case.public, work.tensor)
     able = {*work.rivals, *(n for n in backends if n != backends[0] or n in ON_REQUEST)}
     wanted = ["tokenops", *(n for n in (*settings.rivals, *YARDSTICKS) if n in able), "copy"]
     rows = {name: new_row(case, dtype, name, settings.common) for name in wanted}
     rows["tokenops"]["backend"] = backends[0] if backends else ""
     with torch.inference_mode(work.inference):
-        samplers = make_ready(case, work, rows, settings.timer, settings.policy)
-        series = interleave(samplers, settings.policy)
-    _fill(rows, series, work, settings.ceilings, dtype)
-    if settings.measure_memory:
-        for row in (rows[name] for name in case.memory if name in rows):
-            _add_memory(row, case, settings.device)
+        samplers = make_ready(case, work, rows, settings.common["timer"], policy)
+        series = interleave(samplers, policy)
+    fill(rows, series, work, settings.ceilings, dtype)
+    for name in case.memory if settings.measure_memory else ():
+        if name not in rows:
+            continue
+        try:
+            extra = memory.extra_bytes(case, name, dtype, device)
+            rows[name]["extra_mb"] = number(extra * 1e-6, 3)
+        except (RuntimeError, OSError) as error:
+            notes = rows[name]["note"], f"memory: {explain(error)}"
+            rows[name]["note"] = "; ".join(filter(None, notes))
     return list(rows.values())
-
-
-def _add_memory(row: Row, case: Case, device: torch.device) -> None:
-    try:
-        extra = memory.extra_bytes(case, row["rival"], row["dtype"], device)
-        row["extra_mb"] = number(extra * 1e-6, 3)
-    except (RuntimeError, OSError) as error:
-        row["note"] = "; ".join(filter(None, (row["note"], f"memory: {explain(error)}")))
 
 
 def new_row(case: Case, dtype: str, rival: str, common: Row) -> Row:
@@ -109,7 +104,7 @@ def make_ready(
         try:
             with context(name):
                 call = _copy(work) if name == "copy" else work.make(name)
-                result = _warm_up(call, policy, work.tensor.device)
+                result = _warm_up(call, policy, work.tensor.is_cuda)
                 sampler = TIMERS[timer](call, policy.sample_seconds)
             ready[name] = partial(_sample, name, sampler)
         except Exception as error:  # a compiler may raise anything
@@ -127,7 +122,7 @@ def make_ready(
     return ready
 
 
-def _sample(name: str, sampler: Sampler) -> Sample:
+def _sample(name: str, sampler: Sampler) -> Any:
     with context(name):
         return sampler()
 
@@ -139,15 +134,15 @@ def explain(error: BaseException) -> str:
     return re.sub(r"(?:/[^\s/:'\"]+)+/", "", text)[:200]
 
 
-def _warm_up(call: Call, policy: Policy, device: torch.device) -> Any:
+def _warm_up(call: Call, policy: Policy, on_cuda: bool) -> Any:
     """Call at least three times and, after the first call that may compile, for a while."""
     result = call()
     end, calls = time.perf_counter() + policy.warm_up, 1
     while calls < 3 or time.perf_counter() < end:
         result = call()
         calls += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if on_cuda:
+            torch.cuda.synchronize()
     return result
 
 
@@ -161,7 +156,7 @@ def _copy(work: Work) -> Call:
     return partial(torch.empty_like(source).copy_, source)
 
 
-def _fill(
+def fill(
     rows: dict[str, Row],
     series: dict[str, Series],
     work: Work,
@@ -187,8 +182,8 @@ def _fill(
         if name not in series:
             continue
         timed = series[name]
-        quantiles = {"median_us": 0.5, "p20_us": 0.2, "p80_us": 0.8, "best_us": 0.0}
-        row.update({column: number(timed.seconds(q) * 1e6) for column, q in quantiles.items()})
+        for column, quantile in (("median", 0.5), ("p20", 0.2), ("p80", 0.8), ("best", 0.0)):
+            row[f"{column}_us"] = number(timed.seconds(quantile) * 1e6)
         row.update(
             samples=str(len(timed.samples)),
             clean=str(timed.clean),
@@ -224,11 +219,10 @@ def summary(rows: list[Row], bar: float = 0.0) -> str:
 def add_choice(p: argparse.ArgumentParser) -> None:
     """Options that choose cases and the number of samples."""
     names = sorted({case.name for case in all_cases()})
-    some: dict[str, Any] = {"nargs": "+", "default": []}
     text = f"operators or families, by default all: {', '.join(operators())}"
-    p.add_argument("--op", choices=operators(), metavar="OP", help=text, **some)
+    p.add_argument("--op", nargs="+", choices=operators(), default=[], metavar="OP", help=text)
     text = f"cases, by default all except the cases on request: {', '.join(names)}"
-    p.add_argument("--case", choices=names, metavar="NAME", help=text, **some)
+    p.add_argument("--case", nargs="+", choices=names, default=[], metavar="NAME", help=text)
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--cuda-graph", action="store_true", help="capture and replay; no backwards")
@@ -262,8 +256,9 @@ def parser() -> argparse.ArgumentParser:
 def timing_of(options: argparse.Namespace) -> tuple[str, Policy]:
     """The timer and the number of samples."""
     policy = REHEARSAL if options.rehearse else QUICK if options.quick else Policy()
-    changes = {name: getattr(options, name) for name in ("samples", "budget")}
-    policy = replace(policy, **{name: v for name, v in changes.items() if v is not None})
+    for name in ("samples", "budget"):
+        if getattr(options, name) is not None:
+            policy = replace(policy, **{name: getattr(options, name)})
     if options.device == "cpu":
         return "wall clock", policy
     if not torch.cuda.is_available():
@@ -279,13 +274,11 @@ def settings_of(options: argparse.Namespace) -> Settings:
     seconds = 0.2 if options.quick else min(2.0, max(0.05, policy.budget))
     mode = {"threads": str(options.threads), "timer": timer, "mode": "quick" if quick else "full"}
     return Settings(
-        device=device,
         rivals=tuple(name for name in RIVALS[1:] if name in options.rivals),
         policy=policy,
-        timer=timer,
-        measure_memory=not (quick or options.no_memory),
         ceilings=machine.ceilings(device, options.dtype, seconds),
         common={**machine.environment(device), **mode},
+        measure_memory=not (quick or options.no_memory),
     )
 
 
@@ -301,15 +294,6 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     return [case.tiny() for case in cases] if options.rehearse else cases
 
 
-def progress(jobs: Iterable[Any]) -> Any:
-    """The jobs under a progress bar, where tqdm is installed and stderr is a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return jobs
-    return tqdm(jobs, unit="case", disable=None)
-
-
 def run_all(
     jobs: list[tuple[Case, str]], settings: Settings, out: Path | None, bar: float = 0.0
 ) -> int:
@@ -321,23 +305,21 @@ def run_all(
     """
     failures = 0
     gc.freeze()  # objects that exist already need not be searched before each case
-    shown = progress(jobs)
-    for case, dtype in shown:
-        poisoned = False
+    for case, dtype in jobs:
+        failure: Exception | None = None
         try:
             rows = run_case(case, dtype, settings)
-            failures += is_below(rows, bar)
         except Exception as error:  # the other cases have nothing to do with it
-            rows = [new_row(case, dtype, "tokenops", settings.common)]
+            failure, rows = error, [new_row(case, dtype, "tokenops", settings.common)]
             rows[0].update(status="failed", note=explain(error))
-            failures, poisoned = failures + 1, is_cuda_error(error)
-        getattr(shown, "write", print)(summary(rows, bar))
-        sys.stdout.flush()
+        failures += failure is not None or is_below(rows, bar)
+        print(summary(rows, bar), flush=True)
         if out is not None:
             store.merge(out, rows)
-        if poisoned:
+        if failure is not None and is_cuda_error(failure):
             raise SystemExit(POISONED)
-        if rows[0]["status"] == "failed" and settings.device.type == "cuda":
+        if failure is not None and settings.common["device"] == "cuda":
+            failure = None  # its traceback holds tensors
             gc.collect()
             torch.cuda.empty_cache()  # it may have run out of memory
     return failures
@@ -360,18 +342,19 @@ def main(argv: list[str] | None = None) -> int:
     if out is None and not (options.quick or options.rehearse or options.variant):
         out = store.RESULTS / store.FILES[options.device]
     settings = settings_of(options)
-    rates = settings.ceilings
+    peak, source, mm = settings.ceilings
     for name in options.dtype:
-        print(f"{name}: peak {rates.peak[name]:.0f} GFLOP/s ({rates.source}), "
-              f"torch.mm {rates.mm[name]:.0f}")  # fmt: skip
-    jobs = [(case, dtype) for case in cases for dtype in options.dtype]
-    failures = 0
+        print(f"{name}: peak {peak[name]:.0f} GFLOP/s ({source}), torch.mm {mm[name]:.0f}")
+    known: dict[tuple[str, str, str], str] = {}
     if options.resume and out is not None:
-        have = {(row["operator"], row["case"], row["dtype"]): row["status"]
-                for row in store.read(out) if row["rival"] == "tokenops"}  # fmt: skip
-        status = [have.get((c.operator, c.name, dtype)) for c, dtype in jobs]
-        failures = status.count("failed")
-        jobs = [job for job, known in zip(jobs, status, strict=True) if known is None]
+        ours = (row for row in store.read(out) if row["rival"] == "tokenops")
+        known = {(row["operator"], row["case"], row["dtype"]): row["status"] for row in ours}
+    jobs, failures = [], 0
+    for case in cases:
+        for dtype in options.dtype:
+            status = known.get((case.operator, case.name, dtype))
+            failures += status == "failed"
+            jobs += [(case, dtype)] if status is None else []
     return min(64, failures + run_all(jobs, settings, out, options.bar))
 
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from tokenops._triton.launch import VERSION
 
-from . import budget, launches
+from . import budget, launches, store
 from .ahead_of_time import compile_launch, record, resources, source
-from .budget import RESULTS, Row
+from .store import RESULTS, Row
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 BUDGET = RESULTS / f"triton-{VERSION}.csv"
@@ -81,7 +81,7 @@ def measure_all(some: list[Job], workers: int) -> list[Row]:
 
 def no_budget(archs: Iterable[str]) -> str | None:
     """Which of these architectures the budget of the installed Triton lacks, if any."""
-    missing = sorted(set(archs) - {row["arch"] for row in budget.read(BUDGET)})
+    missing = sorted(set(archs) - {row["arch"] for row in store.read(BUDGET)})
     return f"there is no budget of Triton {VERSION} for {', '.join(missing)}" if missing else None
 
 
@@ -90,11 +90,11 @@ def write_budget(rows: list[Row], archs: Iterable[str], only: str) -> None:
     order = {case: index for index, case in enumerate(launches.cases())}
     kept = [
         row
-        for row in budget.read(BUDGET)
+        for row in store.read(BUDGET)
         if row["case"] in order and (row["arch"] not in archs or only not in row["case"])
     ]
     rows = sorted([*kept, *rows], key=lambda row: (ARCHS.index(row["arch"]), order[row["case"]]))
-    budget.write(BUDGET, rows, NAMES)
+    store.write(BUDGET, rows, (*NAMES, *budget.NUMBERS))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("  ".join(row[c].ljust(widths[c]) for c in columns).rstrip())
     if options.write:
         write_budget(rows, options.arch, options.only)
-    wrong = budget.excesses(rows, budget.read(BUDGET) if options.check else rows, SHARED)
+    wrong = budget.excesses(rows, store.read(BUDGET) if options.check else rows, SHARED)
     print("\n".join(wrong))
     return len(wrong) > 0
 

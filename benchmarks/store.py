@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CSV files of results: one row per rival of a case, one file per kind of device.
+"""CSV files: results, a row per rival of a case and a file per kind of device; and budgets.
 
 Measuring needs no pandas: it also runs where nothing can be installed (``make gpu-check``).
 """
@@ -56,35 +56,39 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: Iterable[Row], columns: tuple[str, ...]) -> None:
+    """Replace a file; a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
 def merge(path: Path, rows: Iterable[Row]) -> None:
     """Write rows to a file, in place of earlier rows of their cases and of cases that are gone."""
     from .registry import all_cases  # it needs torch, and reading does not
 
+    def key(row: Row) -> tuple[str, ...]:
+        return tuple(row[name] for name in KEY)
+
     fresh = list(rows)
-    replaced = {_key(row) for row in fresh}
+    replaced = {key(row) for row in fresh}
     order = {(c.operator, c.name): i for i, c in enumerate(all_cases())}
+
+    def position(row: Row) -> tuple[int, str, str, bool]:
+        # float32 before bfloat16; the sort is stable: rivals stay in the order of their run
+        case = order[row["operator"], row["case"]]
+        return case, row["threads"], row["timer"], row["dtype"] != "float32"
+
     kept = [
         row
         for row in read(path)
-        if (row["operator"], row["case"]) in order and _key(row) not in replaced
+        if (row["operator"], row["case"]) in order and key(row) not in replaced
     ]
-
-    def position(row: Row) -> tuple[int, str, str, str]:
-        # float32 before bfloat16; the sort is stable: rivals stay in the order of their run
-        dtype = "" if row["dtype"] == "float32" else "b"
-        return order[row["operator"], row["case"]], row["threads"], row["timer"], dtype
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(kept + fresh, key=position))
-    temporary.replace(path)
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return tuple(row[name] for name in KEY)
+    write(path, sorted(kept + fresh, key=position), COLUMNS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time rivals in turns: by torch.utils.benchmark on the CPU, by triton.testing on CUDA devices.
+"""Time rivals in turns: by the wall clock on the CPU, by triton.testing on CUDA devices.
 
 A sample is the time of a few calls of one rival. Rivals take turns in an order that is drawn anew
 each round, so that other work on the machine disturbs all of them alike. A sample on the CPU counts
@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import gc
 import random
+import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils.benchmark
-
-try:
-    import resource
-except ImportError:  # not a Unix: every sample counts as clean
-    resource = None
+from torch.utils import benchmark
 
 #: An idle system interrupts a running thread a few times per second, a competing process a hundred
 #: times. A sample may be interrupted once per so many seconds of its length.
@@ -42,8 +38,6 @@ class Sample:
 
 Call = Callable[[], Any]
 Sampler = Callable[[], Sample]
-#: Makes the sampler of a call from the length of a sample in seconds.
-Timer = Callable[[Call, float], Sampler]
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,6 @@ class Policy:
     rounds: int = 3  # rounds that run even beyond the budget
     sample_seconds: float = 1e-3  # length of a sample: short calls are repeated
     warm_up: float = 0.1  # seconds of calls before the first sample
-    seed: int = 0  # of the order of rivals
 
 
 QUICK = Policy(samples=5, enough=2, budget=3.0, rounds=2, sample_seconds=2e-4)
@@ -81,8 +74,7 @@ class Series:
 
     def seconds(self, quantile: float) -> float:
         """Quantile of the time of one call: 0 is the best sample, 0.5 the median."""
-        everything = self.used == "all"
-        kept = [s.seconds for s in self.samples if s.clean or everything]
+        kept = [s.seconds for s in self.samples if s.clean or self.used == "all"]
         return torch.tensor(kept, dtype=torch.float64).quantile(quantile).item()
 
 
@@ -90,33 +82,24 @@ class CpuTimer:
     """Samples the wall-clock time of a call, and the disturbances of the process during it."""
 
     def __init__(self, call: Call, seconds: float) -> None:
-        self._timer = torch.utils.benchmark.Timer(
-            "call()", globals={"call": call}, timer=self._clock, num_threads=torch.get_num_threads()
-        )
-        self._start: tuple[int, int] | None = None
-        self.calls = 1
+        self.call, self.calls = call, 1
         for share in (0.2, 1.0):  # the time of a short call is known after some repetitions
             one = min(self().seconds for _ in range(3))
             if one >= seconds:
                 break
             self.calls = max(1, round(share * seconds / one))
 
-    def _clock(self) -> float:
-        """The time. The usage is read before the timed calls begin and after they end."""
-        if self._start is None:
-            self._start = usage()
-            return time.perf_counter()
-        now = time.perf_counter()
-        self._used = [end - start for start, end in zip(self._start, usage(), strict=True)]
-        self._start = None
-        return now
-
     def __call__(self) -> Sample:
-        """Take a sample. ``timeit`` first makes two calls, which settle caches and threads."""
-        seconds = self._timer.timeit(self.calls).median
-        switches, faults = self._used[0], self._used[1] / self.calls
-        clean = is_clean(switches, seconds * self.calls) and faults <= FAULTS_PER_CALL
-        return Sample(seconds, clean, faults, self.calls)
+        call, calls = self.call, range(self.calls)
+        for _ in range(2):  # settles caches and threads
+            call()
+        before, start = usage(), time.perf_counter()
+        for _ in calls:
+            call()
+        seconds = time.perf_counter() - start
+        switches, faults = (b - a for a, b in zip(before, usage(), strict=True))
+        clean = is_clean(switches, seconds) and faults <= FAULTS_PER_CALL * len(calls)
+        return Sample(seconds / len(calls), clean, faults / len(calls), len(calls))
 
 
 def event_timer(call: Call, seconds: float) -> Sampler:
@@ -141,8 +124,8 @@ def graph_timer(call: Call, seconds: float) -> Sampler:
     return sample
 
 
-#: Timers by their names in the results.
-TIMERS: dict[str, Timer] = {"wall clock": CpuTimer, "events": event_timer, "graph": graph_timer}
+#: Makers of a sampler from a call and the length of a sample, by their names in the results.
+TIMERS = {"wall clock": CpuTimer, "events": event_timer, "graph": graph_timer}
 
 
 def is_clean(switches: int, seconds: float) -> bool:
@@ -152,29 +135,23 @@ def is_clean(switches: int, seconds: float) -> bool:
 
 def usage() -> tuple[int, int]:
     """Involuntary context switches and minor page faults of this process so far."""
-    if resource is None:
-        return 0, 0
     now = resource.getrusage(resource.RUSAGE_SELF)
     return now.ru_nivcsw, now.ru_minflt
 
 
-def best(call: Call, timer: Timer, seconds: float) -> float:
-    """Seconds of a call in the best of the samples that fit into so many seconds."""
-    sample, end = timer(call, min(seconds, Policy.sample_seconds)), time.perf_counter() + seconds
-    found = sample().seconds
-    while time.perf_counter() < end:
-        found = min(found, sample().seconds)
-    return found
+def best(call: Call, seconds: float) -> float:
+    """Seconds of a call in the best of the samples that fit into so many seconds: a ceiling."""
+    timer = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=seconds).times)
 
 
 def interleave(
     samplers: Mapping[str, Sampler], policy: Policy, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Series]:
     """Sample rivals in turns until each has enough clean samples or the budget is spent."""
-    order = random.Random(policy.seed)
-    names = list(samplers)
+    order, names = random.Random(0), list(samplers)
     series = {name: Series(policy.enough) for name in names}
-    end, rounds, collecting = clock() + policy.budget, 0, gc.isenabled()
+    end, rounds = clock() + policy.budget, 0
     gc.collect()
     gc.disable()
     try:
@@ -187,5 +164,4 @@ def interleave(
             if enough or (rounds >= policy.rounds and clock() > end):
                 return series
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()

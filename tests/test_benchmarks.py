@@ -38,11 +38,8 @@ BRIEF = Policy(samples=2, enough=1, budget=0.2, rounds=2, sample_seconds=1e-5)
 def rows_of(case, rivals=("reference", "eager")):
     """Rows of a brief run at tiny sizes, by rival."""
     settings = measure.Settings(
-        device=CPU,
         rivals=rivals,
         policy=BRIEF,
-        timer="wall clock",
-        measure_memory=False,
         ceilings=machine.Ceilings({"float32": 100.0}, "torch.mm", {"float32": 100.0}),
         common={
             "device": "cpu",

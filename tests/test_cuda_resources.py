@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from benchmarks import budget, cuda_resources
+from benchmarks import budget, cuda_resources, store
 
 ARCHS = ("sm_80", "sm_90a", "sm_100", "sm_120")
 COLUMNS = ("kernel", "arch", *budget.NUMBERS)
@@ -97,7 +97,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     without_spills = LOG[LOG.rindex("ptxas info    : Compiling") :]
     log.write_text(without_spills)
     assert cuda_resources.main([*files, "--write"]) == 0
-    assert budget.read(cuda_resources.BUDGET) == ROWS[1:2]
+    assert store.read(cuda_resources.BUDGET) == ROWS[1:2]
     assert cuda_resources.main(files) == 0
     assert "1 kernels for sm_90a" in capsys.readouterr().out
     log.write_text(LOG)
@@ -116,7 +116,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 
 def test_the_budget_knows_each_kernel_on_each_architecture():
-    rows = budget.read(cuda_resources.BUDGET)
+    rows = store.read(cuda_resources.BUDGET)
     assert all(tuple(r) == COLUMNS for r in rows)
     pairs = [(r["kernel"], r["arch"]) for r in rows]
     assert len(set(pairs)) == len(pairs)
@@ -127,7 +127,7 @@ def test_the_budget_knows_each_kernel_on_each_architecture():
 
 
 def test_the_budget_has_no_stack_and_no_spills():
-    rows = budget.read(cuda_resources.BUDGET)
+    rows = store.read(cuda_resources.BUDGET)
     assert rows
     assert {(r["stack"], r["spills"]) for r in rows} == {("0", "0")}
     assert all(0 < int(r["registers"]) <= 255 for r in rows)

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from benchmarks import ahead_of_time, budget, launches, resources
+from benchmarks import ahead_of_time, budget, launches, resources, store
 from benchmarks.ahead_of_time import record
 from tokenops._triton import VERIFIED, launch, release
 from tokenops._triton.launch import Launch, Settings
@@ -381,13 +381,13 @@ def budgeted(arch):
 @pytest.mark.parametrize("arch", [budgeted(arch) for arch in resources.ARCHS])
 def test_the_budget_is_complete(arch):
     """It has every kernel with every setting; ``benchmarks.resources --write`` adds them."""
-    known = {(*budget.key(row), row["tile"]) for row in budget.read(resources.BUDGET)}
+    known = {(*budget.key(row), row["tile"]) for row in store.read(resources.BUDGET)}
     assert {job[:4] for job in resources.jobs([arch])} == {row for row in known if arch in row}
 
 
 @pytest.mark.parametrize("version", VERIFIED)
 def test_the_budgets_have_no_spills(version):
-    rows = budget.read(budget.RESULTS / f"triton-{version}.csv")
+    rows = store.read(store.RESULTS / f"triton-{version}.csv")
     assert {row["arch"] for row in rows} >= {"sm_90"}
     assert not budget.excesses(rows, rows, resources.SHARED)
 
@@ -395,7 +395,7 @@ def test_the_budgets_have_no_spills(version):
 def test_there_is_no_budget_for_an_unknown_version(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(resources, "BUDGET", tmp_path / "triton-0.0.csv")
     monkeypatch.setattr(resources, "VERSION", "0.0")
-    assert budget.read(resources.BUDGET) == []
+    assert store.read(resources.BUDGET) == []
     assert resources.main(["--check", "--arch", "sm_80", "sm_90"]) == 1
     words = "there is no budget of Triton 0.0 for sm_80, sm_90; --write makes it"
     assert capsys.readouterr().err.strip() == words
@@ -406,7 +406,7 @@ def test_there_is_no_budget_for_an_unknown_version(monkeypatch, capsys, tmp_path
 @pytest.mark.parametrize("arch", [budgeted(arch) for arch in resources.ARCHS])
 def test_resources(arch):
     """Kernels stay in the budget; of each setting the launch with the most registers compiles."""
-    known = budget.read(resources.BUDGET)
+    known = store.read(resources.BUDGET)
     jobs = resources.largest(resources.jobs([arch]), known)
     rows = resources.measure_all(jobs, os.cpu_count() or 1)
     assert not budget.excesses(rows, known, resources.SHARED)

@@ -10,22 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils import benchmark
 
 from .. import machine
+from ..timing import Call, best
 
 #: Exponentials of an element, and elements of a program of :func:`repeat_exp`.
 ROUNDS, BLOCK = 256, 1024
-
-Call = Callable[[], Any]
 
 
 @triton.jit
@@ -61,19 +57,16 @@ def measure(device: torch.device, seconds: float) -> dict[str, float]:
     x = torch.rand((1 << 24) if on_gpu else (1 << 16), device=device)
     one, launches = torch.zeros(1, device=device), 100
 
-    def best(call: Call) -> float:
-        timer = benchmark.Timer("call()", globals={"call": call})
-        return min(timer.blocked_autorange(min_run_time=seconds).times)
-
     def add() -> None:
         one.add_(1)
 
     rounds, exp = (ROUNDS, lambda: exponentials(x)) if on_gpu else (1, x.exp)
     return {
-        "bytes": 2 * source.nbytes / best(lambda: target.copy_(source)),
-        "flops": 2 * size**3 / best(lambda: a @ a),
-        "exps": rounds * x.numel() / best(exp),
-        "launch": best(replays(add, launches)) / launches if on_gpu else best(add),
+        "bytes": 2 * source.nbytes / best(lambda: target.copy_(source), seconds),
+        "flops": 2 * size**3 / best(lambda: a @ a, seconds),
+        "exps": rounds * x.numel() / best(exp, seconds),
+        "launch": best(replays(add, launches) if on_gpu else add, seconds)
+        / (launches if on_gpu else 1),
     }
 
 
