@@ -10,9 +10,10 @@ limits on an H100 and an H200 with the figures below.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import store
 
@@ -54,10 +55,12 @@ class Table:
     """Rows of CSV files by operator, case and rival, in bfloat16."""
 
     def __init__(self, *paths: Path) -> None:
-        self.rows: dict[tuple[str, str, str], dict[str, str]] = {}
-        for row in (row for path in paths for row in store.read(path)):
-            if row["dtype"] == "bfloat16":
-                self.rows[row["operator"], row["case"], row["rival"]] = row
+        self.rows = {
+            (row["operator"], row["case"], row["rival"]): row
+            for path in paths
+            for row in store.read(path)
+            if row["dtype"] == "bfloat16"
+        }
 
     def us(self, operator: str, case: str, rival: str = "tokenops") -> float:
         """Median in microseconds; NaN without a measurement."""
@@ -94,7 +97,7 @@ class Bar(NamedTuple):
 
     def verdict(self, device: Ceilings) -> str:
         """``"reached"``, ``"MISSED"``, or nothing without a measurement."""
-        if self.value != self.value:
+        if math.isnan(self.value):
             return ""
         above = self.value - self.limit(device)
         return "reached" if above == 0 or (above > 0) == (self.relation == ">=") else "MISSED"
@@ -117,52 +120,46 @@ MERGES = ("merge", "merge_wavg", "unmerge")
 VIT, SD = ("vit-b-256", "vit-l-512-32"), ("sd-2", "sd-16")
 
 
+def beats(table: Table, operator: str, case: str, rival: str, least: float) -> Bar:
+    """The same of a case in a table."""
+    return times(f"{operator} {case}", table.times(operator, case, rival), least, rival)
+
+
 def all_bars(graph: Table, events: Table, folder: Path, device: Ceilings) -> Iterator[Bar]:
     """Every bar. ``graph`` has times of replayed graphs, ``events`` of eager calls."""
-    yield from _whole(graph, folder)
-    yield from _matching(graph, device)
-    yield from _merging(graph, events, device)
-    yield from _attention(events, device)
-    for case in ("vit-b-256-class", "vlm-2880-columns"):
-        value = graph.times("attention_scores", case, "eager")
-        yield times(f"attention_scores {case}", value, 1, "eager")
-
-
-def _whole(graph: Table, folder: Path) -> Iterator[Bar]:
-    """The launches of a layer, and a whole model."""
-    count = load(folder / "launches.json").get("layer", NAN)
-    yield Bar("kernels of a ToMe layer's token work", count, "<=", lambda d: 3, "one each")
-    yield times("ViT-B/16, one image", graph.times("model", "vit-b", "dense"), 1, "dense")
-
-
-def _matching(graph: Table, device: Ceilings) -> Iterator[Bar]:
+    launches = load(folder / "launches.json").get("layer", NAN)
+    yield Bar("kernels of a ToMe layer's token work", launches, "<=", lambda d: 3, "one each")
+    yield beats(graph, "model", "vit-b", "dense", 1)
     for case in VIT:
         work = graph.work("match", case)
         # 8 us where a launch takes 2.5
         yield within(f"match {case}", graph.us("match", case), work, 2.5 / 8, device)
-        yield times(f"match {case}", graph.times("match", case, "eager"), 4, "eager")
+        yield beats(graph, "match", case, "eager", 4)
     for case in ("n16384-320", "n16384-640"):
         work = Work(flops=graph.work("match", case).flops)
         yield within(f"match {case}", graph.us("match", case), work, 0.45, device)
-        yield times(f"match {case}", graph.times("match", case, "bmm+max"), 1.3, "bmm+max")
-
-
-def _merging(graph: Table, events: Table, device: Ceilings) -> Iterator[Bar]:
+        yield beats(graph, "match", case, "bmm+max", 1.3)
     for operator in (*MERGES, *(f"{name}_backward" for name in MERGES)):
         for case in (*VIT, *SD, "vlm-2880-4096"):
-            if "wavg" in operator and case in SD:
-                continue  # Stable Diffusion has no sizes
-            name = f"{operator} {case}"
-            least = {"sd-2": 5, "sd-16": 5, "vlm-2880-4096": 0}.get(case, 3.5)
-            if least:
-                yield times(name, events.times(operator, case, "eager"), least, "eager")
-            us, work = events.us(operator, case), events.work(operator, case)
-            if not work.bytes < 64e6:
-                yield within(name, us, work, 0.8, device)
-            elif work.bytes >= 8e6:
-                yield times(name, events.times(operator, case, "copy"), 0.7, "equal copy")
-            elif not operator.endswith("_backward"):  # eager backwards wait for the host
-                yield within(name, graph.us(operator, case), Work(), 0.5, device)
+            if "wavg" not in operator or case not in SD:  # Stable Diffusion has no sizes
+                yield from _merging(operator, case, graph, events, device)
+    yield from _attention(events, device)
+    for case in ("vit-b-256-class", "vlm-2880-columns"):
+        yield beats(graph, "attention_scores", case, "eager", 1)
+
+
+def _merging(
+    operator: str, case: str, graph: Table, events: Table, device: Ceilings
+) -> Iterator[Bar]:
+    if case in (*VIT, *SD):
+        yield beats(events, operator, case, "eager", 5 if case in SD else 3.5)
+    name, work = f"{operator} {case}", events.work(operator, case)
+    if not work.bytes < 64e6:
+        yield within(name, events.us(operator, case), work, 0.8, device)
+    elif work.bytes >= 8e6:
+        yield beats(events, operator, case, "copy", 0.7)
+    elif not operator.endswith("_backward"):  # eager backwards wait for the host
+        yield within(name, graph.us(operator, case), Work(), 0.5, device)
 
 
 def _attention(events: Table, device: Ceilings) -> Iterator[Bar]:
@@ -174,29 +171,27 @@ def _attention(events: Table, device: Ceilings) -> Iterator[Bar]:
     rest = Work(*(a - b for a, b in zip(events.work(STEP, case), forward, strict=True)))
     yield within(name, events.us(ATTENTION, case), forward, 0.6, device)
     yield within(f"{name} backward", backward("tokenops", case), rest, 0.5, device)
-    yield times(name, events.times(ATTENTION, case, "eager"), 10, "eager")
+    yield beats(events, ATTENTION, case, "eager", 10)
     for case in ("vit-l-512-32", "vlm-2880", "n16384-10"):
-        name = f"{ATTENTION} {case}"
-        yield times(name, events.times(ATTENTION, case, "sdpa"), 0.8, "sdpa")
+        yield beats(events, ATTENTION, case, "sdpa", 0.8)
         value = ratio(backward("sdpa", case), backward("tokenops", case))
-        yield times(f"{name} backward", value, 0.7, "sdpa")
+        yield times(f"{ATTENTION} {case} backward", value, 0.7, "sdpa")
     for case in ("vit-b-256-size", "vit-l-512-32-size"):
-        for rival, least in (("unweighted", 0.9), ("sdpa+bias", 1.5)):
-            yield times(f"{ATTENTION} {case}", events.times(ATTENTION, case, rival), least, rival)
+        yield beats(events, ATTENTION, case, "unweighted", 0.9)
+        yield beats(events, ATTENTION, case, "sdpa+bias", 1.5)
 
 
-def load(path: Path) -> dict[str, float]:
-    """A JSON file of numbers; empty if there is no file."""
-    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+def load(path: Path) -> dict[str, Any]:
+    """A JSON file; empty if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def table(folder: Path) -> str:
     """The bars as a Markdown table."""
-    path = folder / "ceilings.json"
-    if not path.is_file():
+    ceilings = load(folder / "ceilings.json")
+    if not ceilings:
         return "Without measured ceilings there are no bars.\n"
-    device = Ceilings(**json.loads(path.read_text(encoding="utf-8")))
+    device = Ceilings(**ceilings)
     lines = ["| ceiling | here | H100 | H200 |", "| --- | --- | --- | --- |"]
     for name, unit, factor in (
         ("bytes", "copied, GB/s", 1e-9),
@@ -211,17 +206,14 @@ def table(folder: Path) -> str:
         f"| bar (bfloat16, {device.name}) | measured | limit | of | on an H100 / H200 | |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    graph = Table(*sorted(folder.glob("graph-*.csv")))
-    events = Table(*sorted(folder.glob("events-*.csv")))
+    graph, events = (Table(*sorted(folder.glob(f"{n}-*.csv"))) for n in ("graph", "events"))
     for bar in all_bars(graph, events, folder, device):
-        if bar.value != bar.value:
+        if math.isnan(bar.value):
             lines.append(f"| {bar.text} | not measured | | {bar.by} | | |")
             continue
-        value, limit, h100, h200 = (
-            f"{number:.3g}" for number in (bar.value, *map(bar.limit, (device, H100, H200)))
-        )
+        limit, h100, h200 = (f"{bar.limit(d):.3g}" for d in (device, H100, H200))
         lines.append(
-            f"| {bar.text} | {value} | {bar.relation} {limit} | {bar.by} | {h100} / {h200} "
+            f"| {bar.text} | {bar.value:.3g} | {bar.relation} {limit} | {bar.by} | {h100} / {h200} "
             f"| {bar.verdict(device)} |"
         )
     return "\n".join(lines) + "\n"
