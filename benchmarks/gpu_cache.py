@@ -121,11 +121,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--out", type=Path, default=ARCHIVE, help="the archive")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="the cache")
-    parser.add_argument("--only", nargs="+", default=[], help="beginnings of names of calls")
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names of calls")
     parser.add_argument("--unpack", type=Path, metavar="ARCHIVE", help="only unpack this archive")
-    parser.add_argument(
-        "--count", action="store_true", help="only count kernels that were compiled here"
-    )
+    text = "only count kernels that were compiled here"
+    parser.add_argument("--count", action="store_true", help=text)
     options = parser.parse_args(arguments)
     if options.unpack:
         print(unpack(options.unpack, options.folder))
@@ -133,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.count:
         print(count(options.folder))
         return 0
-    stopped = fill(options.folder, options.jobs, tuple(options.only) or ("",))
+    stopped = fill(options.folder, options.jobs, tuple(options.only))
     pack(options.folder, options.out)
     size = options.out.stat().st_size / 2**20
     print(f"{len(kernels(options.folder))} kernels in {options.out}, {size:.1f} MiB")

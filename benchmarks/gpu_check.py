@@ -13,7 +13,6 @@ archive beside it. ``--device cpu`` rehearses the run without a GPU.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import shutil
 import sys
@@ -33,27 +32,16 @@ SHOWN = 8
 
 def environment(device: str) -> dict[str, str]:
     """Variables of all steps."""
-    found = dict(os.environ)
-    home = found.get("CUDA_HOME") or found.get("CUDA_PATH") or "/usr/local/cuda"
-    if os.path.isdir(home):
-        found["CUDA_HOME"] = home
-        found["PATH"] = f"{found.get('PATH', os.defpath)}:{home}/bin"
-    found.update(
-        PYTHONUNBUFFERED="1",
-        PYTHONFAULTHANDLER="1",  # a crash writes a traceback
-        TRITON_CACHE_DIR=str(FOLDER),
-        OMP_NUM_THREADS="2" if device == "cuda" else "1",  # many processes run side by side
-    )
-    return found
-
-
-def no_gpu() -> bool:
-    """Whether this machine has neither a driver of NVIDIA's nor its tools."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return shutil.which("nvidia-smi") is None and not Path("/dev/nvidiactl").exists()
-    return False
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    path = f"{os.environ.get('PATH', os.defpath)}:{home}/bin"
+    return {
+        **os.environ,
+        **({"CUDA_HOME": home, "PATH": path} if os.path.isdir(home) else {}),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crash writes a traceback
+        "TRITON_CACHE_DIR": str(FOLDER),
+        "OMP_NUM_THREADS": "2" if device == "cuda" else "1",  # many processes run side by side
+    }
 
 
 def failures(folder: Path) -> dict[str, list[str]]:
@@ -98,10 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
     parser.add_argument("--archive", type=Path, help="OUT.tar.gz by default")
     parser.add_argument("--share", default="1/6", help="share of the tests of Triton's kernels")
-    parser.add_argument("--only", nargs="+", default=[], help="beginnings of names of steps")
     parser.add_argument("--patience", type=float, default=1.0, help="factor for limits of steps")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and no_gpu():
+    driver = shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()
+    if options.device == "cuda" and not driver:
         parser.error("there is no GPU; --device cpu rehearses the run without one")
     out = options.out.resolve()
     archive = (options.archive or out.with_name(out.name + ".tar.gz")).resolve()
@@ -109,9 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--archive must be outside of {out}")
     cache = ARCHIVE if ARCHIVE.is_file() else None
     plan = Plan(options.device, out, cache, options.share, options.patience)
-    only = tuple(options.only) or ("",)
     run = Run(
-        [[step for step in steps if step.name.startswith(only)] for steps in phases(plan)],
+        phases(plan),
         out,
         archive,
         deadline=options.deadline,

@@ -24,7 +24,7 @@ from .registry import CASES
 ROOT = Path(__file__).resolve().parent.parent
 
 _BLOCK = re.compile(
-    r"(?P<start><!-- benchmarks:(?P<name>[a-z0-9-]+):start -->\n)(?P<body>.*?)"
+    r"(?P<start><!-- benchmarks:(?P<name>[a-z0-9-]+):start -->\n).*?"
     r"(?P<end><!-- benchmarks:(?P=name):end -->)",
     re.DOTALL,
 )
@@ -182,7 +182,7 @@ def _hardware(rows: pd.DataFrame) -> list[str]:
         name, cores, level, threads, torch, python, version, malloc = values
         peaks = []
         for dtype, of in ours.groupby("dtype", sort=False):
-            peak, mm = of.peak_gflops.astype(float).max(), of.mm_gflops.astype(float).max()
+            peak, mm = (of[c].astype(float).max() for c in ("peak_gflops", "mm_gflops"))
             source = of.peak_source.iloc[0]
             peaks.append(f"{_SHORT[dtype]} {peak:.0f} GFLOP/s by {source}, {mm:.0f} by torch.mm")
         isa = next((f" ({isa} kernels)" for isa in ours.isa if isa), "")
@@ -219,16 +219,15 @@ _DETAILS = {
     "overhead": _MERGING,
     "models": ("eager", "dense", "slicing"),
 }
+_SUMMARIES = {
+    "summary": (("match", "merge", "backward", "overhead"), ("eager", "compile", "index")),
+    "attention": (("policy", "proportional"), ("eager", "compile", "sdpa+bias", "sdpa")),
+    "received": (("scores",), ("eager", "compile")),
+}
 TABLES: dict[str, Callable[[pd.DataFrame], list[str]]] = {
     "hardware": _hardware,
     "headline": _headline,
-    "summary": partial(
-        _summary, ("match", "merge", "backward", "overhead"), ("eager", "compile", "index")
-    ),
-    "attention": partial(
-        _summary, ("policy", "proportional"), ("eager", "compile", "sdpa+bias", "sdpa")
-    ),
-    "received": partial(_summary, ("scores",), ("eager", "compile")),
+    **{name: partial(_summary, *of) for name, of in _SUMMARIES.items()},
     **{kind: partial(_detail, kind, rivals) for kind, rivals in _DETAILS.items()},
     "memory": _memory,
     "legend": _legend,
@@ -241,12 +240,12 @@ def render(name: str, results: Path = store.RESULTS) -> str:
     Raises:
         ValueError: If there is no such table.
     """
-    device, _, table = name.rpartition("-")
-    if table not in TABLES or device not in ("", *store.FILES):
+    device = "cuda" if name.startswith("cuda-") else "cpu"
+    table = TABLES.get(name.removeprefix("cuda-"))
+    if table is None:
         choices = ", ".join(TABLES)
         raise ValueError(f"there is no table {name!r}; choose from {choices}, or cuda-NAME")
-    lines = TABLES[table](load(results / store.FILES[device or "cpu"]))
-    return "".join(line + "\n" for line in lines)
+    return "".join(line + "\n" for line in table(load(results / store.FILES[device])))
 
 
 def update(text: str, results: Path = store.RESULTS) -> str:
@@ -274,35 +273,26 @@ _COLORS = dict(zip(FAIR, ("#31688e", "#90be6d", "#f9a03f", "#b56576", "#6d597a")
 
 
 def plot(path: Path, rows: pd.DataFrame) -> None:
-    """Draw how many times as long as tokenops the fastest fair rival takes, a panel per dtype.
+    """Draw how many times as long as tokenops the fastest fair rival takes, a panel per dtype."""
+    import matplotlib as mpl
 
-    Raises:
-        SystemExit: Without matplotlib or results.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise SystemExit("benchmarks.report: --plot needs matplotlib") from None
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "tokenops"  # the same file from the same figures
     from matplotlib import pyplot as plt
 
     bars = fairest(rows[rows.kind != "keep"])
     panels = [bars[bars.dtype == dtype] for dtype in _SHORT if (bars.dtype == dtype).any()]
-    if not panels:
-        raise SystemExit("benchmarks.report: nothing to plot yet")
     size = (5.5 * len(panels), 1.4 + 0.24 * max(map(len, panels)))
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharex=True)
     for axis, panel in zip(axes[0], panels, strict=True):
-        for y, (rival, text) in enumerate(zip(panel.rival, panel.ratio, strict=True)):
-            ratio = float(text)
-            # A bar starts at 1, where both are as fast.
-            axis.barh(y, ratio - 1, 0.7, left=1, color=_COLORS[rival])
-            label = f" {store.number(ratio, 2)}{_TIMES} "
+        ratios = panel.ratio.astype(float).to_numpy()
+        # A bar starts at 1, where both are as fast.
+        axis.barh(range(len(panel)), ratios - 1, 0.7, left=1, color=panel.rival.map(_COLORS))
+        for y, ratio in enumerate(ratios):
             side = "left" if ratio >= 1 else "right"
+            label = f" {store.number(ratio, 2)}{_TIMES} "
             axis.text(ratio, y, label, va="center", ha=side, fontsize=7)
-        axis.set_yticks(range(len(panel)))
-        axis.set_yticklabels(panel.title + " " + panel.case, fontsize=8)
+        axis.set_yticks(range(len(panel)), panel.title + " " + panel.case, fontsize=8)
         axis.invert_yaxis()
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
@@ -316,15 +306,8 @@ def plot(path: Path, rows: pd.DataFrame) -> None:
         title_fontsize=8, loc="lower center", ncols=len(present), frameon=False,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stable = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, dpi=150, metadata=stable)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
-
-
-def documents() -> list[Path]:
-    """Markdown files that may hold tables."""
-    return [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -335,33 +318,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("files", nargs="*", type=Path, help="README.md and docs/ by default")
     parser.add_argument("--check", action="store_true", help="fail if a file is stale; write none")
-    parser.add_argument("--print", action="store_true", help="print all tables; write nothing")
     parser.add_argument("--results", type=Path, default=store.RESULTS, help="folder of CSV files")
-    parser.add_argument("--device", choices=store.FILES, default="cpu", help="to print or plot")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed-ups: .png or .svg")
     options = parser.parse_args(argv)
     if options.plot is not None:
-        plot(options.plot, load(options.results / store.FILES[options.device]))
-    elif options.print:
-        for name in TABLES:
-            print(f"## {name}\n\n{render(f'{options.device}-{name}', options.results)}")
-    else:
-        return _write(options.files or documents(), options.results, options.check)
-    return 0
-
-
-def _write(files: list[Path], results: Path, check: bool) -> int:
+        plot(options.plot, load(options.results / store.FILES["cpu"]))
+        return 0
     stale = 0
-    for path in files:
+    for path in options.files or (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         try:
-            fresh = update(text, results)
+            fresh = update(text, options.results)
         except ValueError as error:
             raise SystemExit(f"benchmarks.report: {path.name}: {error}") from None
-        if fresh != text and check:
+        if fresh == text:
+            continue
+        if options.check:
             print(f"{path.name} is stale: run python -m benchmarks.report", file=sys.stderr)
             stale = 1
-        elif fresh != text:
+        else:
             path.write_text(fresh, encoding="utf-8")
             print(f"wrote {path.name}")
     return stale

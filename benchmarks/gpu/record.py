@@ -34,11 +34,6 @@ def append(path: Path, row: Row) -> None:
         file.write("\n" + json.dumps(row))
 
 
-def read(path: Path) -> dict[str, Row]:
-    """The last row of each case, in the order of the first ones; empty if there is no file."""
-    return {row.case: row for row in _rows(path)}
-
-
 def settled(path: Path) -> set[str]:
     """Cases to skip in another start: those with a result, and those that twice did not end.
 
@@ -48,6 +43,11 @@ def settled(path: Path) -> set[str]:
     for row in _rows(path):
         starts[row.case] += 1 if row.result == "started" else 2
     return {case for case, count in starts.items() if count >= 2}
+
+
+def read(path: Path) -> dict[str, Row]:
+    """The last row of each case, in the order of the first ones; empty if there is no file."""
+    return {row.case: row for row in _rows(path)}
 
 
 def _rows(path: Path) -> Iterator[Row]:

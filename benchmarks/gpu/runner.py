@@ -54,8 +54,8 @@ class Outcome(NamedTuple):
 
     @property
     def done(self) -> bool:
-        """Whether a resumed run skips it."""
-        return self.result.startswith(("ok", "failed", "left out"))
+        """Whether a resumed run skips it. The reason for leaving out a step may be gone by then."""
+        return self.result.startswith(("ok", "failed"))
 
 
 @dataclass
@@ -80,10 +80,8 @@ class Run:
         self.end = self.deadline - min(10.0, self.deadline / 10) - self.grace
         self.interrupted = False
         self.saved, self.written = 0.0, 0  # time of the last archive, and bytes that steps wrote
-        names = [step.name for steps in self.phases for step in steps]
-        if len(set(names)) < len(names):
-            raise ValueError(f"names of steps must differ, got {names}")
         before = self._earlier()
+        names = (step.name for steps in self.phases for step in steps)
         self.outcomes = {name: before.get(name, Outcome("not reached")) for name in names}
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -98,13 +96,11 @@ class Run:
             shutil.rmtree(self.folder)
             return {}
         state = json.loads(path.read_text(encoding="utf-8"))
-        if state["label"] != self.label:
-            raise SystemExit(
-                f"{self.folder} holds a run of {state['label']!r}; {self.label!r} cannot resume it"
-            )
+        label = state["label"]
+        if label != self.label:
+            raise SystemExit(f"{self.folder} holds a run of {label!r}, not of {self.label!r}")
         found = {name: Outcome(**entry) for name, entry in state["outcomes"].items()}
-        # The reason for leaving out a step may be gone.
-        return {n: o for n, o in found.items() if o.done and not o.result.startswith("left out")}
+        return {name: outcome for name, outcome in found.items() if outcome.done}
 
     def go(self) -> dict[str, Outcome]:
         """Run all steps that are not done; returns the outcome of each step."""
@@ -113,37 +109,32 @@ class Run:
             self.interrupted = True
 
         handled = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-        before = {number: signal.signal(number, interrupt) for number in handled}
-        try:
-            self._save()
-            for steps in self.phases:
-                running = [self._run(step) for step in steps]
-                while running := [step for step in running if next(step, True) is None]:
-                    if time.monotonic() - self.saved > RENEW:
-                        self._save(if_new=True)
-                    time.sleep(0.05)
-        finally:
-            self._save()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        before = [(number, signal.signal(number, interrupt)) for number in handled]
+        self._save()
+        for steps in self.phases:
+            running = [self._run(step) for step in steps]
+            while running := [step for step in running if next(step, True) is None]:
+                if time.monotonic() - self.saved > RENEW:
+                    self._save(if_new=True)
+                time.sleep(0.05)
+        self._save()
+        for number, handler in before:
+            signal.signal(number, handler)
         return self.outcomes
 
     def _clock(self) -> float:
         return time.monotonic() - self.start
 
-    # ---- one step, as a generator that yields until the step has ended ----
-
     def _run(self, step: Step) -> Iterator[None]:
-        begun, starts = self._clock(), 0
-        if self.interrupted or self.outcomes[step.name].done:
+        """One step, as a generator that yields until the step has ended."""
+        begun = self._clock()
+        if self.interrupted or self.outcomes[step.name].done or begun > self.end:
             return
         if step.left_out:
             self._end(step, Outcome(f"left out: {step.left_out}"))
             return
-        if begun > self.end:
-            return
-        again = True
-        while again:
+        starts = 0
+        while True:
             starts += 1
             try:
                 process = self._start(step)
@@ -154,13 +145,11 @@ class Run:
             stopped = yield from self._wait(process, min(begun + step.seconds, self.end))
             code = process.returncode or 0
             crashed = code == POISONED or code < 0
-            again = step.goes_on and crashed and not stopped and starts < STARTS
+            if stopped or not (step.goes_on and crashed and starts < STARTS):
+                break
         last = _last_line(self.folder / f"{step.name}.log")
-        result = "ok" if code == 0 else f"failed ({code})"
-        if code == LEFT_OUT:
-            result = f"left out: {last}"
-        if starts > 1:
-            result += f", {starts} starts"
+        result = {0: "ok", LEFT_OUT: f"left out: {last}"}.get(code, f"failed ({code})")
+        result += f", {starts} starts" if starts > 1 else ""
         self._end(step, Outcome(stopped or result, self._clock() - begun, last))
 
     def _start(self, step: Step) -> subprocess.Popen[bytes]:
@@ -169,14 +158,10 @@ class Run:
             log.flush()
             process = subprocess.Popen(
                 step.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self.cwd,
-                env={**self.environment, **step.environment},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self.cwd,
+                env={**self.environment, **step.environment}, preexec_fn=_prepare_child,
                 start_new_session=True,  # a group, to stop the step's own children with it
-                preexec_fn=_prepare_child,
-            )
+            )  # fmt: skip
         self.outcomes[step.name] = Outcome("running")
         return process
 
@@ -201,8 +186,6 @@ class Run:
         self._save()
         text = f"{outcome.result} ({outcome.seconds:.0f} s) {outcome.last[:110]}"
         print(f"[{self._clock():.0f} s] {step.name}: {text}", flush=True)
-
-    # ---- files ----
 
     def _save(self, if_new: bool = False) -> None:
         """Write state, summary and archive; with ``if_new`` only if steps have written."""

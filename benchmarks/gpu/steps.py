@@ -13,15 +13,14 @@ import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .runner import Step
 
 #: Expressions for the names of smoke tests, which run side by side: those first whose kernels take
 #: long to compile. "merge" is also in the names of merge_wavg and unmerge.
 OPERATORS = ("attention_scores", "policy_attention", "match", "merge", "nearest")
-DTYPES = {
-    "float32": "float32", "bfloat16": "bfloat16", "float16": "(float16 and not bfloat16)",
-}  # fmt: skip
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "(float16 and not bfloat16)"}
 #: Smoke tests under compute-sanitizer, by backend. Native tests without a kernel are skipped.
 KERNELS = {"native": "", "triton": " and (attention or nearest)"}
 #: Cases for rivals by torch.compile: one of each operator, for compiling is slow.
@@ -46,18 +45,16 @@ class Plan:
     def on_gpu(self) -> bool:
         return self.device == "cuda"
 
-    def step(self, name: str, seconds: float, module: str, *arguments: str, **options: str) -> Step:
+    def step(self, name: str, seconds: float, module: str, *arguments: str, **options: Any) -> Step:
         """A step that runs a module."""
         command = [sys.executable, "-m", module, *arguments]
         return Step(name, command, seconds * self.patience, **options)
 
-    def cases(
-        self, name: str, seconds: float, module: str, *arguments: str, **options: str
-    ) -> Step:
-        """A step whose cases are recorded, and which goes on after a CUDA error."""
+    def suite(self, name: str, seconds: float, *arguments: str) -> Step:
+        """A step of tests, which are recorded, and which go on after a CUDA error."""
         record = str(self.folder / f"{name}.jsonl")
         arguments = ("--device", self.device, "--record", record, *arguments)
-        return self.step(name, seconds, module, *arguments, goes_on=True, **options)
+        return self.step(name, seconds, "benchmarks.gpu.suite", *arguments, goes_on=True)
 
     def times(
         self, name: str, seconds: float, operators: str, *rivals: str, cases: tuple[str, ...] = ()
@@ -118,7 +115,7 @@ def _preparations(plan: Plan) -> list[Step]:
 
 def _smoke(plan: Plan, name: str, backend: str, names: str = "", *options: str) -> Step:
     arguments = ("--backend", backend, "-k", names, *options, "tests/test_smoke.py")
-    return plan.cases(name, 70, "benchmarks.gpu.suite", *arguments)
+    return plan.suite(name, 70, *arguments)
 
 
 def _all_smoke(plan: Plan) -> list[Step]:
@@ -135,8 +132,7 @@ def _tests(plan: Plan) -> list[Step]:
     def test(name: str, backend: str, share: str) -> Step:
         path = "tests/ops" if plan.on_gpu else "tests/ops/test_token_map.py"
         paths = (path, "tests/test_cuda.py") if backend == "default" else (path,)
-        arguments = ("--backend", backend, "--share", share, *paths)
-        return plan.cases(f"tests-{name}", 90, "benchmarks.gpu.suite", *arguments)
+        return plan.suite(f"tests-{name}", 90, "--backend", backend, "--share", share, *paths)
 
     steps = [test("default", "default", "1/1")]
     if not plan.on_gpu:
