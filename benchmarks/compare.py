@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,30 +42,21 @@ compare.serve(sys.argv[3:])
 """
 
 
-class Process:
-    """A process that runs cases with the package of a tree."""
+class Process(subprocess.Popen[str]):
+    """A process that runs cases with the package of a tree; a context ends it."""
 
     def __init__(self, tree: Path, arguments: list[str]) -> None:
-        command = [sys.executable, "-c", CHILD, str(tree), str(ROOT), *arguments]
         environment = {**os.environ, **machine.TUNED}
         environment.pop("TOKENOPS_LIBRARY", None)  # each tree has its own
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.child: Any = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+        super().__init__(
+            [sys.executable, "-c", CHILD, str(tree), str(ROOT), *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment, text=True,
+        )  # fmt: skip
 
     def ask(self, *request: str) -> dict[str, Any]:
         """Send a request: the operator, name and dtype of a case, or nothing for a sample of it."""
-        print(json.dumps(request), file=self.child.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self.child.stdout.readline() or '{"error": "crashed"}')
-        return answer
-
-    def sample(self) -> Sample:
-        """Take a sample of the case."""
-        return Sample(**self.ask())
-
-    def end(self) -> None:
-        """End the process."""
-        self.child.stdin.close()
-        self.child.wait()
+        print(json.dumps(request), file=self.stdin, flush=True)
+        return json.loads(self.stdout.readline() or '{"error": "crashed"}')
 
 
 def serve(arguments: list[str]) -> None:
@@ -74,11 +66,11 @@ def serve(arguments: list[str]) -> None:
     out, sys.stdout = sys.stdout, sys.stderr
     sample: Sampler | None = None
     for line in sys.stdin:
-        request = json.loads(line)
+        request, answer = json.loads(line), {}
         try:
             if request:
                 sample = None  # frees the case before
-                sample, answer = _prepare(*request, options), {}
+                sample = _prepare(*request, options)
             else:
                 answer = asdict(sample())
         except Exception as error:
@@ -96,12 +88,7 @@ def _prepare(operator: str, name: str, dtype: str, options: argparse.Namespace) 
         ready = measure.make_ready(case, work, rows, *measure.timing_of(options))["tokenops"]
     if rows.get("eager", {}).get("status") == "differs":
         raise ValueError("the result is not that of the eager recipe")
-
-    def sample() -> Sample:
-        with torch.inference_mode(work.inference):
-            return ready()
-
-    return sample
+    return torch.inference_mode(work.inference)(ready)
 
 
 def ratio(base: Series, tree: Series) -> tuple[float, float]:
@@ -149,16 +136,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def compare(
-    processes: dict[str, Process], request: tuple[str, ...], policy: Policy, threshold: float
+    trees: dict[str, Any], request: tuple[str, ...], policy: Policy, threshold: float
 ) -> tuple[str, bool]:
-    """Times and ratio of a case in words, and whether the working tree is slower or fails."""
-    for name, process in processes.items():
+    """Times and ratio of a case in words, and whether the working tree is slower or fails.
+
+    ``trees`` has a process for ``"base"`` and for ``"tree"``.
+    """
+    for name, process in trees.items():
         if "error" in (answer := process.ask(*request)):
-            return (
-                f"{name}: {answer['error']}",
-                name == "tree",
-            )  # an operator may be new in the base
-    found = interleave({name: process.sample for name, process in processes.items()}, policy)
+            # an operator may be new in the base
+            return f"{name}: {answer['error']}", name == "tree"
+    samplers = {name: lambda of=process: Sample(**of.ask()) for name, process in trees.items()}
+    found = interleave(samplers, policy)
     median, noise = ratio(**found)
     bad = is_slower(median, noise, threshold)
     times = "".join(f"{found[name].seconds(0.5) * 1e6:>12.4g}" for name in ("base", "tree"))
@@ -171,26 +160,24 @@ def main(argv: list[str] | None = None, trees: Callable[[str], Path] = checkout)
     options = parser().parse_args(argv)
     folders = {"tree": ROOT, "base": trees(options.base)}
     _, policy = measure.timing_of(options)
-
-    def start() -> dict[str, Process]:
-        return {name: Process(folder, argv) for name, folder in folders.items()}
-
-    processes = start()
     print(f"{'microseconds':<56}{options.base[:11]:>12}{'this tree':>12}   ratio")
     failures = 0
     jobs = [(case, dtype) for case in measure.cases_of(options) for dtype in options.dtype]
-    for case, dtype in measure.progress(jobs):
-        request = (case.operator, case.name, dtype)
-        words, bad = compare(processes, request, policy, options.threshold)
-        if bad:  # a process may have bad luck with its memory: two in a row hardly have
-            for process in processes.values():
-                process.end()
-            processes = start()
+    with ExitStack() as running:
+
+        def start() -> dict[str, Process]:
+            running.close()
+            return {n: running.enter_context(Process(f, argv)) for n, f in folders.items()}
+
+        processes = start()
+        for case, dtype in jobs:
+            request = (case.operator, case.name, dtype)
             words, bad = compare(processes, request, policy, options.threshold)
-        failures += bad
-        print(f"{' '.join(request):<56}{words}", flush=True)
-    for process in processes.values():
-        process.end()
+            if bad:  # a process may have bad luck with its memory: two in a row hardly have
+                processes = start()
+                words, bad = compare(processes, request, policy, options.threshold)
+            failures += bad
+            print(f"{' '.join(request):<56}{words}", flush=True)
     print(f"{failures} of {len(jobs)} slower than {options.threshold:g} %, or failed")
     return int(failures > 0)
 

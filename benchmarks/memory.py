@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import DTYPES, Case, Work, context
+from .cases import DTYPES, Case, context
 from .registry import find
 
 _MALLOC = {
@@ -36,19 +36,18 @@ def extra_bytes(case: Case, rival: str, dtype: str, device: torch.device) -> int
         RuntimeError: If the child process fails, or the system does not report the memory.
     """
     if device.type == "cuda":
-        return _cuda_bytes(case.prepare(DTYPES[dtype], device), rival)
-    root = Path(__file__).resolve().parent.parent
+        return _cuda_bytes(case, rival, dtype, device)
     command = [sys.executable, "-m", "benchmarks.memory"]
     command += [case.operator, case.name, rival, dtype, str(torch.get_num_threads())]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, **_MALLOC, "PYTHONPATH": path}
+    root, environment = Path(__file__).resolve().parent.parent, {**os.environ, **_MALLOC}
     child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     if child.returncode != 0:
         raise RuntimeError(child.stderr.strip().rpartition("\n")[2] or "the child process failed")
     return int(child.stdout)
 
 
-def _cuda_bytes(work: Work, rival: str) -> int:
+def _cuda_bytes(case: Case, rival: str, dtype: str, device: torch.device) -> int:
+    work = case.prepare(DTYPES[dtype], device)
     with torch.inference_mode(work.inference), context(rival):
         call = work.make(rival)
         call()
@@ -60,10 +59,9 @@ def _cuda_bytes(work: Work, rival: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _cpu_bytes(case: Case, rival: str, dtype: torch.dtype) -> int:
-    extra = 0
+def _cpu_bytes(case: Case, rival: str, dtype: str) -> int:
     for sized in (case.tiny(), case):
-        work = sized.prepare(dtype, torch.device("cpu"))
+        work = sized.prepare(DTYPES[dtype], torch.device("cpu"))
         with torch.inference_mode(work.inference), context(rival):
             call = work.make(rival)
             gc.collect()
@@ -87,4 +85,4 @@ def _status(field: str) -> int:
 if __name__ == "__main__":
     operator, name, rival, dtype, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    print(_cpu_bytes(find(operator, name), rival, DTYPES[dtype]))
+    print(_cpu_bytes(find(operator, name), rival, dtype))
