@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
@@ -28,8 +27,6 @@ _TYPES = {
 
 
 class Recorded(NamedTuple):
-    """A launch that was recorded and not made."""
-
     launch: Launch
     tensors: tuple[Tensor | None, ...]
 
@@ -117,15 +114,14 @@ def resources(compiled: Any) -> Resources:
 
 def sass(compiled: Any) -> list[str]:
     """Machine instructions of a kernel compiled for CUDA, in order."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", _cuobjdump(compiled, "-sass"))
-    return [text.strip() for _, text in found]
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;/]+);", _cuobjdump(compiled, "-sass"))
+    return [text.strip() for text in found]
 
 
 def _cuobjdump(compiled: Any, option: str) -> str:
     """Output of the disassembler that Triton ships."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [tool, option, file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -41,9 +41,9 @@ def calls(device: torch.device) -> Calls:
     sizes = samples.Sizes(
         batch=1, heads=12, tokens=197, width=64, channels=768, dtype=torch.float16, device=device
     )
-    found: Calls = {}
-    for call in samples.calls(sizes):
-        found[f"{call.operator} {call.name}"] = partial(call.function, **call.tensors)
+    found = {
+        f"{c.operator} {c.name}": partial(c.function, **c.tensors) for c in samples.calls(sizes)
+    }
     x, size = sizes.rows(197, 768), sizes.weights(197)
     track = tokenops.TokenMap.identity(1, 197, device)
 
@@ -62,9 +62,6 @@ def recipes(device: torch.device) -> Calls:
             work = case.tiny().prepare(torch.bfloat16, device)
             found[f"recipe of {case.operator}"] = work.make("eager")
     return found
-
-
-# ---- time of the host ----
 
 
 def serve_by_triton() -> None:
@@ -100,9 +97,6 @@ def microseconds(call: Callable[[], Any]) -> float:
     return timer.blocked_autorange(min_run_time=0.5).median * 1e6
 
 
-# ---- number of kernels ----
-
-
 def kernels(call: Callable[[], Any]) -> list[str]:
     """Names of the kernels that a call launches."""
     for _ in range(3):
@@ -117,19 +111,19 @@ def kernels(call: Callable[[], Any]) -> list[str]:
 
 def count(out: Path | None) -> int:
     """Print and write the number of kernels of each call; returns the number of failed calls."""
-    device, found, failures = torch.device("cuda"), {}, 0
-    for name, call in {**calls(device), **recipes(device)}.items():
+    device, found = torch.device("cuda"), {}
+    everything = {**calls(device), **recipes(device)}
+    for name, call in everything.items():
         try:
             names = kernels(call)
         except Exception as error:
             print(f"{name:<40}{type(error).__name__}: {error}")
-            failures += 1
             continue
         found[name] = len(names)
         print(f"{name:<40}{len(names):3d}", *(n[:90] for n in names), sep="\n    ")
         if out:
             out.write_text(json.dumps(found), encoding="utf-8")
-    return failures
+    return len(everything) - len(found)
 
 
 def main(arguments: list[str] | None = None) -> int:

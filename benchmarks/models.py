@@ -36,11 +36,9 @@ class ModelShape:
     r: int  # tokens that merge in each layer
 
     def describe(self, letter: str) -> str:
-        """Sizes in words."""
         return f"B{self.batch} N{TOKENS} C{self.width} L{self.layers} r{self.r}"
 
     def tiny(self) -> ModelShape:
-        """Sizes of the same kind that take little time."""
         return replace(self, batch=1, width=128, layers=2)
 
 
@@ -54,18 +52,14 @@ class Layer(nn.Module):
         hidden = 4 * width
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The first half, with attention by token sizes, and its keys [B, H, N, D]."""
+    def forward(self, x: Tensor, size: Tensor | None, reduce: Callable[..., Any]) -> Any:
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, -1, 64))  # [B, N, 3, H, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if size is None:
             out = nn.functional.scaled_dot_product_attention(q, k, v)
         else:
             out = tokenops.policy_attention(q, k, v, size=size)
-        return x + self.project(out.transpose(1, 2).flatten(2)), k
-
-    def forward(self, x: Tensor, size: Tensor | None, reduce: Callable[..., Any]) -> Any:
-        x, k = self.attend(x, size)
+        x = x + self.project(out.transpose(1, 2).flatten(2))
         x, size = reduce(x, k, size)
         return x + self.mlp(self.norm2(x)), size
 
@@ -80,10 +74,9 @@ def models(layers: nn.ModuleList, x: Tensor, r: int) -> dict[str, Callable[[], T
         return tokenops.merge_wavg(y, token_map, size)
 
     def cut(y: Tensor, k: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        y = y[:, : y.shape[1] - r].contiguous()
-        if size is None:
-            return y, y.new_ones(y.shape[:2], dtype=torch.float32)
-        return y, size[:, : y.shape[1]]
+        size = y.new_ones(y.shape[:2], dtype=torch.float32) if size is None else size
+        left = y.shape[1] - r
+        return y[:, :left].contiguous(), size[:, :left]
 
     def run(reduce: Callable[..., Any]) -> Tensor:
         y, size = x, None
@@ -105,7 +98,6 @@ def setup_vit(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Wo
 
 
 def setup_patched(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Work:
-    """Work of a patched ViT of Hugging Face."""
     from transformers import ViTConfig, ViTForImageClassification
 
     from examples.rivals import eager_tome, replace_layers

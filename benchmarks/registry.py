@@ -11,24 +11,21 @@ more images, and the tokens of vision-language models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from . import attention, matching, merging, models
 from .cases import Case
 
 CASES: dict[str, tuple[Case, ...]] = {
-    "matching": matching.CASES,
-    "merging": merging.CASES,
-    "attention": attention.CASES,
-    "models": models.CASES,
+    module.__name__.rpartition(".")[2]: module.CASES
+    for module in (matching, merging, attention, models)
 }
 
 
-def all_cases() -> Iterator[Case]:
+def all_cases() -> list[Case]:
     """Every case, in the order of the tables; cases for the CPU first."""
-    for device in ("cpu", "cuda"):
-        for cases in CASES.values():
-            yield from (case for case in cases if case.device == device)
+    cases = [case for family in CASES.values() for case in family]
+    return sorted(cases, key=lambda case: case.device)
 
 
 def operators() -> list[str]:
@@ -58,11 +55,7 @@ def select(
 
 
 def find(operator: str, name: str) -> Case:
-    """One case.
-
-    Raises:
-        ValueError: If there is no such case.
-    """
+    """One case; a ValueError if there is none."""
     for case in all_cases():
         if (case.operator, case.name) == (operator, name):
             return case

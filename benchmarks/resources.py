@@ -9,7 +9,6 @@ Registers, stack and shared memory are ptxas's own figures; spills are counted i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -73,9 +72,9 @@ def measure(job: Job) -> Row:
     return names | {name: str(value) for name, value in used.items()}
 
 
-def measure_all(some: list[Job], workers: int) -> list[Row]:
-    """Compile launches in several processes."""
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+def measure_all(some: list[Job]) -> list[Row]:
+    """Compile launches in a process for each core."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return list(tqdm(pool.map(measure, some), total=len(some), mininterval=30, file=sys.stderr))
 
 
@@ -102,7 +101,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--only", default="", help="part of the names of cases")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--check", action="store_true", help="compare with the budget")
     text = "write the budget, or the part of it that --arch and --only select"
     parser.add_argument("--write", action="store_true", help=text)
@@ -111,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check and missing is not None:
         print(f"{missing}; --write makes it", file=sys.stderr)
         return 1
-    rows = measure_all(jobs(options.arch, options.only), options.workers)
+    rows = measure_all(jobs(options.arch, options.only))
     columns = (*NAMES, *budget.NUMBERS)
     widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
     for row in [dict(zip(columns, columns, strict=True)), *rows]:

@@ -101,14 +101,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--op", nargs="+", choices=operators(), default=[], metavar="OP")
     parser.add_argument("--case", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.tune: torch sees no CUDA device")
     for case in select(options.op, options.case, "cuda"):
-        for dtype in options.dtype:
-            for line in tune(case, dtype):
-                print(line, flush=True)
+        for line in tune(case, options.dtype):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -408,7 +408,7 @@ def test_resources(arch):
     """Kernels stay in the budget; of each setting the launch with the most registers compiles."""
     known = store.read(resources.BUDGET)
     jobs = resources.largest(resources.jobs([arch]), known)
-    rows = resources.measure_all(jobs, os.cpu_count() or 1)
+    rows = resources.measure_all(jobs)
     assert not budget.excesses(rows, known, resources.SHARED)
 
 

@@ -76,25 +76,21 @@ def make(name: str) -> tuple[int, int, bool]:
 
 
 @cache
-def calls() -> dict[str, Callable[[], object]]:
+def calls() -> dict[str, Callable[[], Any]]:
     """All calls of the check that launch Triton kernels."""
     return dict(_calls())
 
 
-def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
+def _calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     for case, dtype in itertools.product(smoke.cases(), smoke.DTYPES):
         name = f"smoke {case.operator} {case.name} {case.sizes.tokens} {dtype}"
-        yield name, partial(_smoke, case, smoke.DTYPES[dtype])
+        yield name, lambda c=case, d=smoke.DTYPES[dtype]: smoke.outcome(c.call(d, CPU))
     yield "ceilings", partial(ceilings.exponentials, torch.zeros(ceilings.BLOCK))
     for name, call in host.calls(CPU).items():
         yield f"launches {name}", torch.inference_mode()(call)
     for case in select(device="cuda"):
         for rival in OURS:
             yield f"times {case.operator} {case.name} {rival}", partial(_time, case, rival)
-
-
-def _smoke(case: smoke.Case, dtype: torch.dtype) -> None:
-    smoke.outcome(case.call(dtype, CPU))
 
 
 def _time(case: Case, which: str) -> None:
