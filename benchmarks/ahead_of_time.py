@@ -48,8 +48,6 @@ def record(arch: str) -> Iterator[list[Recorded]]:
 
 
 class Resources(NamedTuple):
-    """Resources of a compiled kernel."""
-
     registers: int  # of a thread
     stack: int  # bytes of a thread, spilled registers included
     spills: int  # instructions that load from or store to the stack

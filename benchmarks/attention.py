@@ -124,7 +124,6 @@ def make_weights(shape: AttentionShape, device: torch.device) -> Tensor:
 def setup_attention(
     shape: AttentionShape, dtype: torch.dtype, device: torch.device, backward: bool = False
 ) -> Work:
-    """Work of ``policy_attention``, forward or forward and backward."""
     q, k, v = make_heads(shape, dtype, device)
     weights = make_weights(shape, device)
     by_size = shape.weights == "size"
@@ -144,9 +143,7 @@ def setup_attention(
         eps, policy_grad = shape.eps, shape.policy_grad
         return tokenops.policy_attention(q, k, v, w, eps=eps, policy_grad=policy_grad)
 
-    def eager(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        if by_size:
-            return rivals.attention_with_size(q, k, v, w)
+    def with_policy(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
         return rivals.attention_with_policy(q, k, v, w, own, shape.eps)
 
     def biased(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
@@ -154,27 +151,26 @@ def setup_attention(
         bias = log.to(q.dtype).expand(-1, q.shape[1], q.shape[2], -1)  # [B, H, N, N]
         return scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-    def timed(attend: Callable[..., Any], *leaves: Tensor) -> Call:
-        """A call with gradients of q, k, v and more leaves."""
+    def timed(attend: Callable[..., Any], weighted: bool = True) -> Call:
+        """A call with gradients of q, k and v, and of weights where they count and are learned."""
+        arguments = (q, k, v, weights) if weighted else (q, k, v)
+        leaves = arguments if learned else (q, k, v)
         if not backward:
-            return lambda: attend(q, k, v, weights)
+            return lambda: attend(*arguments)
 
         def step() -> tuple[Tensor, ...]:
-            out = attend(q, k, v, weights)
-            return (out.detach(), *torch.autograd.grad(out, (q, k, v, *leaves), grad))
+            out = attend(*arguments)
+            return (out.detach(), *torch.autograd.grad(out, leaves, grad))
 
         return step
 
-    def weighted(attend: Callable[..., Any]) -> Call:
-        return timed(attend, weights) if learned else timed(attend)
-
     made = {
-        "tokenops": lambda: weighted(ours),
-        **recipes(eager, weighted),
-        "flex": lambda: weighted(rivals.flex_with_policy()),
-        "sdpa+bias": lambda: weighted(biased),
-        "sdpa": lambda: timed(lambda q, k, v, w: scaled_dot_product_attention(q, k, v)),
-        "unweighted": lambda: timed(lambda q, k, v, w: tokenops.policy_attention(q, k, v)),
+        "tokenops": lambda: timed(ours),
+        **recipes(rivals.attention_with_size if by_size else with_policy, timed),
+        "flex": lambda: timed(rivals.flex_with_policy()),
+        "sdpa+bias": lambda: timed(biased),
+        "sdpa": lambda: timed(scaled_dot_product_attention, weighted=False),
+        "unweighted": lambda: timed(tokenops.policy_attention, weighted=False),
     }
     if by_size or shape.skips_exactly or (backward and device.type == "cpu"):
         del made["flex"]  # it has no backward on the CPU
@@ -192,7 +188,6 @@ def setup_attention(
 
 
 def setup_scores(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Work:
-    """Work of ``attention_scores``."""
     q, k, v = make_heads(shape, dtype, device)
     rows = range(shape.tokens)[shape.counted]
     made: dict[str, Callable[[], Call]] = {}

@@ -142,7 +142,6 @@ class Case:
 
     @property
     def public(self) -> str:
-        """The public operator that is timed."""
         return self.operator.removesuffix("_backward").removesuffix("_forward")
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> Work:
@@ -179,7 +178,6 @@ def recipes(
 
 
 def generator(device: torch.device) -> torch.Generator:
-    """A generator with a fixed seed."""
     return torch.Generator(device).manual_seed(0)
 
 

@@ -126,7 +126,6 @@ def checkout(base: str) -> Path:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     p.add_argument("--base", default="HEAD", help="commit to compare with (HEAD)")
     p.add_argument("--threshold", type=float, default=5.0, help="percent (5)")

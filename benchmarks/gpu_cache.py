@@ -38,7 +38,6 @@ VERSIONS = "versions"
 
 
 def versions() -> str:
-    """Versions that a cache depends on."""
     return f"Python {platform.python_version()}, Triton {importlib.metadata.version('triton')}"
 
 
@@ -81,7 +80,6 @@ def fill(folder: Path, jobs: int, only: tuple[str, ...]) -> int:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Put the cache into an archive."""
     with replacing(archive) as temporary, tarfile.open(temporary, "w:xz") as tar:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.name != STAMP:
@@ -102,7 +100,6 @@ def unpack(archive: Path, folder: Path) -> str:
 
 
 def kernels(folder: Path) -> list[Path]:
-    """Files of the compiled kernels in a cache."""
     return list(folder.glob("*/*.cubin"))
 
 

@@ -31,7 +31,6 @@ SHOWN = 8
 
 
 def environment(device: str) -> dict[str, str]:
-    """Variables of all steps."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     path = f"{os.environ.get('PATH', os.defpath)}:{home}/bin"
     return {

@@ -92,7 +92,6 @@ def launch_nothing() -> None:
 
 
 def microseconds(call: Callable[[], Any]) -> float:
-    """Median time of a call."""
     timer = benchmark.Timer("call()", globals={"call": call})
     return timer.blocked_autorange(min_run_time=0.5).median * 1e6
 

@@ -148,7 +148,6 @@ LABELS: dict[str, dict[str, Any]] = {
 
 
 def cases() -> dict[str, Callable[[], None]]:
-    """All calls by label."""
     found = {}
     for template, arguments in LABELS.items():
         texts = re.split(r"[{}]", template)
@@ -201,7 +200,6 @@ def launch(operator: str, dtype: torch.dtype, given: dict[str, Any]) -> None:
 
 
 def tensor(text: str, dtype: torch.dtype, sizes: dict[str, int]) -> Tensor:
-    """The tensor that a string describes."""
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     kinds = {"s": sums, "i": torch.int32, "l": torch.int64, "b": torch.bool, "": dtype}
     layout, _, kind = text.partition(" ")

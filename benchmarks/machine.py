@@ -66,7 +66,6 @@ def _cpuinfo(key: str) -> str:
 
 
 def cpu_model() -> str:
-    """Name of the processor."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 

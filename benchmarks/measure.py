@@ -40,14 +40,11 @@ VARIANTS = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     },
-    "avx512": {"TOKENOPS_CPU_ISA": "avx512"},
     "best": {},
 }
 
 
 class Settings(NamedTuple):
-    """The settings of all cases of a run."""
-
     rivals: tuple[str, ...]
     policy: Policy
     ceilings: machine.Ceilings
@@ -163,7 +160,6 @@ def fill(
     ceilings: machine.Ceilings,
     dtype: str,
 ) -> None:
-    """Turn samples into columns."""
     # The best copy, as for the peak: a ceiling is a limit of the machine, not an average.
     copy_rate = _copied(work) / series["copy"].seconds(0.0)  # bytes per second
     by_memory, by_compute = work.bytes / copy_rate, work.flops / (ceilings.peak[dtype] * 1e9)
@@ -203,7 +199,6 @@ def is_below(rows: list[Row], bar: float) -> bool:
 
 
 def summary(rows: list[Row], bar: float = 0.0) -> str:
-    """One line about a case."""
     ours = rows[0]
     name = f"{ours['operator']} {ours['case']} {ours['dtype']}"
     if ours["status"] == "failed":
@@ -236,7 +231,6 @@ def add_choice(p: argparse.ArgumentParser) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.measure", description=__doc__)
     add_choice(p)
     default = [name for name in RIVALS[1:] if name not in ON_REQUEST]
@@ -254,7 +248,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def timing_of(options: argparse.Namespace) -> tuple[str, Policy]:
-    """The timer and the number of samples."""
     policy = REHEARSAL if options.rehearse else QUICK if options.quick else Policy()
     for name in ("samples", "budget"):
         if getattr(options, name) is not None:
@@ -283,7 +276,6 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    """The cases that the command line names."""
     device = "cuda" if options.rehearse else options.device
     on_request = getattr(options, "variant", None) is not None
     cases = select(options.op, options.case, device, on_request)

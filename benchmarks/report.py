@@ -126,7 +126,6 @@ def _lines(rows: pd.DataFrame, rivals: tuple[str, ...]) -> list[str]:
 
 
 def _summary(kinds: tuple[str, ...], rivals: tuple[str, ...], rows: pd.DataFrame) -> list[str]:
-    """A line per case of some kinds."""
     return _lines(rows[rows.kind.isin(kinds)], rivals)
 
 
@@ -161,7 +160,6 @@ def _detail(kind: str, rivals: tuple[str, ...], rows: pd.DataFrame) -> list[str]
 
 
 def _memory(rows: pd.DataFrame) -> list[str]:
-    """Peak memory of one call beyond its inputs."""
     used = rows[rows.extra_mb != ""]
     names = [name for name in (*RIVALS, *YARDSTICKS) if (used.rival == name).any()]
     if not names:
@@ -196,7 +194,6 @@ def _hardware(rows: pd.DataFrame) -> list[str]:
 
 
 def _legend(rows: pd.DataFrame) -> list[str]:
-    """A line about each rival."""
     attends = rows.operator.map(_FAMILY) == "attention"
     present, others = set(rows.rival[attends]), set(rows.rival[~attends])
     lines = [f"- *{name}*: {text}." for name, text in LEGEND.items() if name in others]

@@ -64,7 +64,6 @@ def largest(some: list[Job], rows: list[Row]) -> list[Job]:
 
 
 def measure(job: Job) -> Row:
-    """Compile a launch and describe the result."""
     with record(job.arch) as recorded:
         launches.cases()[job.case]()
     used = resources(compile_launch(recorded[job.number], job.arch))._asdict()

@@ -32,14 +32,11 @@ SIZES = (
 
 
 class Case(NamedTuple):
-    """A call by its operator, its name and its sizes."""
-
     operator: str
     name: str
     sizes: Sizes
 
     def call(self, dtype: torch.dtype, device: torch.device | str) -> Call:
-        """The call with its inputs."""
         family = _library.defined[self.operator].module.rpartition(".")[0]
         sizes = replace(self.sizes, dtype=dtype, device=device)
         calls = importlib.import_module(f"{family}.samples").calls(sizes)
@@ -47,7 +44,6 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """All cases, by operator."""
     for operator, name in sorted(call[:2] for call in samples.calls(Sizes())):
         for sizes, names in SIZES:
             if f"{operator} {name}".startswith(names):

@@ -58,8 +58,6 @@ REHEARSAL = Policy(samples=1, enough=1, budget=0.0, rounds=1, sample_seconds=0.0
 
 @dataclass
 class Series:
-    """All samples of one rival."""
-
     enough: int  # as in Policy
     samples: list[Sample] = field(default_factory=list)
 

@@ -97,7 +97,6 @@ def tune(case: Case, dtype: str) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Tune the cases that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--op", nargs="+", choices=operators(), default=[], metavar="OP")
     parser.add_argument("--case", nargs="+", default=[], metavar="NAME")

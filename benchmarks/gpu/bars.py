@@ -35,8 +35,6 @@ H200 = Ceilings(4.3e12, 790e12, 4.2e12, 2.5e-6, "H200")
 
 
 class Work(NamedTuple):
-    """Least work of a case."""
-
     bytes: float = 0.0
     flops: float = 0.0
     exps: float = 0.0
@@ -182,12 +180,10 @@ def _attention(events: Table, device: Ceilings) -> Iterator[Bar]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A JSON file; empty if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def table(folder: Path) -> str:
-    """The bars as a Markdown table."""
     ceilings = load(folder / "ceilings.json")
     if not ceilings:
         return "Without measured ceilings there are no bars.\n"

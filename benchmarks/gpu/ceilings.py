@@ -71,7 +71,6 @@ def measure(device: torch.device, seconds: float) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line, and write a JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.ceilings", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each")

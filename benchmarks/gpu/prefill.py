@@ -77,7 +77,6 @@ def make(name: str) -> tuple[int, int, bool]:
 
 @cache
 def calls() -> dict[str, Callable[[], Any]]:
-    """All calls of the check that launch Triton kernels."""
     return dict(_calls())
 
 

@@ -19,8 +19,6 @@ GOOD = ("passed", "skipped")
 
 
 class Row(NamedTuple):
-    """A case and its result."""
-
     case: str  # unique within a file
     result: str  # "passed", "skipped", "failed"; "started" until then, or if the process was killed
     seconds: float = 0.0

@@ -35,8 +35,6 @@ _process = ctypes.CDLL(None)
 
 @dataclass(frozen=True)
 class Step:
-    """A command to run."""
-
     name: str  # also of its log
     command: list[str]
     seconds: float  # time limit
@@ -189,12 +187,11 @@ class Run:
 
     def _save(self, if_new: bool = False) -> None:
         """Write state, summary and archive; with ``if_new`` only if steps have written."""
-        self.saved = time.monotonic()
+        self.saved, before = time.monotonic(), self.written
         files = (path for path in self.folder.rglob("*") if path.suffix in WRITTEN)
-        written = sum(path.stat().st_size for path in files)
-        if if_new and written == self.written:
+        self.written = sum(path.stat().st_size for path in files)
+        if if_new and self.written == before:
             return
-        self.written = written
         try:
             text = self.summarise(self.outcomes)
         except Exception as error:  # a failing table must not cost the results

@@ -33,8 +33,6 @@ VARIABLES = "CUDA|NVIDIA|OMP_|PYTORCH|TOKENOPS|TORCH|TRITON"
 
 @dataclass(frozen=True)
 class Plan:
-    """How to run."""
-
     device: str  # "cuda", or "cpu" for a rehearsal
     folder: Path  # for results
     cache: Path | None = None  # archive of compiled Triton kernels
@@ -46,7 +44,6 @@ class Plan:
         return self.device == "cuda"
 
     def step(self, name: str, seconds: float, module: str, *arguments: str, **options: Any) -> Step:
-        """A step that runs a module."""
         command = [sys.executable, "-m", module, *arguments]
         return Step(name, command, seconds * self.patience, **options)
 
@@ -59,7 +56,6 @@ class Plan:
     def times(
         self, name: str, seconds: float, operators: str, *rivals: str, cases: tuple[str, ...] = ()
     ) -> Step:
-        """A step that times the cases of some operators."""
         quick = ("--samples", "20", "--budget", "0.5")
         arguments = ("--device", self.device, "--no-memory", "--dtype", "bfloat16", "--resume")
         arguments += quick if self.on_gpu else ("--rehearse", "--threads", "1")

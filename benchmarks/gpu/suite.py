@@ -24,10 +24,8 @@ from .record import GOOD, LEFT_OUT, POISONED, Row, append, is_cuda_error, read, 
 class Recorder:
     """pytest plugin: selects tests of a device, records them, and exits after a CUDA error.
 
-    Args:
-        path: File of records. Tests that it has do not run again.
-        backend: Tests of this backend run; ``"default"`` for tests without a backend.
-        device: Kind of device.
+    Tests that the file of records has do not run again. The backend ``"default"`` stands for tests
+    without a backend.
     """
 
     def __init__(self, path: Path, backend: str, device: str) -> None:
@@ -89,13 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         torch.utils.deterministic.fill_uninitialized_memory = False
-    settings = ["-q", "-k", options.k, "-rf", "--tb=short", "-p", "no:cacheprovider"]
     # Tests without a backend are collected beside those of some backend.
-    settings += ["--backends", options.backend.replace("default", "reference")]
-    settings += ["--devices", options.device, "--share", options.share]
-    settings += ["--hypothesis-profile", "quick"]
+    backends = options.backend.replace("default", "reference")
+    settings = ["-q", "-k", options.k, "-rf", "--tb=short", "-p", "no:cacheprovider"]
+    settings += ["--backends", backends, "--devices", options.device, "--share", options.share]
     # torch 2.11 warns under deterministic algorithms.
-    settings += ["-W", "ignore:scatter_reduce_cuda_prod_"]
+    settings += ["--hypothesis-profile", "quick", "-W", "ignore:scatter_reduce_cuda_prod_"]
     plugin = Recorder(options.record, options.backend, options.device)
     status = pytest.main([*settings, *options.paths], plugins=[plugin])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
