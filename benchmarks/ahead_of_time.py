@@ -11,19 +11,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
 
 from tokenops._triton import launch
 from tokenops._triton.launch import ALIGNMENT, Launch
-
-_TYPES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
-}  # fmt: skip
 
 
 class Recorded(NamedTuple):
@@ -78,15 +73,8 @@ def source(recorded: Recorded) -> Source:
         if value is None or name in made.constants or (type(value) is int and value == 1):
             found.signature[name], found.constants[name] = "constexpr", value
             continue
-        if isinstance(value, Tensor):
-            kind, aligned = "*" + _TYPES[value.dtype], True
-        elif isinstance(value, float):
-            kind, aligned = "fp32", False
-        else:
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % ALIGNMENT == 0
-        found.signature[name] = kind
-        if aligned:
+        found.signature[name] = mangle_type(value)
+        if isinstance(value, Tensor) or (type(value) is int and value % ALIGNMENT == 0):
             found.attributes[(index,)] = [["tt.divisibility", ALIGNMENT]]
     return found
 

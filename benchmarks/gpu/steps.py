@@ -23,10 +23,6 @@ OPERATORS = ("attention_scores", "policy_attention", "match", "merge", "nearest"
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "(float16 and not bfloat16)"}
 #: Smoke tests under compute-sanitizer, by backend. Native tests without a kernel are skipped.
 KERNELS = {"native": "", "triton": " and (attention or nearest)"}
-#: Cases for rivals by torch.compile: one of each operator, for compiling is slow.
-COMPILED = ("vit-b-256", "vit-b-256-class")
-
-NO_GPU = "it needs a GPU"
 
 VARIABLES = "CUDA|NVIDIA|OMP_|PYTORCH|TOKENOPS|TORCH|TRITON"
 
@@ -43,69 +39,63 @@ class Plan:
     def on_gpu(self) -> bool:
         return self.device == "cuda"
 
-    def step(self, name: str, seconds: float, module: str, *arguments: str, **options: Any) -> Step:
-        command = [sys.executable, "-m", module, *arguments]
-        return Step(name, command, seconds * self.patience, **options)
+    def step(self, name: str, seconds: float, command: str, *more: str, **options: Any) -> Step:
+        """A step that runs a module; ``{device}`` in its command is the plan's, and so on."""
+        words = [word.format_map(vars(self)) for word in command.split()]
+        command_line = [sys.executable, "-m", *words, *more]
+        return Step(name, command_line, seconds * self.patience, **options)
 
     def suite(self, name: str, seconds: float, *arguments: str) -> Step:
         """A step of tests, which are recorded, and which go on after a CUDA error."""
-        record = str(self.folder / f"{name}.jsonl")
-        arguments = ("--device", self.device, "--record", record, *arguments)
-        return self.step(name, seconds, "benchmarks.gpu.suite", *arguments, goes_on=True)
+        command = f"benchmarks.gpu.suite --device {{device}} --record {{folder}}/{name}.jsonl"
+        return self.step(name, seconds, command, *arguments, goes_on=True)
 
-    def times(
-        self, name: str, seconds: float, operators: str, *rivals: str, cases: tuple[str, ...] = ()
-    ) -> Step:
-        quick = ("--samples", "20", "--budget", "0.5")
-        arguments = ("--device", self.device, "--no-memory", "--dtype", "bfloat16", "--resume")
-        arguments += quick if self.on_gpu else ("--rehearse", "--threads", "1")
-        arguments += ("--cuda-graph",) if name.startswith("graph") else ()
-        arguments += ("--op", operators, "--rivals", *rivals)
-        arguments += ("--case", *cases) if cases else ()
-        out = ("--out", str(self.folder / f"{name}.csv"))
-        return self.step(name, seconds, "benchmarks.measure", *arguments, *out, goes_on=True)
+    def times(self, name: str, seconds: float, choice: str) -> Step:
+        """A step that times cases."""
+        sizes = "--samples 20 --budget 0.5" if self.on_gpu else "--rehearse --threads 1"
+        graph = "--cuda-graph" if name.startswith("graph") else ""
+        command = (
+            "benchmarks.measure --device {device} --no-memory --dtype bfloat16 --resume "
+            f"{sizes} {graph} {choice} --out {{folder}}/{name}.csv"
+        )
+        return self.step(name, seconds, command, goes_on=True)
 
 
 def phases(plan: Plan) -> list[list[Step]]:
     """What to run, one phase after the other; the steps of a phase run side by side."""
-    tiny = () if plan.on_gpu else ("--seconds", "0.01")
-    device, left_out = ("--device", plan.device), "" if plan.on_gpu else NO_GPU
-    cases = COMPILED if plan.on_gpu else COMPILED[1:]
-
-    def out(name: str) -> tuple[str, str]:
-        return "--out", str(plan.folder / name)
-
-    launches = ("benchmarks.host", "--count", *out("launches.json"))
+    no_gpu = "" if plan.on_gpu else "it needs a GPU"
+    no_cache = "" if plan.cache else "no archive was named"
+    shell = f"nvidia-smi; nvcc --version; env | grep -E '^({VARIABLES})'"
+    ceilings = "benchmarks.gpu.ceilings --device {device} --out {folder}/ceilings.json"
+    if not plan.on_gpu:
+        ceilings += " --seconds 0.01"
+    launches = "benchmarks.host --count --out {folder}/launches.json"
     alone = [
-        plan.step("compiled-here", 5, "benchmarks.gpu_cache", "--count"),
-        plan.step("ceilings", 20, "benchmarks.gpu.ceilings", *device, *out("ceilings.json"), *tiny),
-        plan.times("graph-models", 25, "models"),
-        plan.step("launches", 20, *launches, left_out=left_out),
-        plan.times("graph-matching", 30, "matching", "eager", "triton"),
-        plan.times("graph-merging", 30, "merging", "eager", "index", "triton"),
-        plan.times("events-merging", 30, "merging", "eager", "index"),
-        plan.times("events-attention", 40, "attention", "eager", "sdpa+bias"),
-        plan.times("graph-attention", 25, "attention", "eager"),
+        plan.step("compiled-here", 5, "benchmarks.gpu_cache --count"),
+        plan.step("ceilings", 20, ceilings),
+        plan.times("graph-models", 25, "--op models --rivals"),
+        plan.step("launches", 20, launches, left_out=no_gpu),
+        plan.times("graph-matching", 30, "--op matching --rivals eager triton"),
+        plan.times("graph-merging", 30, "--op merging --rivals eager index triton"),
+        plan.times("events-merging", 30, "--op merging --rivals eager index"),
+        plan.times("events-attention", 40, "--op attention --rivals eager sdpa+bias"),
+        plan.times("graph-attention", 25, "--op attention --rivals eager"),
     ]
+    # One case of each operator, for compiling is slow.
+    compiled = "--op attention --rivals compile flex --case "
+    compiled += "vit-b-256 vit-b-256-class" if plan.on_gpu else "vit-b-256-class"
     return [
-        _preparations(plan),
+        [
+            plan.step("machine", 30, "torch.utils.collect_env"),
+            Step("variables", ["sh", "-c", shell], 30 * plan.patience),
+            plan.step("library", 80, "benchmarks.gpu.library --device {device}"),
+            plan.step("cache", 40, "benchmarks.gpu_cache --unpack {cache}", left_out=no_cache),
+        ],
         _all_smoke(plan),
         _tests(plan),
         *([step] for step in alone),
-        _sanitizers(plan, left_out),
-        [plan.times("compiled", 60, "attention", "compile", "flex", cases=cases)],
-    ]
-
-
-def _preparations(plan: Plan) -> list[Step]:
-    cache = "no archive was named" if plan.cache is None else ""
-    unpack = ("benchmarks.gpu_cache", "--unpack", str(plan.cache))
-    shell = f"nvidia-smi; nvcc --version; env | grep -E '^({VARIABLES})'"
-    return [
-        plan.step("machine", 30, "torch.utils.collect_env"),
-        Step("variables", ["sh", "-c", shell], 30 * plan.patience),
-        plan.step("library", 80, "benchmarks.gpu.library", "--device", plan.device),
-        plan.step("cache", 40, *unpack, left_out=cache),
+        _sanitizers(plan, no_gpu),
+        [plan.times("compiled", 60, compiled)],
     ]
 
 
