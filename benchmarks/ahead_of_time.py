@@ -80,11 +80,10 @@ def source(recorded: Recorded) -> Source:
 
 
 def compile_launch(recorded: Recorded, arch: str) -> Any:
-    """Compile a recorded launch for an architecture such as ``"sm_90"`` or ``"gfx942"``."""
+    """Compile a recorded launch for an architecture such as ``"sm_90"``."""
     s = source(recorded)
     tree = ASTSource(recorded.launch.kernel, s.signature, s.constants, s.attributes)
-    is_cuda = arch.startswith("sm_")
-    target = GPUTarget("cuda", int(arch[3:]), 32) if is_cuda else GPUTarget("hip", arch, 64)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     return triton.compile(tree, target=target, options=s.options)
 
 

@@ -132,7 +132,7 @@ class Case:
     setup: Callable[[Any, torch.dtype, torch.device], Work]
     device: str = "cpu"  # kind of device whose sizes these are
     skip: Mapping[str, str] = field(default_factory=dict)  # rivals that do not run, and why
-    memory: tuple[str, ...] = ()  # rivals whose extra memory is measured too
+    memory: tuple[str, ...] = ()  # rivals whose extra memory is measured too, on the CPU
     on_request: bool = False  # whether it runs only if it is named, or with --variant
 
     @property

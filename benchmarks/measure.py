@@ -69,7 +69,7 @@ def run_case(case: Case, dtype: str, settings: Settings) -> list[Row]:
         if name not in rows:
             continue
         try:
-            extra = memory.extra_bytes(case, name, dtype, device)
+            extra = memory.extra_bytes(case, name, dtype)
             rows[name]["extra_mb"] = number(extra * 1e-6, 3)
         except (RuntimeError, OSError) as error:
             notes = rows[name]["note"], f"memory: {explain(error)}"

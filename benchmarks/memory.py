@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory that a call takes beyond its inputs, outputs included.
+"""Peak memory that a call takes on the CPU beyond its inputs, outputs included.
 
-On the CPU a child process runs the case once at tiny sizes (which loads code and starts thread
+A child process runs the case once at tiny sizes (which loads code and starts thread
 pools), makes the inputs, returns free memory to the system, resets the kernel's high-water mark of
 its resident memory, calls once, and reads the mark. Its malloc maps every block of 64 KB or more
 anew and unmaps it when freed: memory that was freed does not hide memory that is needed.
@@ -29,14 +29,12 @@ _MALLOC = {
 }
 
 
-def extra_bytes(case: Case, rival: str, dtype: str, device: torch.device) -> int:
+def extra_bytes(case: Case, rival: str, dtype: str) -> int:
     """Measure one rival of a case, with the threads of PyTorch.
 
     Raises:
         RuntimeError: If the child process fails, or the system does not report the memory.
     """
-    if device.type == "cuda":
-        return _cuda_bytes(case, rival, dtype, device)
     command = [sys.executable, "-m", "benchmarks.memory"]
     command += [case.operator, case.name, rival, dtype, str(torch.get_num_threads())]
     root, environment = Path(__file__).resolve().parent.parent, {**os.environ, **_MALLOC}
@@ -44,19 +42,6 @@ def extra_bytes(case: Case, rival: str, dtype: str, device: torch.device) -> int
     if child.returncode != 0:
         raise RuntimeError(child.stderr.strip().rpartition("\n")[2] or "the child process failed")
     return int(child.stdout)
-
-
-def _cuda_bytes(case: Case, rival: str, dtype: str, device: torch.device) -> int:
-    work = case.prepare(DTYPES[dtype], device)
-    with torch.inference_mode(work.inference), context(rival):
-        call = work.make(rival)
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _cpu_bytes(case: Case, rival: str, dtype: str) -> int:

@@ -56,13 +56,6 @@ def jobs(archs: Iterable[str] = ARCHS, only: str = "") -> list[Job]:
     return [job for job in found.values() if only in job.case]
 
 
-def largest(some: list[Job], rows: list[Row]) -> list[Job]:
-    """For each kernel and tile the launch with the most registers in the budget."""
-    registers = {budget.key(row): int(row["registers"]) for row in rows}
-    some = sorted(some, key=lambda job: registers.get((job.case, job.kernel, job.arch), 256))
-    return list({(job.arch, job.kernel, job.tile): job for job in some}.values())
-
-
 def measure(job: Job) -> Row:
     with record(job.arch) as recorded:
         launches.cases()[job.case]()

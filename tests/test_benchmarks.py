@@ -363,7 +363,7 @@ def test_fma_probe():
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc")
 def test_memory_counts_the_scores():
-    extra = memory.extra_bytes(find("match", "sd"), "eager", "float32", CPU)
+    extra = memory.extra_bytes(find("match", "sd"), "eager", "float32")
     scores = 2 * 3072 * 1024 * 4
     assert scores < extra < 4 * scores
 
