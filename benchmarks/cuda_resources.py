@@ -24,7 +24,7 @@ BUDGET = store.RESULTS / "cuda.csv"
 LARGEST = 25 << 20
 
 _ENTRY = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
+    r"Compiling entry function '(?P<name>[^']+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers"
     r"(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
@@ -32,34 +32,26 @@ _ENTRY = re.compile(
 )
 
 
-def demangle(names: list[str]) -> dict[str, str]:
-    """Names of kernels in C++, without parameters and namespaces."""
-    text = subprocess.run(
-        ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
-    ).stdout
-    short = {}
-    for name, full in zip(names, text.splitlines(), strict=True):
-        full = re.sub(r"\(anonymous namespace\)::|\([\w:]+\)(?=[\d-])", "", full)
-        full = re.sub(r"^void ", "", full).partition("(")[0]
-        short[name] = re.sub(r"\b(tokenops|matching|merging|c10)::", "", full)
-    return short
+def short(name: str) -> str:
+    """Name of a kernel without parameters and namespaces."""
+    name = re.sub(r"\(anonymous namespace\)::|\([\w:]+\)(?=[\d-])|^void ", "", name)
+    return re.sub(r"\b(tokenops|matching|merging|c10)::", "", name.partition("(")[0])
 
 
 def parse(log: str) -> list[Row]:
     """Rows from the output of ``ptxas -v``, in the order of kernels and architectures."""
-    found = [match.groupdict() for match in _ENTRY.finditer(log)]
-    found = [entry for entry in found if "3cub" not in entry["name"]]
-    names = demangle([entry["name"] for entry in found])
+    demangle = subprocess.run(["c++filt"], input=log, check=True, capture_output=True, text=True)
     rows = [
         {
-            "kernel": names[entry["name"]],
+            "kernel": short(entry["name"]),
             "arch": entry["arch"],
             "registers": entry["registers"],
             "stack": entry["stack"],
             "spills": str(int(entry["stores"]) + int(entry["loads"])),
             "shared": entry["shared"] or "0",
         }
-        for entry in found
+        for entry in _ENTRY.finditer(demangle.stdout)
+        if "cub::" not in entry["name"]
     ]
     return sorted(rows, key=lambda row: (row["kernel"], int(re.sub(r"\D", "", row["arch"]))))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import re
 import statistics
 import sys
@@ -286,43 +287,13 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     return [case.tiny() for case in cases] if options.rehearse else cases
 
 
-def run_all(
-    jobs: list[tuple[Case, str]], settings: Settings, out: Path | None, bar: float = 0.0
-) -> int:
-    """Measure cases in their dtypes, one after the other.
-
-    Returns:
-        How many failed or were below the bar. After a CUDA error, which makes the process useless,
-        the process ends with :data:`POISONED`, and a second start with ``--resume`` goes on.
-    """
-    failures = 0
-    gc.freeze()  # objects that exist already need not be searched before each case
-    for case, dtype in jobs:
-        failure: Exception | None = None
-        try:
-            rows = run_case(case, dtype, settings)
-        except Exception as error:  # the other cases have nothing to do with it
-            failure, rows = error, [new_row(case, dtype, "tokenops", settings.common)]
-            rows[0].update(status="failed", note=explain(error))
-        failures += failure is not None or is_below(rows, bar)
-        print(summary(rows, bar), flush=True)
-        if out is not None:
-            store.merge(out, rows)
-        if failure is not None and is_cuda_error(failure):
-            raise SystemExit(POISONED)
-        if failure is not None and settings.common["device"] == "cuda":
-            failure = None  # its traceback holds tensors
-            gc.collect()
-            torch.cuda.empty_cache()  # it may have run out of memory
-    return failures
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Measure the cases that the command line names.
+    """Measure the cases that the command line names, one after the other.
 
     Returns:
         How many cases failed or were below the bar, cases that ``--resume`` leaves out included; at
-        most 64.
+        most 64. After a CUDA error, which makes the process useless, the process ends with
+        :data:`POISONED`, and a second start with ``--resume`` goes on.
     """
     options = parser().parse_args(argv)
     cases = cases_of(options)
@@ -337,17 +308,34 @@ def main(argv: list[str] | None = None) -> int:
     peak, source, mm = settings.ceilings
     for name in options.dtype:
         print(f"{name}: peak {peak[name]:.0f} GFLOP/s ({source}), torch.mm {mm[name]:.0f}")
-    known: dict[tuple[str, str, str], str] = {}
+    known = {}
     if options.resume and out is not None:
         ours = (row for row in store.read(out) if row["rival"] == "tokenops")
         known = {(row["operator"], row["case"], row["dtype"]): row["status"] for row in ours}
-    jobs, failures = [], 0
-    for case in cases:
-        for dtype in options.dtype:
-            status = known.get((case.operator, case.name, dtype))
+    failures = 0
+    gc.freeze()  # objects that exist already need not be searched before each case
+    for case, dtype in itertools.product(cases, options.dtype):
+        status = known.get((case.operator, case.name, dtype))
+        if status is not None:
             failures += status == "failed"
-            jobs += [(case, dtype)] if status is None else []
-    return min(64, failures + run_all(jobs, settings, out, options.bar))
+            continue
+        poisoned = False
+        try:
+            rows = run_case(case, dtype, settings)
+            failures += is_below(rows, options.bar)
+        except Exception as error:  # the other cases have nothing to do with it
+            rows = [new_row(case, dtype, "tokenops", settings.common)]
+            rows[0].update(status="failed", note=explain(error))
+            failures, poisoned = failures + 1, is_cuda_error(error)
+        print(summary(rows, options.bar), flush=True)
+        if out is not None:
+            store.merge(out, rows)
+        if poisoned:
+            raise SystemExit(POISONED)
+        if rows[0]["status"] == "failed":
+            gc.collect()
+            torch.cuda.empty_cache()  # it may have run out of memory
+    return min(64, failures)
 
 
 if __name__ == "__main__":
