@@ -14,6 +14,7 @@ from torch import Tensor
 import tokenops
 from tokenops.splits import Split
 
+from . import rivals
 from .timing import Call
 
 #: Backends of tokenops, the preferred one first. Each can be a rival of the default one.
@@ -79,13 +80,11 @@ class Shape:
 
     def split_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tokens that are sources [Ns] and destinations [Nd], in ascending order."""
-        is_dst = torch.zeros(self.tokens, dtype=torch.bool, device=device)
+        tokens = torch.arange(self.tokens, device=device)
         if self.grid is None:
-            is_dst[1::2] = True
-        else:
-            h, w, sy, sx = self.grid
-            is_dst.view(h, w)[: h // sy * sy : sy, : w // sx * sx : sx] = True
-        return (~is_dst).nonzero()[:, 0], is_dst.nonzero()[:, 0]
+            return tokens[0::2], tokens[1::2]
+        src, dst = rivals.tomesd_split(*self.grid, device)
+        return src.flatten().sort().values, dst.flatten().sort().values
 
 
 def relative(result: Any, expected: Any) -> float:
