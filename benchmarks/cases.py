@@ -26,7 +26,7 @@ RIVALS = ("tokenops", *BACKENDS, *FAIR)
 #: Rivals that run only if they are asked for.
 ON_REQUEST = ("native", "composed")
 #: Yardsticks compute less than tokenops, or something else.
-YARDSTICKS = ("copy", "bmm", "bmm+max", "sdpa", "unweighted", "dense", "slicing")
+YARDSTICKS = ("bmm", "bmm+max", "sdpa", "unweighted", "dense", "slicing", "copy")
 
 LEGEND = {
     "tokenops": "tokenops as installed",

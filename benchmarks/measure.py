@@ -57,9 +57,12 @@ def run_case(case: Case, dtype: str, settings: Settings) -> list[Row]:
     """Measure one case in one dtype; return a row per rival and yardstick."""
     device, policy = torch.device(settings.common["device"]), settings.policy
     work = case.prepare(DTYPES[dtype], device)
+    source = torch.ones(max(1, work.bytes // 8), device=device)  # to read and to write
+    copy = partial(torch.empty_like(source).copy_, source)
+    work.rivals = {**work.rivals, "copy": lambda: copy}
     backends = machine.backends_of(case.public, work.tensor)
     able = {*work.rivals, *(n for n in backends if n != backends[0] or n in ON_REQUEST)}
-    wanted = ["tokenops", *(n for n in (*settings.rivals, *YARDSTICKS) if n in able), "copy"]
+    wanted = ["tokenops", *(n for n in (*settings.rivals, *YARDSTICKS) if n in able)]
     rows = {name: new_row(case, dtype, name, settings.common) for name in wanted}
     rows["tokenops"]["backend"] = backends[0] if backends else ""
     with torch.inference_mode(work.inference):
@@ -101,7 +104,7 @@ def make_ready(
             continue
         try:
             with context(name):
-                call = _copy(work) if name == "copy" else work.make(name)
+                call = work.make(name)
                 result = _warm_up(call, policy, work.tensor.is_cuda)
                 sampler = TIMERS[timer](call, policy.sample_seconds)
             ready[name] = partial(_sample, name, sampler)
@@ -144,16 +147,6 @@ def _warm_up(call: Call, policy: Policy, on_cuda: bool) -> Any:
     return result
 
 
-def _copied(work: Work) -> int:
-    """Bytes that the yardstick ``copy`` reads and writes: the least bytes of the case."""
-    return 8 * max(1, work.bytes // 8)
-
-
-def _copy(work: Work) -> Call:
-    source = torch.ones(_copied(work) // 8, device=work.tensor.device)
-    return partial(torch.empty_like(source).copy_, source)
-
-
 def fill(
     rows: dict[str, Row],
     series: dict[str, Series],
@@ -162,7 +155,8 @@ def fill(
     dtype: str,
 ) -> None:
     # The best copy, as for the peak: a ceiling is a limit of the machine, not an average.
-    copy_rate = _copied(work) / series["copy"].seconds(0.0)  # bytes per second
+    copied = 8 * max(1, work.bytes // 8)
+    copy_rate = copied / series["copy"].seconds(0.0)  # bytes per second
     by_memory, by_compute = work.bytes / copy_rate, work.flops / (ceilings.peak[dtype] * 1e9)
     bound = max(by_memory, by_compute)
     for name, row in rows.items():
@@ -199,7 +193,7 @@ def is_below(rows: list[Row], bar: float) -> bool:
     return any(r["rival"] == "eager" and r["ratio"] and float(r["ratio"]) < bar for r in rows)
 
 
-def summary(rows: list[Row], bar: float = 0.0) -> str:
+def summary(rows: list[Row]) -> str:
     ours = rows[0]
     name = f"{ours['operator']} {ours['case']} {ours['dtype']}"
     if ours["status"] == "failed":
@@ -209,7 +203,7 @@ def summary(rows: list[Row], bar: float = 0.0) -> str:
     words += [f"{r['rival']} {r['ratio'] + 'x' if r['ratio'] else r['status']}" for r in rows[1:]]
     if any(row["statistics"] == "all" for row in rows):
         words.append(f"[disturbed: of tokenops, {ours['clean']} of {ours['samples']} clean]")
-    return "  ".join([*words, "BELOW"] if is_below(rows, bar) else words)
+    return "  ".join(words)
 
 
 def add_choice(p: argparse.ArgumentParser) -> None:
@@ -319,20 +313,22 @@ def main(argv: list[str] | None = None) -> int:
         if status is not None:
             failures += status == "failed"
             continue
-        poisoned = False
+        poisoned = below = False
         try:
             rows = run_case(case, dtype, settings)
-            failures += is_below(rows, options.bar)
+            below = is_below(rows, options.bar)
         except Exception as error:  # the other cases have nothing to do with it
             rows = [new_row(case, dtype, "tokenops", settings.common)]
             rows[0].update(status="failed", note=explain(error))
-            failures, poisoned = failures + 1, is_cuda_error(error)
-        print(summary(rows, options.bar), flush=True)
+            poisoned = is_cuda_error(error)
+        failed = rows[0]["status"] == "failed"
+        failures += failed or below
+        print(summary(rows) + ("  BELOW" if below else ""), flush=True)
         if out is not None:
             store.merge(out, rows)
         if poisoned:
             raise SystemExit(POISONED)
-        if rows[0]["status"] == "failed":
+        if failed:
             gc.collect()
             torch.cuda.empty_cache()  # it may have run out of memory
     return min(64, failures)
