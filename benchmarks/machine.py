@@ -33,15 +33,14 @@ TUNED = {
 }
 
 
-def run_again(module: str, arguments: list[str], variables: dict[str, str]) -> None:
+def run_again(variables: dict[str, str]) -> None:
     """Replace this process by the same one in another environment; return if it has that already.
 
     glibc and the compiled library read these variables when a process starts.
     """
     if any(os.environ.get(name) != value for name, value in variables.items()):
         sys.stdout.flush()
-        command = [sys.executable, "-m", module, *arguments]
-        os.execve(sys.executable, command, {**os.environ, **variables})
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **variables})
 
 
 def malloc_state() -> str:

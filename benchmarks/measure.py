@@ -336,5 +336,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     variables = VARIANTS.get(parser().parse_args().variant, {})
-    machine.run_again("benchmarks.measure", sys.argv[1:], {**machine.TUNED, **variables})
+    machine.run_again({**machine.TUNED, **variables})
     sys.exit(main())
