@@ -119,14 +119,14 @@ def test_a_tensor_has_no_value_while_it_is_traced():
     four = torch.tensor(4)
     with FakeTensorMode() as mode:
         fake, count = mode.from_tensor(X), torch.empty((), dtype=torch.int64)
-        with pytest.raises(TypeError, match="match: r must be an int while it is traced"):
+        with pytest.raises(TypeError, match="match: r must be an int under tracing"):
             tokenops.match(fake, count)
-    with pytest.raises(TypeError, match="match: r must be an int while it is traced"):
+    with pytest.raises(TypeError, match="match: r must be an int under tracing"):
         torch.func.vmap(lambda r: tokenops.match(X, r).assign)(torch.tensor([3, 4]))
     compiled = torch.compile(
         lambda x, r: tokenops.match(x, r).assign, backend="eager", fullgraph=True
     )
-    with pytest.raises(Exception, match="an int while it is traced"):
+    with pytest.raises(Exception, match="an int under tracing"):
         compiled(X, four)
 
 

@@ -147,7 +147,7 @@ def test_the_versions_that_are_verified(monkeypatch):
     assert launch._direct == (is_one and not launch.interpreting)
     for version, words in (
         ("3.7.1+git1", ""),
-        ("3.9.0", "launches as Triton makes them, more slowly"),
+        ("3.9.0", "not verified, so launches are slower"),
     ):
         monkeypatch.setattr(info.metadata, "version", lambda package, version=version: version)
         assert info._triton().startswith(version)

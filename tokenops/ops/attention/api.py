@@ -327,7 +327,7 @@ def _check_not_negative(name: str, argument: str, value: Tensor) -> None:
         return
     least = _checks.read(value.detach().amin())  # NaN if there is one
     if least is not None and not least >= 0:
-        raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"{least} in it")
+        raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"a minimum of {least}")
 
 
 def _query_weight(name: str, weight: Tensor, q: Tensor) -> Tensor:
