@@ -100,9 +100,7 @@ def _triton() -> str:
     version = _version("triton")
     if not version[:1].isdigit() or release(version) in VERIFIED:
         return version
-    return (
-        f"{version} (not verified, so launches are slower; verified: {', '.join(VERIFIED)})"
-    )
+    return f"{version} (not verified, so launches are slower; verified: {', '.join(VERIFIED)})"
 
 
 def _cuda() -> str:

@@ -2,8 +2,8 @@
 """Drop-in for EViT: the class token's attention, ``complement_idx`` and the dropping of tokens.
 
 The attention map of a block is not needed: :func:`class_attention` computes only the row of the
-class token, and any fused attention computes the output. With ``q``, ``k`` of a block and its tokens ``x``
-after attention::
+class token, and any fused attention computes the output. With ``q``, ``k`` of a block and its
+tokens ``x`` after attention::
 
     cls_attn = class_attention(q, k)
     x, token_map = drop_tokens(x, cls_attn, keep_rate=0.7, fuse_token=True)
@@ -114,7 +114,8 @@ def drop_tokens(
 ) -> tuple[Tensor, TokenMap]:
     """Keep the tokens that the class token attends to most; drop the others or fuse them into one.
 
-    The fused token is ``sum_n cls_attn[n] x[n]`` over the dropped tokens; the sum is not normalized.
+    The fused token is ``sum_n cls_attn[n] x[n]`` over the dropped tokens; the sum is not
+    normalized.
 
     Args:
         x: ``[B, N, C]``, prefix first.

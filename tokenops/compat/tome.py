@@ -65,7 +65,8 @@ class Merge:
 class Unmerge:
     """Spreads ``x`` ``[B, M, C]`` to ``[B, N, C]`` by a token map; see :func:`tokenops.unmerge`.
 
-    It also takes integers and bools, which :func:`tokenops.unmerge` does not, and keeps their dtype.
+    It also takes integers and bools, which :func:`tokenops.unmerge` does not, and keeps their
+    dtype.
     """
 
     token_map: TokenMap
@@ -157,7 +158,7 @@ def bipartite_soft_matching(
 
 
 def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
-    """Take the last of each ``k`` tokens, and merge each other token into the most similar of these.
+    """Keep the last of each ``k`` tokens; merge each other token into the most similar kept token.
 
     Args:
         metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]``, which are averaged over heads.
@@ -224,8 +225,8 @@ def random_bipartite_soft_matching(metric: Tensor, r: int) -> Matching:
         device, as in ToMe, so the same seed gives the same split. If ``r <= 0``, nothing is drawn.
 
     References:
-        ToMe's ``random_bipartite_soft_matching``, except that a token of zero length has similarity 0
-        to every other.
+        ToMe's ``random_bipartite_soft_matching``, except that a token of zero length has
+        similarity 0 to every other.
     """
     name = "random_bipartite_soft_matching"
     tokens = _num_tokens(name, metric)

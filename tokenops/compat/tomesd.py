@@ -32,8 +32,8 @@ def bipartite_soft_matching_random2d(
     merge.
 
     Args:
-        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]``, which are averaged over heads;
-            N = w * h, row by row.
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]``, which are averaged over
+            heads; N = w * h, row by row.
         w: Width in tokens.
         h: Height in tokens.
         sx: Width of a cell; it need not divide ``w``. Where it exceeds ``w``, nothing merges.
@@ -44,8 +44,8 @@ def bipartite_soft_matching_random2d(
         generator: Source of randomness; the CPU's default generator if None.
 
     Returns:
-        ``(merge, unmerge)``: ``merge(x, mode="mean")`` reduces ``[B, N, C]`` to ``[B, N - r, C]`` in
-        the order ``[unmerged | destinations]``, unmerged tokens by descending similarity,
+        ``(merge, unmerge)``: ``merge(x, mode="mean")`` reduces ``[B, N, C]`` to ``[B, N - r, C]``
+        in the order ``[unmerged | destinations]``, unmerged tokens by descending similarity,
         destinations by index; ``unmerge(y)`` maps back. Both have a ``token_map``.
 
     Raises:
