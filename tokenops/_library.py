@@ -335,8 +335,8 @@ def _refuse_tangents(name: str, *args: Any) -> None:
     for tensor in pytree.tree_leaves(args):
         if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
-                f"torch.ops.{NAMESPACE}.{name}: forward-mode AD is supported by the public
-                functions " f"only, got a tensor with a tangent"
+                f"torch.ops.{NAMESPACE}.{name}: only the public functions support forward-mode AD, "
+                f"got a tensor with a tangent"
             )
 
 

@@ -11,8 +11,7 @@ from tokenops import _library
 from tokenops.testing import random_tokens
 
 N = 8192
-PAIRS = N // 2 * (N // 2) * 4  # bytes of all pairs of half the tokens with the other half, in
-float32
+PAIRS = N // 2 * (N // 2) * 4  # bytes of scores of one half of the tokens with the other half
 
 
 class Largest(TorchDispatchMode):

@@ -201,7 +201,7 @@ def test_operators_refuse_tangents():
                     list(arguments),
                 )
                 first = pytree.tree_map(lambda t: fwad.make_dual(t, torch.ones_like(t)), first)
-                with pytest.raises(NotImplementedError, match=rf"{name}: forward-mode AD"):
+                with pytest.raises(NotImplementedError, match=rf"{name}: .* forward-mode AD"):
                     getattr(ops, name)(first, *rest)
     assert checked == {n for n, o in _library.defined.items() if o.backward is not None}
 
