@@ -66,7 +66,7 @@ def test_use_backend_as_decorator():
     before = _choice.chosen()
     assert before != "reference"
     assert chosen() == "reference"
-    assert chosen.__doc__ == "Say what is chosen."
+    assert chosen.__doc__ == "Return the chosen backend."
     assert _choice.chosen() == before
 
 

@@ -248,7 +248,7 @@ def test_recomputation_draws_the_same_decisions_or_none(use_reentrant):
     )
     assert torch.equal(got, expected)
     own = torch.Generator().manual_seed(0)
-    with pytest.raises(ValueError, match="gumbel_keep: generator must be None or a default one"):
+    with pytest.raises(ValueError, match="generator must be None or a default generator"):
         run(
             lambda x: checkpoint(
                 lambda y: tokenops.gumbel_keep(y, generator=own), x, use_reentrant=use_reentrant
