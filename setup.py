@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the native library where that is possible; the rest of the package is plain Python.
+"""Compiles the native library if possible; the rest of the package is plain Python.
 
 Environment variables (CONTRIBUTING.md has more on them):
     TOKENOPS_BUILD     auto (default): compile if torch and a compiler are there, else make a
@@ -33,21 +33,21 @@ INSPECT = os.environ.get("TOKENOPS_INSPECT") or "in-place"
 SANITIZE = os.environ.get("TOKENOPS_SANITIZE") or ""
 CUDA_ARCHS = (os.environ.get("TOKENOPS_CUDA_ARCHS") or "8.0 9.0a 10.0 12.0").split()
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install"} & set(sys.argv)
-# torch 2.10, the oldest one that the library runs with
+# torch 2.10, the oldest version that the library supports
 TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 LINK_FLAGS = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 if SANITIZE:
     FLAGS += [*LINK_FLAGS, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
-    FLAGS += ["-fno-wrapv"]  # Python's own flags define the overflow that is to be found
+    FLAGS += ["-fno-wrapv"]  # Python's own -fwrapv would hide signed overflow
 
 
 class CannotCompileError(Exception):
-    """Nothing can be compiled here, for the reason given."""
+    """The library cannot be compiled, for the reason in the message."""
 
 
 def native() -> tuple[list[Extension], dict[str, Any], type]:
-    """What to compile, what to record about it, and the command that compiles it."""
+    """Return the extensions, the record of the build and the command that compiles them."""
     if MODE == "none":
         raise CannotCompileError("TOKENOPS_BUILD=none at build time")
     try:
@@ -100,7 +100,7 @@ def native() -> tuple[list[Extension], dict[str, Any], type]:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: of CUDA_HOME, else the first in the path or where it is installed to."""
+    """Path of nvcc: in CUDA_HOME, else the first one in PATH, else in /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which("nvcc", path=f"{home}/bin")
@@ -108,7 +108,7 @@ def find_nvcc() -> str | None:
 
 
 def nvcc_obstacle(nvcc: str | None, torch_cuda: str | None) -> str | None:
-    """Why this compiler is not used: ``auto`` takes one that PyTorch's own driver will do for."""
+    """Why nvcc is not used, or None. ``auto`` needs the major version of CUDA that torch has."""
     if not nvcc:
         return "no nvcc at build time (CUDA_HOME names its toolkit)"
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
@@ -125,27 +125,27 @@ def nvcc_obstacle(nvcc: str | None, torch_cuda: str | None) -> str | None:
 
 
 def cuda_link_flags(nvcc: str) -> list[str]:
-    """The CUDA runtime as a part of the library, which then needs none of one certain version."""
+    """Flags that link the CUDA runtime statically, so that no certain version must be installed."""
     listing = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
     lines = [text for text in listing.stderr.splitlines() if "LIBRARIES=" in text]
     if not lines:
-        raise CannotCompileError(f"{nvcc} does not say where its libraries are")
+        raise CannotCompileError(f"{nvcc} --dryrun does not print LIBRARIES=")
     folders = shlex.split(lines[0].partition("LIBRARIES=")[2])
     return [*folders, "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
 
 
 def compile_cuda(nvcc: str, include_dirs: list[str], folder: str) -> list[str]:
-    """Compile all CUDA sources; what ptxas says of registers and spills is kept in ptxas.log."""
+    """Compile all CUDA sources; write the output of ptxas (registers, spills) to ptxas.log."""
     os.makedirs(folder, exist_ok=True)
     number = [arch.replace(".", "") for arch in CUDA_ARCHS]
     codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in number]
-    # Devices that are not among them compile what the oldest one was compiled from.
+    # All other devices compile the PTX of the oldest architecture.
     codes.append(f"-gencode=arch=compute_{number[0]},code=compute_{number[0]}")
     flags = ["-std=c++17", "-O3", "-D" + "=".join(TARGET), "-Xptxas=-v", "-Xcompiler=-fPIC"]
     flags += ["-Xcompiler=-fvisibility=hidden", "--compress-mode=size", "-lineinfo"]
     sources = sorted(Path("csrc").glob("**/*.cu"))
     workers = os.cpu_count() or 1
-    flags.append(f"--threads={max(1, workers // len(sources))}")  # architectures side by side
+    flags.append(f"--threads={max(1, workers // len(sources))}")  # architectures in parallel
     includes = [f"-isystem={path}" for path in include_dirs]
 
     def compile_one(source: Path) -> tuple[str, str]:
@@ -164,7 +164,7 @@ def compile_cuda(nvcc: str, include_dirs: list[str], folder: str) -> list[str]:
 
 
 def inspect_module(torch_build: Any) -> list[Extension]:
-    """The pybind11 module: a convenience that fails nothing unless it was asked for."""
+    """The pybind11 module, which is optional unless TOKENOPS_INSPECT=1."""
     if INSPECT == "0" or SANITIZE:
         return []
     try:
@@ -185,12 +185,12 @@ def inspect_module(torch_build: Any) -> list[Extension]:
 
 
 def build_ext_command(base: type, record: dict[str, Any]) -> type:
-    """``build_ext`` that leaves a working pure-Python package behind when it cannot compile."""
+    """Make a ``build_ext`` that falls back to a pure-Python package if it cannot compile."""
 
     class build_ext(base):  # type: ignore[misc] # noqa: N801 - the name setuptools looks for
         def finalize_options(self) -> None:
             super().finalize_options()
-            if self.editable_mode:  # its own folder would be gone before the next build
+            if self.editable_mode:  # else objects go to a temporary folder, which is deleted
                 name = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
                 self.build_temp = os.path.join("build", name)
 
@@ -216,7 +216,7 @@ def build_ext_command(base: type, record: dict[str, Any]) -> type:
         def run(self) -> None:
             inplace, result = self.inplace, record
             wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
-            if wheel and not inplace and INSPECT != "1":  # would tie the wheel to one Python
+            if wheel and not inplace and INSPECT != "1":  # _inspect is for one version of Python
                 self.extensions = [e for e in self.extensions if e.py_limited_api]
             try:
                 if self.extensions:
@@ -243,7 +243,7 @@ def build_ext_command(base: type, record: dict[str, Any]) -> type:
 
 
 class clean_build(build):  # noqa: N801 - as above
-    """``build`` without leftovers of an earlier one, which ends in ``build_ext`` in any case."""
+    """``build`` that removes the files of an earlier build and always runs ``build_ext``."""
 
     def get_sub_commands(self) -> list[str]:
         names = super().get_sub_commands()
@@ -265,7 +265,7 @@ try:
         extensions, record, base = native()
 except CannotCompileError as error:
     if MODE in ("cpu", "cuda", "emulate"):
-        sys.exit(f"setup.py: TOKENOPS_BUILD={MODE} cannot be had: {error}")
+        sys.exit(f"setup.py: TOKENOPS_BUILD={MODE} is not possible: {error}")
     record = {"built": None, "reason": str(error)}
 abi3 = extensions and INSPECT != "1" and not sysconfig.get_config_var("Py_GIL_DISABLED")
 setup(

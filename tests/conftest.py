@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures and options of all tests: backends, devices, poisoned memory, profiles.
 
-A test with an argument ``backend`` runs once for each backend, which is then chosen explicitly, so
-that nothing falls back silently; an argument ``device`` adds each device of this machine.
+A test with an argument ``backend`` runs once for each backend, which is chosen explicitly, so that
+nothing falls back silently. With an argument ``device`` it runs on each available device.
 ``pytest --help`` lists the options (under "tokenops"). ``--hypothesis-profile=thorough`` searches
-longer and elsewhere each time, ``quick`` hardly at all.
+longer and with a new seed each time, ``quick`` runs few examples.
 """
 
 import ctypes
@@ -19,19 +19,19 @@ from hypothesis import HealthCheck, settings
 import tokenops
 from tokenops import _backend, _native
 
-# Without it, products of matrices on CUDA devices warn that their bits may differ.
+# Without this setting, matrix products on CUDA devices warn that they are not deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 HAS_CUDA = torch.cuda.is_available()
-#: Below the best level of this CPU, which all other tests run at.
+#: Levels below the best one of this CPU; all other tests run at the best level.
 ISA_LEVELS = ["portable", "avx2", "avx512"]
 
-# Small tensors gain nothing from threads, and lose a lot on a busy machine. That threads change no
-# bit has tests of its own.
+# Threads do not speed up small tensors, and slow them down on a busy machine. Separate tests check
+# that the number of threads changes no bit.
 torch.set_num_threads(1)
 
-# Memory that nobody has written yet holds 0x7f in each byte: 3e38 as a number, out of bounds as an
-# index. This reaches compiled code, which PyTorch's own filling of empty tensors does not.
+# Uninitialized memory holds 0x7f in each byte: 3e38 as a number, out of bounds as an index. This
+# also fills memory of compiled code, unlike PyTorch's filling of empty tensors.
 if platform.libc_ver()[0] == "glibc":
     M_PERTURB = -6
     ctypes.CDLL(None).mallopt(M_PERTURB, 0x80)
@@ -81,7 +81,7 @@ def pytest_generate_tests(metafunc):
     backends = [b for b in chosen if b == "native" or not native_only]
     on_cpu = [b for b in backends if b != "triton" or _backend._interpreting]
     if "backend" in names and "device" in names:
-        # On other devices the backends that are there. On the CPU all, or the run fails.
+        # On other devices the available backends. On the CPU all backends, or the run fails.
         pairs = [(b, "cpu") for b in on_cpu if "cpu" in devices]
         if "cuda" in devices:
             there = tokenops.available_backends("cuda")
@@ -114,8 +114,8 @@ def pytest_collection_modifyitems(config, items):
     )
     if wanted and not _native.loaded:
         raise pytest.UsageError(
-            f"the native backend is to be tested, but there is {_native.reason}\n"
-            "(--backends=reference tests the reference alone)"
+            f"the native backend cannot be tested: {_native.reason}\n"
+            "(--backends=reference tests the reference only)"
         )
 
 
@@ -134,7 +134,7 @@ def pytest_pyfunc_call(pyfuncitem):
 
 @pytest.fixture
 def quick():
-    """Whether Hypothesis is to be quick."""
+    """Whether the Hypothesis profile is ``quick``."""
     return settings.default.max_examples < 100
 
 
@@ -148,7 +148,7 @@ def _chosen_backend(request):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Fill new tensors of PyTorch's with NaN and huge indices, so that reading them shows."""
+    """Let PyTorch fill empty tensors with NaN and huge indices, so that reading them is noticed."""
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

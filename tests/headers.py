@@ -4,10 +4,10 @@
     python tests/headers.py                  # every version of VERSIONS, and the newest release
     python tests/headers.py 2.10.0 2.11.0
 
-The headers are those of the stable ABI. They come out of wheels for macOS, the smallest ones, which
-have the same files as the wheels for Linux, and stay in ``build/headers``: a second run downloads
-nothing, nor does it ask which release is the newest. The compilers check everything, templates
-included, and generate no code. CUDA sources are compiled where there is an nvcc.
+The headers of the stable ABI are taken from the wheels for macOS, which are the smallest and have
+the same headers as the wheels for Linux. They are kept in ``build/headers``: a second run neither
+downloads them nor looks up the newest release. The compilers check everything, including templates,
+and generate no code. CUDA sources are compiled if there is an nvcc.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def download(version: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
     command += [str(folder), "--only-binary=:all:", "--python-version=3.12"]
     command += ["--platform=macosx_11_0_arm64", "--platform=macosx_14_0_arm64", name]
-    # A limit that pip has for what it installs here does not say which release is the newest.
+    # pip's constraints for this environment must not limit the newest release.
     subprocess.run(command, check=True, env={**os.environ, "PIP_CONSTRAINT": os.devnull})
     return next(folder.glob("torch-*.whl"))
 
 
 def commands(include: Path, scratch: Path) -> dict[str, list[str]]:
-    """How each source is compiled, by its name: the CUDA sources also as C++, emulated."""
+    """Compile command of each source by name; CUDA sources are also compiled as emulated C++."""
     import pybind11
 
     found = {}
@@ -81,7 +81,7 @@ def commands(include: Path, scratch: Path) -> dict[str, list[str]]:
 
 
 def compile_all(include: Path) -> dict[str, str]:
-    """What the compilers say of each source that they do not accept; nothing if all is well."""
+    """Error output of the compiler for each source that does not compile."""
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         todo = commands(include, Path(scratch))
 
@@ -93,7 +93,7 @@ def compile_all(include: Path) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile against the versions that are named; 1 if a source does not compile."""
+    """Compile against the given versions; return 1 if a source does not compile."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION")
     status = 0

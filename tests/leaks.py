@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts the memory that calls of operators do not give back, in a process of its own.
+"""Counts the memory that calls of operators do not free, in a separate process.
 
     python tests/leaks.py                     # every operator, forward and backward
     python tests/leaks.py --calls 50 merge    # fewer calls, of some operators
 
 Prints the bytes that each call leaves allocated and exits with 1 if the calls of an operator leave
-more than 4 KB together. ``control`` is a call that does lose memory, to try the count. In a process
-with LeakSanitizer (``make sanitize``) that tells where lost memory was allocated instead.
+more than 4 KB together. ``control`` is a call that leaks, to check the count. In a process with
+LeakSanitizer (``make sanitize``), LeakSanitizer reports where leaked memory was allocated instead.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch.utils import _pytree as pytree
 from tokenops import _library
 from tokenops.testing.samples import samples
 
-#: Bytes that all calls of an operator together may leave allocated: a cache may have grown.
+#: Bytes that all calls of an operator together may leave allocated, for example in a cache.
 ALLOWED = 4096
-#: The case that loses memory, which runs only where it is named.
+#: The case that leaks, which runs only on request.
 CONTROL = "control"
 
 _process = ctypes.CDLL(None)
@@ -36,7 +36,7 @@ _sanitized = hasattr(_process, "__lsan_do_recoverable_leak_check")
 
 
 class Usage(ctypes.Structure):
-    """What ``mallinfo2`` of glibc returns."""
+    """The struct that ``mallinfo2`` of glibc returns."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
@@ -53,7 +53,7 @@ _process.malloc.argtypes = [ctypes.c_size_t]
 
 
 def bytes_in_use() -> int:
-    """Bytes that were allocated and not freed, small and large ones."""
+    """Allocated bytes, in small and large blocks."""
     gc.collect()
     usage = _process.mallinfo2()
     return usage.uordblks + usage.hblkhd
@@ -61,7 +61,7 @@ def bytes_in_use() -> int:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """LeakSanitizer, where it is there, looks at what is allocated meanwhile."""
+    """Context in which LeakSanitizer, if present, tracks allocations."""
     if _sanitized:
         _process.__lsan_enable()
     try:
@@ -72,7 +72,7 @@ def watched() -> Iterator[None]:
 
 
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """For each operator its name and a call with as many tensors as it can have, and a wrong one.
+    """For each operator, a call with as many tensors as possible; and a call that raises an error.
 
     Gradients are taken for all tensors that can have one.
     """
@@ -99,12 +99,12 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def lose() -> None:
-    """Lose 40 bytes, for which glibc takes 48."""
+    """Leak 40 bytes, for which glibc allocates 48."""
     _process.malloc(40)
 
 
 def forward_and_backward(operator: Any, arguments: Any) -> Callable[[], Any]:
-    """A call of an operator and, where its result has gradients, of its backward."""
+    """Make a call of an operator and, if its results have gradients, of its backward."""
     inputs = [a for a in pytree.tree_leaves(arguments) if getattr(a, "requires_grad", False)]
     grads = [torch.ones_like(t) for t in differentiable(operator(*arguments))]
 
@@ -117,12 +117,12 @@ def forward_and_backward(operator: Any, arguments: Any) -> Callable[[], Any]:
 
 
 def differentiable(results: Any) -> list[torch.Tensor]:
-    """Those of an operator's results that gradients come back through."""
+    """The differentiable results of an operator."""
     return [t for t in pytree.tree_leaves(results) if t.requires_grad]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Count; 1 if memory is lost."""
+    """Count allocated bytes; return 1 if a call leaks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("operators", nargs="*", help="all by default")
     parser.add_argument("--calls", type=int, default=20_000)
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not options.operators or name in options.operators
         ]
     for name, call in chosen:
-        for _ in range(options.calls // 20 + 1):  # caches are filled
+        for _ in range(options.calls // 20 + 1):  # fill the caches
             call()
         before = bytes_in_use()
         with watched():
@@ -157,4 +157,4 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # what the interpreter leaves behind at its end is no leak of a call
+    os._exit(status)  # memory that the interpreter does not free at exit is not a leak

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches on Triton's real launcher without a GPU: ``python tests/stand_in.py FOLDER``.
 
-A stand-in for libcuda.so.1, compiled into the folder, keeps the arguments of launches. The launches
-of a few calls are made twice, by Triton's own launcher and past its binder, and must be equal.
-Errors of the driver must be raised, and after a refusal Triton's own launcher must serve.
+A stand-in for libcuda.so.1, compiled into the folder, records the arguments of launches. Each
+launch of a few calls is made twice, by Triton's own launcher and directly, and both must be equal.
+Errors of the driver must be raised, and after a refused launch Triton's own launcher must be used.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from tokenops._triton import launch
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests" / "cpp" / "kept_launches.c"
 
-#: Launches with and without missing tensors, of one to three axes, with integers that are 1, that
-#: are and are not multiples of 16, with floats, with shared memory.
+#: Launches with and without missing tensors, with one to three axes, with integers that are 1,
+#: multiples of 16 or neither, with floats, and with shared memory.
 CASES = ("attention size bf16 N197 D64", "nearest bf16 D64", "merge sum factors f16 C768 B1024")
 
 _SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 
 
 class Stand:
-    """The stand-in, loaded before Triton loads libcuda, and Triton's driver on it."""
+    """The stand-in, loaded before Triton loads libcuda, and Triton's driver that uses it."""
 
     def __init__(self, folder: Path) -> None:
         library = build_stand_in(folder, KEPT)
@@ -49,7 +49,7 @@ class Stand:
         triton.runtime.driver.active.get_current_stream = lambda device: 0xABC0
 
     def expect(self, sizes: list[int], error: int = 0) -> None:
-        """Set the bytes of the next launch's parameters, and its result."""
+        """Set the bytes of each parameter of the next launch, and its result."""
         self._library.expect_launches(len(sizes), (ctypes.c_int * len(sizes))(*sizes), error)
 
     @property
@@ -69,7 +69,7 @@ def sizes(item: Recorded) -> list[int]:
 
 
 def recorded() -> list[tuple[Recorded, list[Any]]]:
-    """Launches of the cases, with tensors that have memory: launches pass its address."""
+    """Launches of the cases, with real tensors, because launches pass their addresses."""
     found = []
     for case in CASES:
         with record("sm_90") as items:
@@ -81,7 +81,7 @@ def recorded() -> list[tuple[Recorded, list[Any]]]:
 
 
 def check_same(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
-    """Both ways make equal launches."""
+    """Check that Triton's own launcher and a direct launch pass the same arguments."""
     seen = []
     for _ in range(2):
         before = stand.launches
@@ -89,14 +89,14 @@ def check_same(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
         item.launch(*tensors)
         assert stand.launches == before + 1
         seen.append(stand.last())
-        assert len(item.launch._ready) == 1  # the second launch goes past the binder
+        assert len(item.launch._ready) == 1  # the second launch is direct
     assert seen[0] == seen[1], f"{item.launch.kernel.__name__}: {seen}"
     pointers = [t.data_ptr() for t in tensors if t is not None]
     assert [p for p in seen[1] if p in pointers], "no tensor reached the driver"
 
 
 def check_errors(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
-    """The driver's error is raised: one launch, no second try, no warning."""
+    """Check that an error of the driver is raised, after one launch and without a warning."""
     before = stand.launches
     stand.expect(sizes(item), error=700)
     with pytest.raises(RuntimeError, match="an error of the stand-in"):
@@ -106,7 +106,7 @@ def check_errors(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
 
 
 def check_refusal(stand: Stand, item: Recorded, tensors: list[Any]) -> None:
-    """A launcher with other arguments: one launch by Triton's own launcher, and one warning."""
+    """Check a launcher with other arguments: one launch by Triton's launcher, and one warning."""
     ((kinds, ready),) = item.launch._ready.items()
     stand.expect(sizes(item))
     item.launch(*tensors)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that hold for the arguments of all functions: integers, layouts, messages of one line."""
+"""Rules for the arguments of all functions: integers, layouts, messages of one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCORES = X[..., 0]
 LABELS = torch.arange(12).expand(2, 12) % 4
 MAP = TokenMap.from_assign(LABELS, 4)
 
-#: Functions of a count, which is 4.
+#: Functions with an argument that is a count, here 4.
 COUNTS = {
     "match: r": lambda n: tokenops.match(X, n).assign,
     "match: num_prefix": lambda n: tokenops.match(X, 2, num_prefix=n).assign,
@@ -96,7 +96,7 @@ def test_integers_are_what_has_an_index(function, integer):
 def test_what_is_no_integer(function, value):
     with pytest.raises((TypeError, ValueError)) as raised:
         COUNTS[function](NO_INTEGERS[value])
-    # A tensor of numbers to keep is one for each image.
+    # prune and topk_keep take a tensor with a number for each image.
     if not (function in ("prune: keep", "topk_keep: k") and "tensor" in value):
         assert raised.type is TypeError
     # A layer's step is of the operator that it calls.
@@ -119,14 +119,14 @@ def test_a_tensor_has_no_value_while_it_is_traced():
     four = torch.tensor(4)
     with FakeTensorMode() as mode:
         fake, count = mode.from_tensor(X), torch.empty((), dtype=torch.int64)
-        with pytest.raises(TypeError, match="match: r must be an int while it is traced"):
+        with pytest.raises(TypeError, match="match: r must be an int under tracing"):
             tokenops.match(fake, count)
-    with pytest.raises(TypeError, match="match: r must be an int while it is traced"):
+    with pytest.raises(TypeError, match="match: r must be an int under tracing"):
         torch.func.vmap(lambda r: tokenops.match(X, r).assign)(torch.tensor([3, 4]))
     compiled = torch.compile(
         lambda x, r: tokenops.match(x, r).assign, backend="eager", fullgraph=True
     )
-    with pytest.raises(Exception, match="an int while it is traced"):
+    with pytest.raises(Exception, match="an int under tracing"):
         compiled(X, four)
 
 
@@ -146,7 +146,7 @@ LAYOUTS = {
     "mkldnn": lambda: X.to_mkldnn(),
 }
 
-#: Functions of one tensor that is none of theirs; the first one that they see.
+#: Functions of one tensor of a wrong layout, which is the first that they check.
 TENSORS = {
     "match: metric": lambda t: tokenops.match(t, 2),
     "match: protected": lambda t: tokenops.match(X, 2, protected=t),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choice of the backend: what is there, what serves, and why something else does not."""
+"""Choice of the backend: available backends, which one serves, and reasons why others cannot."""
 
 import asyncio
 import inspect
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Names of the operators that went to the reference by choice."""
+    """Names of the operators that the reference served."""
     names = []
     for name, operator in _library.defined.items():
 
@@ -60,13 +60,13 @@ def test_the_choice_is_obeyed(backend, calls):
 def test_use_backend_as_decorator():
     @tokenops.use_backend("reference")
     def chosen():
-        """Say what is chosen."""
+        """Return the chosen backend."""
         return _choice.chosen()
 
     before = _choice.chosen()
     assert before != "reference"
     assert chosen() == "reference"
-    assert chosen.__doc__ == "Say what is chosen."
+    assert chosen.__doc__ == "Return the chosen backend."
     assert _choice.chosen() == before
 
 
@@ -87,8 +87,8 @@ def test_use_backend_as_context_and_function():
     assert _choice.chosen() is None
 
 
-def test_contexts_take_back_their_own_choice_alone():
-    """In whichever order they are left."""
+def test_contexts_end_their_own_choice_only():
+    """In any order of leaving the contexts."""
     first, second = tokenops.use_backend("reference"), tokenops.use_backend("composed")
     tokenops.use_backend(None)
     first.__enter__()
@@ -108,7 +108,7 @@ def test_a_call_holds_until_its_context_is_left():
             tokenops.use_backend("composed")
             tokenops.use_backend("native")
         assert _choice.chosen() == "native"
-        assert len(_choice._choices.get()) <= 5  # calls leave nothing behind
+        assert len(_choice._choices.get()) <= 5  # calls do not accumulate choices
         with tokenops.use_backend(None):
             assert _choice.chosen() is None
         assert _choice.chosen() == "native"
@@ -163,7 +163,7 @@ def test_each_task_has_its_own_choice():
             tasks = [
                 asyncio.create_task(work(n, s)) for n, s in (("reference", 3), ("composed", 2))
             ]
-        assert _choice.chosen() is None  # the tasks go on with what held when they were made
+        assert _choice.chosen() is None  # the tasks keep the choice of their creation
         return await asyncio.gather(*tasks)
 
     first, second = asyncio.run(main())
@@ -173,7 +173,7 @@ def test_each_task_has_its_own_choice():
 
 
 def test_decorated_generators():
-    """The choice holds while their own code runs, and not between."""
+    """The choice holds only while the code of the generator runs."""
     closed = []
 
     @tokenops.use_backend("reference")
@@ -248,7 +248,7 @@ def test_decorated_coroutines_and_asynchronous_generators():
 
 
 def test_backwards_keep_the_choice_of_their_forward(calls):
-    """On other threads too, which know no choice."""
+    """Also on other threads, on which no backend is chosen."""
     x = random_tokens(2, 9, 4).requires_grad_()
     token_map = tokenops.match(x, 2)
     nodes = []
@@ -301,7 +301,7 @@ assert torch.equal(tokenops.match(x, 2).assign, token_map.assign)
 
 @pytest.mark.native_only
 def test_compiled_kernels_that_step_aside(backend):
-    """They serve where "native" is chosen, forward and backward."""
+    """If "native" is chosen, they serve forward and backward."""
     run = subprocess.run(
         [sys.executable, "-c", STEPS_ASIDE], capture_output=True, text=True, cwd=ROOT
     )
@@ -381,7 +381,7 @@ def test_a_refused_name_changes_nothing():
 
 
 def test_the_choice_holds_for_the_backward():
-    """Also where the choice has changed in between."""
+    """Even if the choice has changed since the forward."""
     x = random_tokens(2, 9, 4).requires_grad_()
     token_map = tokenops.match(x, 2)
     gradients = []
@@ -436,7 +436,7 @@ def test_an_explicit_choice_never_falls_back(operator, monkeypatch):
 
 
 def test_backends_agree(backend, device):
-    """The plainest use, on each backend, against the reference."""
+    """A simple call on each backend against the reference."""
 
     def run():
         metric = random_tokens(2, 50, 16, device=device)
@@ -472,7 +472,7 @@ def test_overloads_of_a_backend(name):
         out = function(x, token_map).square().sum()
         compiled = torch.compile(function, backend=aot_autograd(fw_compiler=record), fullgraph=True)
         compiled_out = compiled(x, token_map).square().sum()
-    for result in (out, compiled_out):  # outside, where nobody has chosen
+    for result in (out, compiled_out):  # outside, no backend is chosen
         torch.testing.assert_close(torch.autograd.grad(result, x), expected)
     nodes = ["merge_wavg", "unmerge", "merge", "unmerge"]
     assert targets == [f"tokenops.{n}.{name}" for n in nodes]
@@ -508,7 +508,7 @@ def test_cuda_kernels_of_a_library_without_any(tmp_path):
 
 @pytest.mark.slow
 def test_each_level_of_vector_instructions(isa_level):
-    """The tests marked ``isa`` again, with less of the CPU than there is."""
+    """Run the tests marked ``isa`` again at lower levels of vector instructions."""
     environment = {
         **os.environ,
         "TOKENOPS_CPU_ISA": isa_level,
@@ -520,7 +520,7 @@ def test_each_level_of_vector_instructions(isa_level):
             [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment
         )
 
-    levels = ["portable", "avx2", "avx512"]  # a CPU that lacks one has the one before it
+    levels = ["portable", "avx2", "avx512"]  # a CPU without a level uses the one before
     selected = run("-c", "from tokenops import _native; print(_native.isa)").stdout.strip()
     assert selected in levels[: levels.index(isa_level) + 1]
     few = "not transposed and not expanded and not packed"

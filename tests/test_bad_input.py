@@ -63,8 +63,8 @@ def split(sources=SOURCES, destinations=DESTINATIONS, **options):
     return match(split=(sources, destinations), **options)
 
 
-# Call, exception, and what its message must say besides the name of the operator: the argument,
-# and often what was expected and what came.
+# Call, exception, and words of its message: operator and argument, often also what was expected and
+# got.
 CASES = {
     # match
     "match: list": (match([[1.0]]), TypeError, "match: metric", "floating-point", "list"),
@@ -195,7 +195,7 @@ CASES = {
     "merge: weight device": (
         merge(weight=X[..., 0].to("meta")), ValueError, "merge: weight", "on cpu",
     ),
-    # merge of several
+    # merge of a list
     "merge: str": (merge("xy"), TypeError, "merge: x", "a list of tensors", "str 'xy'"),
     "merge: None": (merge(None), TypeError, "merge: x", "a tensor or a list", "NoneType"),
     "merge: dict": (merge({"q": X}), TypeError, "merge: x", "a list of tensors", "dict"),
@@ -480,7 +480,7 @@ TENSORS = [
     (name, argument)
     for name, call in GOOD.items()
     for argument in call.tensors
-    if call.name != "list"  # whose tensors have no names; CASES has them
+    if call.name != "list"  # the tensors of a list have no names; CASES covers them
 ]
 
 
@@ -514,7 +514,7 @@ def test_bad_tensors(name, argument):
 
 
 def test_integers_of_other_libraries(backend, device):
-    """Whatever can be an index is an int, as in Python itself."""
+    """Objects with ``__index__`` are accepted as int."""
     token_map = tokenops.match(METRIC.to(device), np.int64(2), num_prefix=np.int32(1))
     assert token_map.num_tokens == N - 2
     two = torch.tensor(2, dtype=torch.uint8, device=device)
@@ -524,7 +524,7 @@ def test_integers_of_other_libraries(backend, device):
 
 
 def test_clamped_rather_than_refused(backend, device):
-    """What has an obvious meaning is no error."""
+    """Numbers that are too large are clamped."""
     metric, every = METRIC.to(device), ALL.to(device)
     assert tokenops.match(metric, 1000).num_tokens == N - N // 2
     assert tokenops.match(metric, 0).num_tokens == N

@@ -117,7 +117,7 @@ def test_least_work_of_a_hard_policy(eps, policy_grad, forward, backward):
 
 
 class Script:
-    """Samplers that hand out samples by their names, and note the names."""
+    """Samplers that return samples by name and record the names."""
 
     def __init__(self, clean):
         self.clean, self.asked, self.now = clean, [], 0.0
@@ -204,9 +204,9 @@ def test_cpu_timer_times_calls_and_no_more(monkeypatch):
     timer.calls, calls[:] = 5, []
     monkeypatch.setattr("benchmarks.timing.usage", lambda: next(used))
     sample = timer()
-    assert len(calls) == 5 + 2  # two calls settle caches and threads
+    assert len(calls) == 5 + 2  # two calls warm up caches and threads
     assert 0 < sample.seconds < 1
-    assert sample.faults == 10  # of the timed calls alone, not of those that settle
+    assert sample.faults == 10  # of the timed calls only, without the warm-up
     assert not sample.clean
 
 
@@ -248,7 +248,7 @@ def test_triton_times_on_cuda(monkeypatch):
     assert event_timer(lambda: calls.append(0), 1e-3)() == Sample(2e-3)
     assert len(calls) == 1
     assert graph_timer(lambda: calls.append(0), 1e-3)() == Sample(3e-3)
-    assert len(calls) == 3  # one trial shows whether a graph can hold the call
+    assert len(calls) == 3  # one trial checks whether a graph can capture the call
 
 
 # Runs
@@ -475,7 +475,7 @@ def test_attention_stands_in_tables_of_its_own(tmp_path):
 
 
 def test_files_of_results_hold_results():
-    """And not the budgets of kernels, which lie beside them."""
+    """The budgets of kernels in the same folder are not results."""
     for name in store.FILES.values():
         if (store.RESULTS / name).exists():
             assert {row["rival"] for row in store.read(store.RESULTS / name)} > {"tokenops"}
@@ -567,7 +567,7 @@ def test_a_whole_model():
     assert list(rows) == ["tokenops", "dense", "slicing", "copy"]
     assert all(row["status"] == "ok" and row["ratio"] for row in rows.values())
     rows = rows_of(find("model", "vit-s"), rivals=("eager",))
-    assert rows["eager"]["status"] == "ok"  # the patched model computes what eager ToMe does
+    assert rows["eager"]["status"] == "ok"  # the patched model equals eager ToMe
 
 
 def test_a_model_without_merging_is_dense():

@@ -19,14 +19,14 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:.torch\.jit:DeprecationWarning"
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
-    # Users get other code than what deterministic algorithms, the poison of all tests, make of it.
+    # The tests' deterministic algorithms fill empty tensors, which changes the compiled code.
     torch.use_deterministic_algorithms(False)
     yield
     torch._dynamo.reset()
 
 
 def layer(metric, x, size):
-    """A token merging layer: match, merge with sizes, work, and back."""
+    """A token merging layer: match, merge with sizes, compute, unmerge."""
     token_map = tokenops.match(metric, 5, num_prefix=1)
     y, sizes = tokenops.merge_wavg(x, token_map, size)
     y = torch.nn.functional.gelu(y) * sizes
@@ -77,7 +77,7 @@ def several(metric, x, size):
 
 
 def attend(metric, x, size):
-    """Everything that attention takes, and the scores of its rows."""
+    """All arguments of attention, and scores."""
     q = metric.unflatten(2, (2, -1)).transpose(1, 2)
     v = x[:, None].expand(-1, 2, -1, -1)
     padding = size.detach() > 1.5
@@ -90,7 +90,7 @@ def attend(metric, x, size):
 
 
 def attend_to_kept(metric, x, size):
-    """A keep policy by the class token's attention; then kept queries among all keys."""
+    """A keep policy from the class token's attention, then kept queries over all keys."""
     q = metric[:, None]
     score = tokenops.attention_scores(q, q, query_index=[0], head_reduce="none")[:, 0]
     kept = score.topk(5).indices
@@ -118,7 +118,7 @@ def make_inputs(batch=2, tokens=24, channels=6, device="cpu"):
 
 
 def outputs_and_gradients(function, inputs):
-    """All results as a flat list, and the gradients of a sum of all of them."""
+    """All results as a flat list, and the gradients of their sum."""
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
     outputs = torch.utils._pytree.tree_leaves(function(*leaves))
     total = sum(
@@ -173,7 +173,7 @@ def test_inductor(function, dynamic):
 
 
 def test_choosing_a_backend_compiles_again():
-    """A compiled function follows the choice, whichever way it goes."""
+    """A compiled function uses the chosen backend after each change of the choice."""
     graphs = []
 
     def record(graph, inputs):
@@ -194,7 +194,7 @@ def test_choosing_a_backend_compiles_again():
 
 
 def test_a_compiled_function_follows_the_thread_that_calls_it():
-    """Each thread's choice, also one that is made inside of the function."""
+    """Each thread has its own choice, also inside the compiled function."""
     graphs = []
 
     def record(graph, inputs):
@@ -231,7 +231,7 @@ def test_a_compiled_function_follows_the_thread_that_calls_it():
 
 
 def test_floats_compile_anew():
-    """Each value of eps and scale, as in PyTorch's own attention; the results follow them."""
+    """Each value of eps and scale recompiles, as in PyTorch's own attention."""
     q, policy = random_tokens(2 * 2, 8, 4).view(2, 2, 8, 4), torch.ones(2, 8)
 
     def function(eps, scale):
@@ -248,7 +248,7 @@ def test_floats_compile_anew():
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_thresholds_do_not_compile_anew(dynamic, backend, device):
-    """The second value of a float compiles again, for all further ones; a tensor never does."""
+    """The second value of a float recompiles, further values do not; a tensor never recompiles."""
 
     def function(x, threshold):
         token_map = tokenops.match(x, 5, threshold=threshold)
@@ -268,7 +268,7 @@ def test_thresholds_do_not_compile_anew(dynamic, backend, device):
 
 
 def test_several_tensors_are_one_node():
-    """And one in the backward."""
+    """In the forward graph and in the backward graph."""
     graphs = []
 
     def record(graph, inputs):
@@ -371,9 +371,9 @@ def test_exported_programs_keep_token_maps(tmp_path):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_export_with_a_share_of_the_tokens(named):
-    """PyTorch's solver proves nothing about quotients: such guards have to be asserts at run time.
+    """PyTorch's solver cannot prove guards with quotients: they must be run-time asserts.
 
-    Slicing ``x[:, : N - N // 3]`` is refused without that option too.
+    Without this option, slicing ``x[:, : N - N // 3]`` cannot be exported either.
     """
 
     class Third(torch.nn.Module):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unit tests in C++, of what CUDA kernels and the CPU can both run."""
+"""Unit tests in C++ of functions that CUDA kernels and the CPU share."""
 
 import os
 import shlex

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Promises that only a CUDA device can keep or break: graphs, streams, no waiting, same bits."""
+"""Tests that need a CUDA device: graphs, streams, no synchronization, same bits."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def call_of(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_capture_in_a_graph(name):
-    """A graph computes the same results on new values."""
+    """A captured graph computes the same results as eager calls on new values."""
     call = call_of(name)
     filled = next(iter(call.tensors.values()))
     fresh = torch.randn_like(filled)
@@ -84,7 +84,7 @@ def test_other_streams():
 
 
 def test_pointers_that_are_not_aligned():
-    """A view whose first element is no multiple of 16 bytes."""
+    """A view whose address is not a multiple of 16 bytes."""
     memory = torch.randn(2 * 197 * 65 + 1, device=CUDA).half()
     x = memory[1:].view(2, 197, 65)[..., :64]
     assert x.data_ptr() % 16 != 0

@@ -37,7 +37,7 @@ def row(kernel, arch, registers, stack=0, spills=0, shared=0):
     return dict(zip(COLUMNS, (kernel, arch, *numbers), strict=True))
 
 
-#: By kernel, and then by number of the architecture.
+#: Sorted by kernel, then by architecture.
 ROWS = [
     row("match_image<true, 8, 2>", "sm_80", 255, 24, 32, 2336),
     row("merge<BFloat16>", "sm_90a", 38, shared=32768),
@@ -68,7 +68,7 @@ def test_beyond_the_budget():
 
 
 def test_no_budget_allows_a_stack():
-    """Not even a budget with a stack."""
+    """A stack is an error even if the budget has one."""
     assert budget.excesses(ROWS[:1], ROWS) == [
         "match_image<true, 8, 2> sm_80: 24 stack, at most 0 allowed",
         "match_image<true, 8, 2> sm_80: 32 spills, at most 0 allowed",

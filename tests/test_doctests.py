@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples in docstrings: everything public has one, and they all run."""
+"""Docstrings: every public function has an example, and all examples run."""
 
 import doctest
 import importlib
@@ -14,7 +14,7 @@ from tokenops import _library
 
 
 def public_modules():
-    """All modules of the package whose path has no underscore and that need nothing else."""
+    """All modules of the package whose path has no underscore and that need no other library."""
     names = ["tokenops"]
     for module in pkgutil.walk_packages(tokenops.__path__, "tokenops."):
         parts = module.name.split(".")
@@ -32,11 +32,11 @@ def test_examples_run(name):
 
 @pytest.mark.parametrize("name", sorted({*tokenops.__all__, "random"}))
 def test_everything_public_is_documented(name):
-    """A summary of one line, and for what is called sections for arguments and an example."""
+    """A summary of one line; for callables also sections of arguments and an example."""
     thing = getattr(tokenops, name)
     text = inspect.getdoc(thing)
     summary, _, rest = text.partition("\n")
-    assert summary.endswith("."), f"{name}: the first line is a whole sentence"
+    assert summary.endswith("."), f"{name}: the first line must end with a period"
     assert not rest or rest.startswith("\n")
     examples = doctest.DocTestFinder(recurse=False).find(thing, name)
     assert any(e.examples for e in examples), f"{name} has no example"
@@ -52,4 +52,4 @@ def test_operators_say_what_they_promise(name):
         assert f"\n{section}:\n" in text, f"{name}: no section {section!r}"
     note = re.search(r"\nNote:\n((?:    .*\n|\n)+)", text)[1]
     assert re.search("etermini", note), f"{name}: the note does not say whether it is deterministic"
-    assert re.search("ifferentia", note), f"{name}: the note does not speak of gradients"
+    assert re.search("ifferentia", note), f"{name}: the note does not mention gradients"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many kernels the compiled CUDA operators launch, counted on the CPU.
+"""Number of kernels that the compiled CUDA operators launch, counted on the CPU.
 
 These tests need the library of ``make emulate``, which also runs the tests of the operators.
 """

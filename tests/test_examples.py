@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples: the training one drops what it says it drops and runs; the demo's rivals."""
+"""The examples: token dropping in the training example, and the rivals of the demo."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_probing_and_removing_give_the_same(model, ratio):
         assert all((decision == 1).all() for decision in output.decisions)
 
 
-def test_masking_overlooks_what_is_dropped(model):
-    """The class token after masking is that after removing the same tokens for good."""
+def test_masking_ignores_dropped_tokens(model):
+    """Masking tokens gives the same class token as removing them."""
     torch.manual_seed(3)
     output = model(images(1), "mask", 0.5)
     first, second = (d[0, :, 0].detach() for d in output.decisions)
@@ -92,8 +92,8 @@ def test_predictors_learn_in_each_mode(example, model, mode):
 
 
 @pytest.mark.parametrize("mode", ["gather", "probe"])
-def test_who_hears_of_dropped_tokens(model, mode):
-    """Their scores have a gradient in mode probe, none in mode gather."""
+def test_gradient_of_dropped_tokens(model, mode):
+    """Scores of dropped tokens have a gradient in mode probe, and none in mode gather."""
     scores = []
     model.predictors[0].register_forward_hook(lambda *call: scores.append(call[2]))
     output = model(images(), mode, 0.5)
@@ -195,7 +195,7 @@ def test_the_example_runs(example, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def merging_vit():
-    """A small vision transformer as the demo has it, and the demo's rivals."""
+    """A small vision transformer as in the demo, and the rivals of the demo."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.ViTConfig(

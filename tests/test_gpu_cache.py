@@ -32,7 +32,7 @@ def test_the_cache_is_of_the_calls_that_the_check_makes(tmp_path):
 
 
 def test_a_filled_cache_compiles_nothing(tmp_path):
-    """Another process finds the kernels of two calls, compiled without a GPU."""
+    """Another process finds the compiled kernels of two calls in the cache."""
     folder, archive = tmp_path / "cache", tmp_path / "cache.tar.xz"
     command = [sys.executable, "-m", "benchmarks.gpu_cache", "--folder", str(folder), "--jobs", "1"]
     command += ["--out", str(archive), "--only", "ceilings", "launches merge_wavg"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``benchmarks.gpu_check`` and its parts, rehearsed without a GPU."""
+"""``benchmarks.gpu_check`` and its parts, run without a GPU."""
 
 import argparse
 import importlib
@@ -30,7 +30,7 @@ def python(code):
 
 
 def go(tmp_path, *phases, resume=False, **options):
-    """Run phases; returns the outcomes by name."""
+    """Run phases; return the outcomes by name."""
     options = {"deadline": 30, "summarise": str, "grace": 0.5, **options}
     job = Run(list(phases), tmp_path / "out", tmp_path / "out.tar.gz", resume=resume, **options)
     return job.go()
@@ -46,7 +46,7 @@ def archived(archive, name):
 # ---- the runner ----
 
 
-def test_what_becomes_of_steps(tmp_path):
+def test_outcomes_of_steps(tmp_path):
     hello = python("import os; print(os.environ['WORD']); raise SystemExit(3)")
     found = go(
         tmp_path,
@@ -92,8 +92,8 @@ def test_steps_of_a_phase_run_side_by_side_and_phases_do_not(tmp_path):
     assert [outcome.last for outcome in found.values()] == ["met", "met", "True"]
 
 
-def test_ends_before_its_deadline_whatever_steps_do(tmp_path):
-    """Also a step that ignores SIGINT and has children."""
+def test_ends_before_its_deadline(tmp_path):
+    """Even if a step ignores SIGINT and has child processes."""
     deaf = python(
         "import signal, subprocess, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\ntime.sleep(60)"
@@ -111,7 +111,7 @@ def test_ends_before_its_deadline_whatever_steps_do(tmp_path):
 
 
 def test_a_cuda_error_costs_a_case_and_no_step(tmp_path):
-    """A step that goes on is started again until it ends by itself or its time is over."""
+    """A step with work left is restarted until it finishes or its time is over."""
     count = tmp_path / "count"
     code = (
         f"from pathlib import Path; p = Path('{count}'); n = len(p.read_text()) if p.exists() else "
@@ -154,7 +154,7 @@ def test_the_archive_takes_both_ends_of_a_large_log(tmp_path):
     assert len(text) < LARGEST + 100
 
 
-#: A run whose second step writes a row every 20 ms, under way when it is killed.
+#: A run that is killed while its second step writes a row every 20 ms.
 RUN = """
 import sys
 from pathlib import Path
@@ -205,11 +205,11 @@ def test_a_kill_leaves_all_results_in_the_archive(tmp_path, number, after):
         assert have >= {row.case for row in rows if row.seconds < killed - 2}
     time.sleep(0.2)
     written = len(rows)
-    assert len(record.read(out / "rows.jsonl")) <= written + 15  # no orphan goes on
+    assert len(record.read(out / "rows.jsonl")) <= written + 15  # no child process continues
 
     subprocess.run([*command, "--resume", "--short"], cwd=ROOT, check=True, timeout=30)
     assert archived(archive, "summary.md") == "first: ok\nrows: ok\nlast: ok\n"
-    assert archived(archive, "first.log").count("---") == 1  # not done again
+    assert archived(archive, "first.log").count("---") == 1  # not run again
     assert record.read(out / "rows.jsonl").keys() >= {row.case for row in rows}
 
 
@@ -264,7 +264,7 @@ def test_what_did_not_end_twice_is_passed_over(tmp_path):
     assert record.settled(tmp_path / "none.jsonl") == set()
 
 
-#: Options and profiles of the tests' own conftest.
+#: Options and profiles of ``tests/conftest.py``.
 CONFTEST = """
 from hypothesis import settings
 settings.register_profile("quick")
@@ -291,7 +291,7 @@ def test_is_of_the_host(): pass
 
 
 def suite_of(tests, folder):
-    """A command that runs tests on the CPU and records them."""
+    """A command that runs tests on the CPU and records their results."""
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_some.py").write_text(tests)
     command = [sys.executable, "-m", "benchmarks.gpu.suite", "--device", "cpu"]
@@ -440,7 +440,7 @@ def test_exponentials_of_attention(tmp_path, heads, number):
 
 
 def test_bars_name_cases_that_exist(tmp_path):
-    """A bar of a case that is never timed would never be missed."""
+    """A bar of a case that is never timed would never fail."""
 
     class Everything(bars.Table):
         def __init__(self):
@@ -473,8 +473,8 @@ def test_names_of_steps(tmp_path, kind):
     assert {"machine", "library", "ceilings", "graph-models", "memcheck"} <= {*names}
 
 
-def test_what_matters_comes_before_the_deadline(tmp_path):
-    """All but memory checks and slow compilers, even if each step takes all of its time."""
+def test_important_steps_end_before_the_deadline(tmp_path):
+    """All but memory checks and slow compilers, even if each step takes its full time."""
     phases = steps.phases(steps.Plan("cuda", tmp_path))
     longest = [max(step.seconds for step in group) for group in phases]
     run = Run(phases, tmp_path / "out", tmp_path / "out.tar.gz", deadline=480, summarise=str)
@@ -482,7 +482,7 @@ def test_what_matters_comes_before_the_deadline(tmp_path):
 
 
 def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
-    """Also of the steps that need a GPU."""
+    """Also the programs of steps that need a GPU."""
 
     class ParsedError(Exception):
         pass
@@ -497,7 +497,7 @@ def test_programs_take_the_arguments_of_their_steps(tmp_path, monkeypatch):
     plan = steps.Plan("cuda", tmp_path, cache=tmp_path / "cache.tar.xz")
     for step in (step for group in steps.phases(plan) for step in group if "-m" in step.command):
         module, *arguments = step.command[step.command.index("-m") + 1 :]
-        if module not in ("torch.utils.collect_env", "tokenops.info"):  # have no arguments
+        if module not in ("torch.utils.collect_env", "tokenops.info"):  # these have no arguments
             with pytest.raises(ParsedError):
                 importlib.import_module(module).main(arguments)
 
@@ -521,7 +521,7 @@ def copy_sources(target):
 
 @pytest.mark.slow
 def test_rehearsal_from_a_bare_copy(tmp_path):
-    """Without a library, compiler, tqdm or NumPy; killed, then resumed, and in time."""
+    """Without a library, compiler, tqdm or NumPy: killed, resumed, and finished in time."""
     copy, blocked = tmp_path / "copy", tmp_path / "blocked"
     copy_sources(copy)
     blocked.mkdir()

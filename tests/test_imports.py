@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``import tokenops`` costs, needs and touches; each question to a process of its own."""
+"""Cost, dependencies and side effects of ``import tokenops``; each test uses a new process."""
 
 import json
 import os
@@ -41,7 +41,7 @@ print(json.dumps({
 
 
 def test_without_a_library():
-    """Plain PyTorch serves everything, and the missing library is named."""
+    """Plain PyTorch serves all calls, and the reason names the missing library."""
     found = python(USE, TOKENOPS_LIBRARY="/nonexistent/_C.so")
     assert not found["loaded"]
     assert "/nonexistent/_C.so" in found["reason"]
@@ -74,7 +74,7 @@ except NotImplementedError as error:
 
 
 def test_without_a_compiler_triton_transformers_or_a_home():
-    """Neither the compiler nor optional packages are looked for; nothing is written."""
+    """No compiler and no optional package is used, and no file is written."""
     blocked = (
         "import sys\n"
         "for name in ('triton', 'transformers', 'timm', 'diffusers', 'numpy', 'setuptools'):\n"
@@ -86,7 +86,7 @@ def test_without_a_compiler_triton_transformers_or_a_home():
 
 @pytest.mark.parametrize("library", ["", "/nonexistent/_C.so"], ids=["as-is", "no-library"])
 def test_modules_that_come_along(library):
-    """The core is light: no compiler front ends, no integrations, nothing outside torch."""
+    """No compiler front ends, no integrations, and no package except torch are imported."""
     code = """
 import json, sys, torch
 before = set(sys.modules)
@@ -121,7 +121,7 @@ print(json.dumps(True))
 
 
 def test_is_quick():
-    """At most 0.3 s of the processor after torch."""
+    """At most 0.3 s of CPU time after the import of torch."""
     code = """
 import json, time, torch
 start = time.process_time()

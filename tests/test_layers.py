@@ -30,7 +30,7 @@ def weights(seed=1, tokens=N, device="cpu") -> Tensor:
 
 
 def double(module: nn.Module, seed=2) -> nn.Module:
-    """The module with weights at which attention and predictors differ between tokens."""
+    """The module in float64, with weights such that results differ between tokens."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double()
     with torch.no_grad():
@@ -40,7 +40,7 @@ def double(module: nn.Module, seed=2) -> nn.Module:
 
 
 def plain_attention(layer, x, policy=None, size=None, padding=None) -> Tensor:
-    """The attention map [B, H, N, N] written out, times the values, projected."""
+    """Attention by an explicit map [B, H, N, N], and the projection."""
     qkv = x @ layer.qkv.weight.T + (0 if layer.qkv.bias is None else layer.qkv.bias)
     q, k, v = (part.unflatten(2, (layer.num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))
     logits = q @ k.mT / math.sqrt(q.shape[3])
@@ -128,7 +128,7 @@ def test_queries_are_rows_of_the_whole(backend, device, dtype, shared, eps):
     got = torch.autograd.grad((out * target).sum(), inputs)
     want = torch.autograd.grad((expected * target).sum(), inputs)
     torch.testing.assert_close(got, want)
-    assert (got[1][policy == 0] != 0).all()  # of dropped tokens too
+    assert (got[1][policy == 0] != 0).all()  # dropped tokens have gradients, too
 
 
 def test_queries_may_be_padding_or_none():
@@ -190,7 +190,7 @@ def test_block_is_the_formula():
 
 
 def test_block_with_queries_is_the_masked_block_for_the_kept():
-    """Mode probe at one layer is mode mask, values and gradients, if the dropped matter no more."""
+    """For one layer, modes probe and mask agree if the loss reads kept tokens only."""
     block = double(PolicyBlock(C, H))
     x, scores = tokens().requires_grad_(), weights().requires_grad_()
     kept = tokenops.prune(scores, 4, num_prefix=1)
@@ -248,7 +248,7 @@ def test_predictor_sees_kept_tokens_and_itself():
         assert changed[0, n]
         alone = torch.arange(N) != n
         assert (changed[0][alone] == (policy[0, n] == 1)).all()
-    # What was dropped for good, gathered away, changes nothing for the kept.
+    # Removing the dropped tokens by a gather does not change the kept tokens.
     kept = tokenops.prune(policy[:1], int(policy[0].sum()))
     torch.testing.assert_close(predictor(kept.merge(x[:1])), kept.merge(out[:1]))
 
@@ -406,7 +406,7 @@ def test_modules_in_half_precision_and_autocast(name, dtype):
         lowered = call(name, module, x, policy)
     narrow = call(name, module.to(dtype), x.to(dtype), policy)
     assert narrow.dtype == dtype
-    if name != "merging":  # which tokens are most alike may depend on the rounding
+    if name != "merging":  # which tokens are most similar may depend on rounding
         for out in (lowered, narrow):
             assert (out - exact).abs().max() < 0.1 * exact.abs().max()
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house rules: what an operator consists of, and who may import whom.
+"""Rules for source files: the files of an operator family, and the imports that are allowed.
 
-A new operator is a folder of its word in ``tokenops/ops``; what else it needs, these tests name.
+A new family is a folder in ``tokenops/ops``; these tests report the files that it lacks.
 """
 
 import ast
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "tokenops"
 OPERATORS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "__init__.py").is_file())
 
-#: The modules that compute; ``api`` and ``schema`` only lead to them.
+#: The modules that compute; ``api`` and ``schema`` only call them.
 IMPLEMENTATIONS = ("reference", "composed", "triton")
 
 SOURCES = sorted(
@@ -31,7 +31,7 @@ SOURCES = sorted(
 
 
 def imports(path):
-    """Absolute names of all that a module of the package imports, wherever it does so."""
+    """Absolute names that a module of the package imports, also within functions."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     package = parts[:-1]
     if parts[-1] == "__init__":
@@ -42,7 +42,7 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # Of "from . import x", x may be a module or a name in one.
+            # In "from . import x", x may be a module or a name in a module.
             yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
 
 
@@ -61,17 +61,17 @@ def test_an_operator_is_complete(word):
         f"tokenops/ops/{word}/schema.py": "schema, fake and backward of the registered operators",
         f"tokenops/ops/{word}/reference.py": "plain PyTorch, the oracle",
         f"tokenops/ops/{word}/composed.py": "fast plain PyTorch, which serves where no kernel does",
-        f"csrc/{word}": "compiled kernels, by the same word",
+        f"csrc/{word}": "compiled kernels",
         f"csrc/{word}/{word}_cpu.cpp": "kernels for the CPU, with their registration",
         f"tests/ops/test_{word}.py": "forward and gradients on each backend, dtype and layout",
         f"benchmarks/{word}.py": "cases of the benchmarks",
     }
     missing = [f"{path} ({what})" for path, what in required.items() if not (ROOT / path).exists()]
-    assert not missing, f"operator {word!r} lacks: " + "; ".join(missing)
+    assert not missing, f"family {word!r} lacks: " + "; ".join(missing)
 
 
 def test_no_orphans():
-    """No kernels of operators that are not there."""
+    """Each folder of kernels belongs to an operator family."""
     assert {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()} <= set(OPERATORS)
 
 
@@ -84,11 +84,11 @@ def test_every_public_operator_is_exported(word):
         assert getattr(tokenops, name) is getattr(api, name)
 
 
-# ---- the way of the data: api -> schema -> implementations, and no way back ----
+# ---- imports: api -> schema -> implementations, and never back ----
 
 
 def test_implementations_never_import_one_another_or_the_api():
-    """What two of them share goes to common.py; one may build on another operator's of its kind."""
+    """Shared code is in common.py; imports of the same kind in another family are allowed."""
     wrong = []
     for path in modules("ops/*/*.py", "ops/*/triton/*.py"):
         kind = path.parent.name if path.parent.name == "triton" else path.stem
@@ -136,19 +136,19 @@ def test_plumbing_knows_no_operator():
 
 
 def test_no_circular_imports():
-    """Not even by imports within functions."""
+    """Imports within functions count, too."""
     files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in modules("**/*.py")}
     graph = {}
     for module, path in files.items():
         names = {name for name, _ in imports(path)}
-        names |= {name.rpartition(".")[0] for name in names}  # of "from module import name"
+        names |= {name.rpartition(".")[0] for name in names}  # of "from module import x"
         graph[module] = names & set(files)
     list(TopologicalSorter(graph).static_order())  # raises a CycleError that names the modules
 
 
 def test_drop_ins_and_integrations_use_public_names():
-    # One rule for arguments serves them too. Sharding belongs to the registration of operators; it
-    # stands apart for its slow imports.
+    # They also use the argument checks. dtensor.py completes the registration of operators, in a
+    # module of its own because of its slow imports.
     plumbing = {("dtensor.py", "_library")}
     wrong = []
     for path in modules("compat/*.py", "integrations/*.py"):
@@ -188,7 +188,7 @@ def test_source_file(path):
 
 
 def test_the_walk_names_functions_that_exist():
-    """The lists of CONTRIBUTING.md that follow a call, line by line."""
+    """Each line of the lists in CONTRIBUTING.md that follow a call."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     lines = re.findall(r"^ *((?:csrc|tokenops)/\S+): (\w+(?:, \w+)*)", text, re.MULTILINE)
     assert len(lines) > 30

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of operators give back all memory that they take."""
+"""Calls of operators free all memory that they allocate."""
 
 import ctypes
 import os
@@ -30,7 +30,7 @@ def count(*arguments):
 @pytest.mark.slow
 @needs_glibc
 def test_no_operator_leaks():
-    """In a process of its own, whose memory nothing else uses."""
+    """In a separate process, where no other code allocates memory."""
     run = count()
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()
@@ -41,7 +41,7 @@ def test_no_operator_leaks():
 
 @needs_glibc
 def test_a_leak_is_counted():
-    """A lost allocation of 40 bytes, for which glibc takes 48, in each call."""
+    """A leak of 40 bytes in each call, for which glibc allocates 48."""
     run = count("control")
     assert run.returncode == 1, run.stdout + run.stderr
     assert run.stdout.startswith("control: 48 bytes a call")

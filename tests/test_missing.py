@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The warning where kernels are missing; each question to a process of its own."""
+"""The warning about missing kernels; most tests use a new process."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ x = torch.randn(2, 9, 4)
 
 
 def run(code, **environment):
-    """Run code in a process without a compiled library, unless another one is named."""
+    """Run code in a process without a compiled library, unless the environment names one."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith("TOKENOPS_")}
     variables |= {"TOKENOPS_LIBRARY": "/nonexistent/_C.so", **environment}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -148,7 +148,7 @@ def test_no_warning_with_a_library(backend):
 
 
 def test_devices_without_kernels(monkeypatch):
-    """Each one warns by itself; CUDA's needs no library where there is Triton."""
+    """Each device type warns once; CUDA tensors need no library if Triton is installed."""
     monkeypatch.setattr(_missing, "_known", set())
     with tokenops.use_backend(None):
         for device in ("mps", "xpu"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prune, gumbel_keep, topk_keep and keep_ratio_loss, against lists that plain Python sorts."""
+"""prune, gumbel_keep, topk_keep and keep_ratio_loss, against lists sorted in plain Python."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def _seed():
 
 
 def kept_by_score(scores, keep, num_prefix):
-    """Kept tokens outside the prefix, best first: NaN is the worst, the lowest of equals wins."""
+    """Kept tokens outside the prefix, best first; NaN ranks last, ties go to the lowest index."""
     ranking = sorted(
         range(num_prefix, len(scores)),
         key=lambda n: (math.isnan(scores[n]), 0.0 if math.isnan(scores[n]) else -scores[n], n),
@@ -41,7 +41,7 @@ def groups_of(scores, keep, num_prefix, order, fuse):
 
 
 def groups_in(token_map):
-    """The same from a map: groups of live tokens, and of the padding."""
+    """Members of each output token of a map: of live tokens, and of the padding."""
     live, padding = [], []
     for b, starts in enumerate(token_map.offsets.tolist()):
         members = token_map.members[b].tolist()
@@ -53,7 +53,7 @@ def groups_in(token_map):
 
 
 def check_prune(scores, keep, **options):
-    """Against the lists, for a number and for a number of each image."""
+    """Compare ``prune`` with the lists, for an int and for a tensor with a number per image."""
     token_map = tokenops.prune(scores, keep, **options)
     numbers = keep.tolist() if isinstance(keep, torch.Tensor) else [keep] * len(scores)
     full = {"num_prefix": 0, "order": "position", "fuse": False, **options}
@@ -76,7 +76,7 @@ def check_prune(scores, keep, **options):
 
 # ---- prune ----
 
-#: Few different values, so that ties, zeros of both signs and what is no number are common.
+#: Few different values, so that ties, zeros of both signs and NaN are common.
 VALUES = st.sampled_from([-INF, -2.0, -0.0, 0.0, 1.0, 3.5, INF, NAN])
 
 
@@ -103,7 +103,7 @@ def test_prune_keeps_the_best(data):
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("order", ["position", "score"])
 def test_prune_of_many_tokens(dtype, order, fuse):
-    """Half types tie all the time; long rows take other ways through a sort."""
+    """Half precision has many ties; long rows use other sort algorithms."""
     scores = random_tokens(2, 1, 1501, dtype=dtype)[:, 0]
     scores[:, ::97] = NAN
     check_prune(scores, 777, num_prefix=5, order=order, fuse=fuse)
@@ -231,7 +231,7 @@ def test_the_same_draws_as_gumbel_softmax():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_recomputation_draws_the_same_decisions_or_none(use_reentrant):
-    """Checkpointing sets default generators back; a draw from another one is refused there."""
+    """Checkpointing restores default generators; a draw from another generator is an error."""
     logits = torch.randn(2, 9, 2)
 
     def run(layer):
@@ -248,7 +248,7 @@ def test_recomputation_draws_the_same_decisions_or_none(use_reentrant):
     )
     assert torch.equal(got, expected)
     own = torch.Generator().manual_seed(0)
-    with pytest.raises(ValueError, match="gumbel_keep: generator must be None or a default one"):
+    with pytest.raises(ValueError, match="generator must be None or a default generator"):
         run(
             lambda x: checkpoint(
                 lambda y: tokenops.gumbel_keep(y, generator=own), x, use_reentrant=use_reentrant
@@ -266,7 +266,7 @@ def test_gumbel_decisions_are_exact(dtype):
 
 @pytest.mark.parametrize("shift", [False, True])
 def test_gumbel_frequencies(shift):
-    """Of 20000 draws each; logits and log-probabilities mean the same."""
+    """Frequencies of 20000 draws; logits and log-probabilities are equivalent."""
     logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [-1.0, 1.5]])
     logits = logits.log_softmax(-1) if shift else logits
     share = tokenops.gumbel_keep(logits.repeat(20000, 1)[None]).view(-1, 3).mean(0)
@@ -296,7 +296,7 @@ def test_a_generator_of_ones_own():
 
 @pytest.mark.parametrize("prev", [False, True])
 def test_gumbel_gradients(prev):
-    """Those of the relaxation, once and twice."""
+    """First and second gradients equal those of the relaxation."""
     logits = torch.randn(1, 5, 2, dtype=torch.float64, requires_grad=True)
     before = torch.rand(1, 5, 1, dtype=torch.float64).requires_grad_() if prev else None
 
@@ -391,7 +391,7 @@ def test_ratio_loss_of_one_stage_is_that_of_a_list_of_one():
 
 
 def test_ratio_loss_counts_in_single_precision():
-    """Halves would lose a token in 4096."""
+    """A sum in half precision would lose a token in 4096."""
     decision = torch.ones(1, 4096, dtype=torch.bfloat16)
     decision[0, 0] = 0
     assert tokenops.keep_ratio_loss(decision, 1.0).item() == pytest.approx(4096**-2, rel=1e-3)
@@ -432,7 +432,7 @@ def test_compiles_to_one_graph(dynamic):
 
 
 def test_no_value_is_needed():
-    """Where no values exist nothing waits for one; numbers of images are clamped there."""
+    """Without values (fake tensors) no check reads one; numbers of tokens to keep are clamped."""
     scores = torch.empty(2, 9, device="meta")
     shapes = [
         tuple(t.shape)
@@ -494,7 +494,7 @@ SCORES, LOGITS, STAGE = torch.zeros(2, 6), torch.zeros(2, 6, 2), torch.zeros(2, 
         (lambda: tokenops.prune(SCORES, torch.ones(3).int()), ValueError, r"of shape \[2\]"),
         (lambda: tokenops.prune(SCORES, torch.ones(2, 1).int()), ValueError, "keep must be 1-D"),
         (lambda: tokenops.prune(SCORES, torch.tensor(3.0)), TypeError, "keep must be an int"),
-        (lambda: tokenops.prune(SCORES, torch.tensor([3, -1])), ValueError, "got -1 in it"),
+        (lambda: tokenops.prune(SCORES, torch.tensor([3, -1])), ValueError, "got a minimum of -1"),
         (lambda: tokenops.prune(SCORES, 2, num_prefix=7), ValueError, "num_prefix must be at most"),
         (lambda: tokenops.prune(SCORES, 2, num_prefix=-1), ValueError, "num_prefix must be >= 0"),
         (lambda: tokenops.prune(SCORES, 2, order="tome"), ValueError, "'position', 'score'"),

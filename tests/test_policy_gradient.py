@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The code, the table and the statements of docs/policy-gradient.md."""
+"""Tests of the code, the table and the statements in docs/policy-gradient.md."""
 
 import math
 import re
@@ -23,7 +23,7 @@ class Example:
         self.is_self = torch.eye(q.shape[2], dtype=torch.bool)
 
     def reading_kept_rows(self):
-        """The same with a loss that reads kept tokens only."""
+        """The same layer with a loss that reads kept tokens only."""
         g = self.g * self.policy[:, None, :, None]
         return Example(self.q, self.k, self.v, g, self.policy)
 
@@ -116,7 +116,7 @@ SEEDS = range(5)
 
 @pytest.fixture(scope="module")
 def document():
-    """Names after the blocks of code ran one after the other."""
+    """Names that the document's blocks of code define, run in order."""
     names = {}
     for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
         exec(block, names)
@@ -184,7 +184,7 @@ def test_the_blocks_of_code_compute_the_table(document, example):
 
 
 def test_scores_get_the_gradient_of_the_policy(document, example):
-    """Through topk_keep; the class token is not a decision."""
+    """Through topk_keep; the class token is always kept."""
     scores = document["scores"].detach().clone().requires_grad_()
     policy = tokenops.topk_keep(scores, 3, num_prefix=1)
     out = tokenops.policy_attention(example.q, example.k, example.v, policy)

@@ -67,7 +67,7 @@ def test_attention_recipes_are_what_tokenops_computes(eps):
     q, k, v = make_heads(shape, torch.float64, CPU)
     policy, size = make_weights(shape, CPU), make_weights(replace(shape, weights="size"), CPU)
     weight = make_weights(replace(shape, weights="columns"), CPU)
-    # The recipe keeps its map in float32.
+    # The recipe computes its map in float32.
     own = torch.eye(35)
     out = rivals.attention_with_policy(q, k, v, policy, own, eps)
     expected = tokenops.policy_attention(q, k, v, policy, eps=eps)
@@ -93,7 +93,7 @@ def test_attention_recipes_are_what_tokenops_computes(eps):
 
 @pytest.mark.parametrize("case", select(["attention_scores"]), ids=lambda c: c.name)
 def test_rows_are_timed_against_these_rows_alone(case):
-    """A map of all queries is a rival only where all queries count."""
+    """A rival computes a map of all queries only if all queries take part."""
     work = case.tiny().prepare(torch.float32, CPU)
     seen = []
 

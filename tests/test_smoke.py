@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every call in the operators' samples at small sizes: results and gradients as the reference's.
+"""Results and gradients of every sample call at small sizes, against the reference.
 
-The first tests to run on a new machine, and few enough for memory and race checkers.
+Run these tests first on a new machine. They are few enough for memory and race checkers.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels without a GPU: launches, dispatch, and the resources of the compiled code.
 
-Whether results are right, the tests of the operators check: under Triton's interpreter
-(``make interpret``) and on CUDA devices.
+The tests of the operators check the results, under Triton's interpreter (``make interpret``) and on
+CUDA devices.
 """
 
 import importlib
@@ -70,7 +70,7 @@ class Driver:
 
 
 class Kernel:
-    """A kernel that launches nothing: it keeps calls of Triton's own launcher and direct ones."""
+    """A kernel that launches nothing: it records calls of Triton's launcher and direct launches."""
 
     __name__ = "kernel"
     function, packed_metadata = "function", "metadata"
@@ -97,7 +97,7 @@ def kernel(monkeypatch):
 
 
 def prepared(kernel, *tensors):
-    """A launch of a kernel after its first call."""
+    """A launch after its first call, so that the next one is direct."""
     made = Launch(kernel, (2,), (100, 0.5), Settings(1, 64, 2, 3), BLOCK=64)
     made(*tensors)
     options = {"BLOCK": 64, "num_warps": 2, "num_stages": 3}
@@ -116,8 +116,8 @@ def test_a_launch_that_is_ready_goes_straight_to_the_driver(kernel):
     ]
 
 
-def test_what_a_launch_was_not_compiled_for_takes_the_long_way(kernel):
-    """Code depends on alignment, dtypes and missing tensors; Triton handles other kinds."""
+def test_other_arguments_go_through_tritons_launcher(kernel):
+    """Compiled code depends on alignment, dtypes and missing tensors of the first call."""
     x = torch.zeros(104)
     made = prepared(kernel, x)
     others = (x[1:], None, x.double(), x.int())
@@ -125,13 +125,13 @@ def test_what_a_launch_was_not_compiled_for_takes_the_long_way(kernel):
         made(other)
     assert [arguments[0] for _, arguments, _ in kernel.own[1:]] == [*others]
     assert kernel.direct == []
-    for other in others:  # code for unaligned tensors is not kept
+    for other in others:  # launches of unaligned tensors are not prepared
         made(other)
     assert len(kernel.own) == 6
     assert len(kernel.direct) == 3
 
 
-def test_an_unverified_version_takes_the_ordinary_launcher(kernel, monkeypatch):
+def test_an_unverified_version_uses_tritons_launcher(kernel, monkeypatch):
     monkeypatch.setattr(launch, "_direct", False)
     x = torch.zeros(100)
     made = prepared(kernel, x)
@@ -147,7 +147,7 @@ def test_the_versions_that_are_verified(monkeypatch):
     assert launch._direct == (is_one and not launch.interpreting)
     for version, words in (
         ("3.7.1+git1", ""),
-        ("3.9.0", "launches as Triton makes them, more slowly"),
+        ("3.9.0", "not verified, so launches are slower"),
     ):
         monkeypatch.setattr(info.metadata, "version", lambda package, version=version: version)
         assert info._triton().startswith(version)
@@ -156,8 +156,8 @@ def test_the_versions_that_are_verified(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [TypeError("takes 3"), AttributeError("no x"), ValueError("y")])
-def test_a_refused_launch_takes_the_ordinary_launcher(kernel, error):
-    """One launch, one warning with version and error; later launches take Triton's launcher."""
+def test_a_refused_launch_goes_through_tritons_launcher(kernel, error):
+    """One launch, and one warning with version and error; later launches are not direct."""
 
     def refuse(*arguments):
         raise error
@@ -180,8 +180,8 @@ def test_a_refused_launch_takes_the_ordinary_launcher(kernel, error):
     assert kernel.direct == []
 
 
-def test_an_error_of_the_driver_passes(kernel):
-    """An earlier kernel may have caused it, or this one may run already: no second launch."""
+def test_an_error_of_the_driver_is_raised(kernel):
+    """An earlier kernel may have failed, or this one may be running: no second launch."""
     x = torch.zeros(100)
     made = prepared(kernel, x)
 
@@ -213,8 +213,8 @@ def test_arguments_that_no_launcher_takes_are_not_blamed_on_a_version(kernel):
     assert launch._direct
 
 
-def test_code_that_is_not_as_known(kernel):
-    """Triton has launched it; one warning says that direct launches are not possible."""
+def test_compiled_code_without_the_expected_attributes(kernel):
+    """Triton launches it, and one warning reports that direct launches are not possible."""
 
     class Other(Kernel):
         @property
@@ -233,7 +233,7 @@ def test_code_that_is_not_as_known(kernel):
 @compiled_here
 @pytest.mark.skipif(launch.VERSION not in VERIFIED, reason="Triton's own launcher serves")
 def test_launches_on_the_real_launcher(tmp_path):
-    """Direct launches equal Triton's own; ``stand_in`` is a process of its own."""
+    """Direct launches equal Triton's own launches, in a separate process."""
     program = Path(__file__).parent / "stand_in.py"
     environment = {**os.environ, "PYTHONPATH": str(program.parent.parent)}
     run = subprocess.run(
@@ -267,13 +267,13 @@ def test_every_operator_has_a_triton_kernel():
 
 @pytest.mark.parametrize("name", _library.defined)
 def test_the_kernels_are_there(name):
-    """The module that the first call of an operator imports has a function of its name."""
+    """The module that the first call of an operator imports has a function of this name."""
     family = _library.defined[name].module.rpartition(".")[0]
     assert callable(getattr(importlib.import_module(f"{family}.triton"), name))
 
 
 def test_unserved_arguments(monkeypatch):
-    """Plain PyTorch serves them, unless Triton was chosen."""
+    """Plain PyTorch serves them, unless ``"triton"`` is chosen."""
 
     def unserved(*arguments):
         raise _backend.UnservedError("too strange")
@@ -318,7 +318,7 @@ def test_old_devices_take_plain_pytorch(monkeypatch):
     ],
 )
 def test_launches_of_a_vit(operator, arguments, count):
-    """Launches that a layer of ViT-B/16 at 224 pixels waits for; the recipes make dozens."""
+    """Number of launches for a layer of ViT-B/16 at 224 pixels; the recipes make dozens."""
     sizes = {"B": 256, "H": 12, "N": 197, "D": 64, "C": 768}
     with record("sm_90") as recorded:
         launches.launch(operator, torch.bfloat16, {**sizes, **arguments})
@@ -351,7 +351,7 @@ def test_what_a_launch_is_compiled_from():
 
 
 def loop_instructions_per_score(code, settings):
-    """Machine instructions of a thread per score, in the loop with the matrix product."""
+    """Instructions of a thread per score, in the loop with the matrix product."""
     lengths = []
     for at, text in enumerate(code):
         branch = re.match(r"(?:@!?U?P\d+ )?BRA\b.*?0x([0-9a-f]+)", text)
@@ -373,14 +373,14 @@ def test_a_score_costs_few_instructions():
 
 
 def budgeted(arch):
-    """Parameters of a test that compares with the budget of the installed Triton."""
+    """A test parameter, skipped if the installed Triton has no budget for the architecture."""
     missing = resources.no_budget([arch])
     return pytest.param(arch, marks=pytest.mark.skipif(missing is not None, reason=str(missing)))
 
 
 @pytest.mark.parametrize("arch", [budgeted(arch) for arch in resources.ARCHS])
 def test_the_budget_is_complete(arch):
-    """It has every kernel with every setting; ``benchmarks.resources --write`` adds them."""
+    """It has each kernel with each setting; ``benchmarks.resources --write`` adds missing ones."""
     known = {(*budget.key(row), row["tile"]) for row in store.read(resources.BUDGET)}
     assert {job[:4] for job in resources.jobs([arch])} == {row for row in known if arch in row}
 

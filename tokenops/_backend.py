@@ -24,19 +24,19 @@ from ._library import NAMESPACE, operators
 SLOWER: dict[str, tuple[str, ...]] = {
     "portable": ("match", "nearest", "search", "policy_attention", "policy_attention_backward"),
 }
-#: Operators that the composed functions serve instead, in this process.
+#: Operators whose compiled kernels stepped aside for the composed functions in this process.
 aside: set[str] = set()
 
 _TOO_OLD = "the Triton kernels need compute capability 8.0"
 # Whether Triton runs kernels as Python on CPU tensors.
 _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 _in_triton: dict[str, Callable[..., Any]] = {}  # Triton kernel of each operator
-_in_native: dict[str, frozenset[str]] = {}  # device types that each operator is compiled for
+_in_native: dict[str, frozenset[str]] = {}  # device types with a compiled kernel, by operator
 _served_natively: set[str] = set()  # operators whose "native" overload is defined
 
 
 def dispatch(operator: str, tensor: Tensor) -> Callable[..., Any]:
-    """Return who serves a call: the operator, its overload of the chosen backend, or the reference.
+    """Return the function that serves a call: the operator, one of its overloads, or the reference.
 
     Args:
         operator: Name of the operator.
@@ -58,7 +58,7 @@ def dispatch(operator: str, tensor: Tensor) -> Callable[..., Any]:
     if backend == "reference":
         return _library.defined[operator].reference
     if backend not in _library.overloads:
-        backend = None  # compiled kernels serve by default, where none of them steps aside
+        backend = None  # no kernel stepped aside, so the default overload runs the compiled ones
     return getattr(_library.overloads[backend], operator)  # type: ignore[no-any-return]
 
 
@@ -110,13 +110,12 @@ def _serve_natively(name: str) -> None:
 def serve_by_parts(name: str, function: Callable[..., Any], *parts: str) -> None:
     """Let a function that calls compiled operators serve another operator.
 
-    It serves the devices that the compiled library has kernels of all the parts for, and counts as
-    the operator's compiled kernel there.
+    It becomes the operator's compiled kernel on each device for which all parts are compiled.
 
     Args:
         name: Registered operator.
         function: Takes the parameters of the operator's reference.
-        *parts: The operators that it calls.
+        *parts: The compiled operators that the function calls.
     """
     kernel = _library.defined[name].signature.flat(function)
     for device in frozenset.intersection(*map(_compiled_for, parts)):
@@ -128,7 +127,7 @@ def _reason(operator: str, backend: str, device: str) -> str | None:
     if backend == "reference":
         return None
     if _differentiated():
-        return "torch.func.grad, vjp, jvp and forward-mode AD differentiate the reference alone"
+        return "only the reference supports torch.func.grad, vjp, jvp and forward-mode AD"
     if backend == "composed":
         return None
     if backend == "triton":
@@ -158,9 +157,9 @@ def _triton_reason(operator: str, device: str) -> str | None:
     if device == "cpu" and not _interpreting:
         return "Triton has no CPU kernels (TRITON_INTERPRET=1 runs them as Python, to debug them)"
     if device not in ("cpu", "cuda"):
-        return f"the Triton kernels know no {device} tensors"
+        return f"the Triton kernels do not support {device} tensors"
     if device == "cuda" and not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
+        return "no CUDA device is available"
     if device == "cuda" and not _new_enough(torch.cuda.current_device()):
         return _TOO_OLD
     return None
@@ -178,16 +177,16 @@ class UnservedError(NotImplementedError):
 def serve_by_triton(package: str, *names: str) -> None:
     """Let the functions of a package's module ``triton`` serve the operators of the same names.
 
-    They serve CUDA tensors where the compiled library does not, and whatever they can where
-    ``"triton"`` is chosen; under the interpreter also CPU tensors. The first call imports the
-    module.
+    They serve CUDA tensors by default if the compiled library has no CUDA kernel, and always if
+    ``"triton"`` is chosen; then, under the interpreter, also CPU tensors. The first call imports
+    the module.
 
     Args:
         package: Package of the operators, which has the module.
         *names: Registered operators.
     """
     for name in names:
-        compiled_for = _compiled_for(name)  # asked before a Triton kernel is registered
+        compiled_for = _compiled_for(name)  # a Triton kernel registered below must not count
         if "native" in _library.overloads:
             _serve_natively(name)
         signature = _library.defined[name].signature
@@ -221,7 +220,7 @@ def _on_cuda(
     Args:
         name: Name of the operator.
         kernel: Triton kernel, which may raise :class:`UnservedError`.
-        otherwise: Function that serves the arguments that the kernel does not; an error if None.
+        otherwise: Function for arguments that the kernel does not serve; they are an error if None.
     """
 
     def serve(keys: Any, first: Any, *rest: Any) -> Any:
@@ -267,7 +266,7 @@ def _interpreted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 def _differentiated() -> bool:
     """Return whether torch.func.grad, vjp, jvp or forward-mode AD is active.
 
-    Registered operators have no rules for them; they differentiate the references.
+    The registered operators have no rules for them, so the references serve the calls.
     """
     if forward_ad._current_level >= 0:
         return True
@@ -277,7 +276,7 @@ def _differentiated() -> bool:
     return any(t.key() != torch._C._functorch.TransformType.Vmap for t in transforms)
 
 
-# Dynamo guards on active transforms by itself.
+# Constant for Dynamo, which guards on active transforms itself.
 _library.assume_constant_result(_reason, _differentiated)
 
 
@@ -309,14 +308,14 @@ def why_not(operator: str, *args: object) -> dict[str, str]:
 
     Args:
         operator: Name of a public operator, for example ``"match"``.
-        *args: The arguments of the call; the device of the first tensor counts, else the CPU.
+        *args: The arguments of the call; the device is that of the first tensor, else the CPU.
 
     Returns:
-        A reason for each backend that can't serve the call; a backend that can is not among them.
+        A reason for each backend that can't serve the call, and only for these backends.
 
     Raises:
-        TypeError: If ``operator`` is no str.
-        ValueError: If there is no operator of this name.
+        TypeError: If ``operator`` is not a str.
+        ValueError: If no public operator has this name.
 
     Example:
         >>> import torch, tokenops

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks with uniform messages: operator, argument, what was expected, what came."""
+"""Argument checks with uniform messages: operator, argument, expected, got."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Checks that read values run on the CPU, where they are free of synchronization, and on every
-#: device under ``TOKENOPS_DEBUG=1``.
+#: Checks that read values run on the CPU, where reading does not synchronize, and on every device
+#: under ``TOKENOPS_DEBUG=1``.
 DEBUG = os.environ.get("TOKENOPS_DEBUG", "0") not in ("", "0")
 
 FLOATING_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -24,12 +24,12 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 _STRIDED = torch.strided
 _DENSE = "a dense tensor (torch.strided, not nested)"
 
-#: Characters that a message spends on a value at most.
+#: Maximum number of characters of a value in a message.
 LONGEST = 80
 
 
 class _Brief(reprlib.Repr):
-    """Writes a few entries of a container and of these few levels; tensors by their shape."""
+    """Writes a few entries and levels of a container; describes tensors by dtype and shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ _brief = _Brief()
 
 
 def describe_tensor(x: Tensor) -> str:
-    """Dtype, layout, shape and device: nothing that would wait for the device."""
+    """Describe a tensor by dtype, layout, shape and device, without synchronization."""
     kind = str(x.dtype).removeprefix("torch.")
     if x.is_nested:
         kind = f"nested {kind}"
@@ -56,17 +56,17 @@ def describe_tensor(x: Tensor) -> str:
 
 
 def brief(value: object) -> str:
-    """A value in one line of at most 80 characters."""
+    """Describe a value in one line of at most 80 characters."""
     try:
         text = _brief.repr(value)
-    except Exception:  # whatever a user's __repr__ raises, it must not hide the message
+    except Exception:  # an error in a user's __repr__ must not hide the message
         text = object.__repr__(value)
     text = " ".join(text.split())
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def describe(value: object) -> str:
-    """What came, in words: dtype, shape and device of a tensor, type and value of the rest."""
+    """Describe an argument: a tensor by dtype, shape and device, others by type and value."""
     if isinstance(value, Tensor):
         return describe_tensor(value)
     return f"{type(value).__name__} {brief(value)}"
@@ -77,7 +77,7 @@ def type_error(operator: str, argument: str, expected: str, got: object) -> Type
 
 
 def value_mismatch(operator: str, argument: str, expected: str, got: str) -> ValueError:
-    """An error about something that is no argument by itself, described by the caller."""
+    """Make an error whose caller describes the wrong value, for example ``h * w``."""
     return ValueError(f"{operator}: {argument} must be {expected}, got {got}")
 
 
@@ -86,7 +86,7 @@ def value_error(operator: str, argument: str, expected: str, got: object) -> Val
 
 
 def check_dense(operator: str, argument: str, value: Tensor) -> None:
-    """A tensor with strides: neither nested nor sparse."""
+    """Check that a tensor is dense: neither nested nor sparse."""
     if value.is_nested or value.layout is not _STRIDED:
         raise type_error(operator, argument, _DENSE, value)
 
@@ -98,10 +98,10 @@ def check_rank(operator: str, argument: str, value: Tensor, dims: Sequence[int])
 
 
 def check_floating(operator: str, argument: str, value: object, dims: Sequence[int]) -> None:
-    """A floating-point tensor (half, bfloat16, single or double) of one of the given ranks."""
+    """Check for a float16, bfloat16, float32 or float64 tensor of one of the given ranks."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATING_DTYPES:
         expected = "a floating-point tensor"
-        if isinstance(value, Tensor) and value.dtype.is_floating_point:  # of eight bits or fewer
+        if isinstance(value, Tensor) and value.dtype.is_floating_point:  # float8 or narrower
             expected = "float16, bfloat16, float32 or float64"
         raise type_error(operator, argument, expected, value)
     if value.is_nested or value.layout is not _STRIDED:
@@ -121,8 +121,8 @@ def check_shape(
     operator: str, argument: str, value: Tensor, shapes: Sequence[tuple[Any, ...]]
 ) -> None:
     shape = tuple(value.shape)
-    for expected in shapes:  # every call passes here: a loop costs half of what any() does
-        # Tuples of symbolic sizes compare entry by entry, and keep as a guard what they find.
+    for expected in shapes:  # runs in every call: a loop takes half the time of any()
+        # Comparing tuples of symbolic sizes adds a guard for each entry that is compared.
         if len(shape) == len(expected) and shape == expected:
             return
     words = " or ".join(str(list(s)) for s in shapes)
@@ -135,11 +135,11 @@ def check_same_device(operator: str, argument: str, value: Tensor, other: Tensor
 
 
 def check_int(operator: str, argument: str, value: object, minimum: int | None = 0) -> int:
-    """An integer that is no bool, at least ``minimum``; the rule for all counts of all operators.
+    """Check for an integer of at least ``minimum`` that is not a bool; all counts use this check.
 
-    That is an int, a NumPy integer, an integer tensor without dimensions, a symbolic integer, or
-    anything else with ``__index__``. A tensor on another device than the CPU is read, which waits
-    for that device; one whose value does not exist yet, since it is being traced, is an error.
+    Accepted are an int, a NumPy integer, a 0-D integer tensor, a symbolic integer, and any other
+    object with ``__index__``. Reading a tensor on another device than the CPU synchronizes. A
+    tensor without a value, because it is being traced, is an error.
     """
     if type(value) is not int and not isinstance(value, torch.SymInt):
         value = _read_int(operator, argument, value)
@@ -156,26 +156,26 @@ def _read_int(operator: str, argument: str, value: object) -> int:
             expected = "an int or an integer tensor without dimensions"
             raise type_error(operator, argument, expected, value)
         # Under torch.jit.trace the value is known, and becomes a constant.
-        expected = "an int while it is traced or transformed, where a tensor has no value"
+        expected = "an int under tracing and transforms, where a tensor has no value"
         if torch.compiler.is_compiling():
             raise type_error(operator, argument, expected, value)
     elif isinstance(value, bool):
         raise type_error(operator, argument, expected, value)
     try:
         return index(value)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):  # of a NumPy bool; of fake and transformed tensors
+    except (TypeError, RuntimeError):  # NumPy bools; fake and transformed tensors
         raise type_error(operator, argument, expected, value) from None
 
 
 def check_real(operator: str, argument: str, value: object, minimum: float = -math.inf) -> float:
-    """A finite number that is no bool, at least ``minimum``."""
+    """Check for a finite number of at least ``minimum`` that is not a bool."""
     if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
         raise type_error(operator, argument, "a float", value)
     try:
         number = float(value)
     except OverflowError:  # an int of more than 308 digits
         raise value_error(operator, argument, "finite", value) from None
-    # Traced with a symbolic number, unlike math.isfinite.
+    # Dynamo traces comparisons of a symbolic number, but not math.isfinite.
     if not (-math.inf < number < math.inf and number >= minimum):
         expected = "finite" if minimum == -math.inf else f"finite and >= {minimum}"
         raise value_error(operator, argument, expected, number)
@@ -190,14 +190,14 @@ def check_choice(operator: str, argument: str, value: object, choices: Sequence[
 
 
 def values_visible(value: Tensor) -> bool:
-    """Whether a check may read the values: nothing to wait for, and not being traced."""
-    if hasattr(value, "device_mesh"):  # those of a DTensor lie on several devices
+    """Whether a check may read the values: without synchronization, and not under tracing."""
+    if hasattr(value, "device_mesh"):  # a DTensor has values on several devices
         return False
     return (value.device.type == "cpu" or DEBUG) and not torch.compiler.is_compiling()
 
 
 def read(number: Tensor) -> float | None:
-    """Read a number for an eager check; None for tensors whose values do not exist (tracing)."""
+    """Read a number for an eager check; None for a tensor without a value (under tracing)."""
     try:
         return float(number)
     except RuntimeError:  # fake tensors and functional transforms have no values
@@ -205,12 +205,12 @@ def read(number: Tensor) -> float | None:
 
 
 def holds(condition: Tensor) -> bool:
-    """Read a condition of an eager check; true for tensors whose values do not exist."""
+    """Read a condition for an eager check; True for a tensor without a value."""
     return read(condition) != 0
 
 
 def check_index(operator: str, argument: str, value: object, dims: Sequence[int] | None) -> None:
-    """An int32 or int64 tensor of one of the given ranks, or of any."""
+    """Check for an int32 or int64 tensor of one of the given ranks, or of any rank if None."""
     if not isinstance(value, Tensor) or value.dtype not in INDEX_DTYPES:
         raise type_error(operator, argument, "an int32 or int64 tensor", value)
     check_dense(operator, argument, value)
@@ -219,7 +219,7 @@ def check_index(operator: str, argument: str, value: object, dims: Sequence[int]
 
 
 def check_range(operator: str, argument: str, value: Tensor, low: int, end: int) -> None:
-    """Integers in [low, end), where reading them neither waits nor fails."""
+    """Check that integers are in [low, end), if a check may read them."""
     if values_visible(value) and not holds(((value >= low) & (value < end)).all()):
         got = f"values from {int(value.min())} to {int(value.max())}"
         raise value_mismatch(operator, argument, f"in [{low}, {end})", got)
@@ -231,10 +231,10 @@ def check_generator(operator: str, generator: object) -> None:
 
 
 def check_first_pass(operator: str, generator: torch.Generator) -> None:
-    """Refuse to draw within a backward pass: checkpointing computes a forward pass again there.
+    """Raise an error for a draw in a backward, where activation checkpointing recomputes a forward.
 
-    It sets default generators back, and no other one. The second draw would differ from the first,
-    and nothing would tell but the gradient.
+    Checkpointing restores the state of default generators only. With any other generator the second
+    draw would differ from the first, and the gradient would be wrong without an error.
     """
     if torch._C._current_graph_task_id() == -1 or generator is torch.default_generator:
         return
@@ -243,6 +243,6 @@ def check_first_pass(operator: str, generator: torch.Generator) -> None:
         raise value_mismatch(
             operator,
             "generator",
-            "None or a default one where activation checkpointing computes a forward pass again",
-            "another one, which would draw other numbers",
+            "None or a default generator where activation checkpointing recomputes a forward",
+            "another generator, whose state is not restored",
         )

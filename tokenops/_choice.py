@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend the user chose: a context variable, and a form of it that torch.compile follows."""
+"""The backend that the user chose: a context variable, and attributes that Dynamo can trace."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ BACKENDS = ("native", "triton", "composed", "reference")
 class _Choice(NamedTuple):
     owner: use_backend
     name: str | None
-    entered: bool  # whether a with statement made the choice, and will end it
+    entered: bool  # whether a with statement made the choice and will end it
 
 
 _choices: ContextVar[tuple[_Choice, ...]] = ContextVar("tokenops_backend", default=())
-_default = os.environ.get("TOKENOPS_BACKEND") or None  # of the process
+_default = os.environ.get("TOKENOPS_BACKEND") or None  # default of the process
 
-#: Choices made inside a function that torch.compile is tracing. Dynamo follows assignments to a
-#: global variable, but no context variable. Outside tracing the tuple is empty, unless a graph
-#: breaks within a choice: the choice then holds in all threads until its end.
+#: Choices made inside a function that torch.compile is tracing. Dynamo traces assignments to a
+#: global variable, but not to a context variable. Outside tracing the tuple is empty, unless a
+#: graph breaks inside a with statement: the choice then holds in all threads until that ends.
 _traced: tuple[str | None, ...] = ()
 
 
@@ -67,19 +67,19 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled
 
     Args:
         name: ``"native"``: compiled kernels. ``"triton"``: Triton kernels. ``"composed"``: plain
-            PyTorch that is made to be fast; it serves where no kernel does. ``"reference"``: plain
-            PyTorch that reads like the formula; it is the oracle of all tests. Or ``None``.
+            PyTorch optimized for speed, which serves where no kernel does. ``"reference"``: plain
+            PyTorch that reads like the formula, the oracle of all tests. Or ``None``.
 
     Raises:
-        TypeError: If ``name`` is no string.
-        ValueError: If there is no backend of this name.
+        TypeError: If ``name`` is not a str.
+        ValueError: If no backend has this name.
 
     Note:
         The choice belongs to a thread and, within ``asyncio``, to a task; a task starts with the
-        choice of the code that created it. Leaving a context ends its own choice only, in whichever
-        order contexts are left. The function form chooses for the rest of the enclosing context. A
-        decorated generator or coroutine makes the choice while its own code runs; a plain ``with``
-        in a generator also affects the code that iterates over it.
+        choice of the code that created it. Leaving a context ends only its own choice, even if
+        contexts are left out of order. The function form chooses for the rest of the enclosing
+        context. A decorated generator or coroutine makes the choice while its own code runs; a
+        plain ``with`` in a generator also affects the code that iterates over it.
 
         A backward runs on the backend of its forward. A function compiled by ``torch.compile``
         compiles again when the choice changes; within it, choose by a ``with`` statement or a

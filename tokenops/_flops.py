@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOPs of the operators for ``torch.utils.flop_counter``, told to it when somebody imports it.
+"""FLOP formulas of the operators, registered when ``torch.utils.flop_counter`` is imported.
 
-Its import takes longer than that of all of tokenops, for it imports Triton.
+tokenops does not import flop_counter: it imports Triton, which takes longer than tokenops.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ import torch
 
 COUNTER = "torch.utils.flop_counter"
 
-#: Formulas by name of the operator, for when the counter is imported.
+#: Formulas by name of the operator, until the counter is imported.
 _formulas: dict[str, Callable[..., int]] = {}
 
 
 def register(name: str, formula: Callable[..., int]) -> None:
-    """Give an operator, all of its overloads, a formula that takes shapes in place of tensors."""
+    """Register a formula, of shapes in place of tensors, for all overloads of an operator."""
     if COUNTER in sys.modules:
-        _tell(sys.modules[COUNTER], name, formula)
+        _add_formula(sys.modules[COUNTER], name, formula)
         return
     _formulas[name] = formula
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def _tell(counter: ModuleType, name: str, formula: Callable[..., int]) -> None:
+def _add_formula(counter: ModuleType, name: str, formula: Callable[..., int]) -> None:
     operator = getattr(torch.ops.tokenops, name)
     counter.register_flop_formula(operator)(lambda *args, out_shape, **kwargs: formula(*args))
 
 
 class _Finder:
-    """Finds the counter as the others do, to add the formulas to it once it is executed."""
+    """Import hook that registers the formulas after flop_counter has been executed."""
 
     asking = False
 
@@ -45,7 +45,7 @@ class _Finder:
     ) -> ModuleSpec | None:
         if name != COUNTER or self.asking:
             return None
-        self.asking = True  # the others
+        self.asking = True  # find_spec below asks the other finders only
         try:
             spec = importlib.util.find_spec(name)
         finally:
@@ -53,11 +53,11 @@ class _Finder:
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_tell(module: ModuleType) -> None:
+            def execute_and_register(module: ModuleType) -> None:
                 execute(module)
                 sys.meta_path.remove(self)
                 while _formulas:
-                    _tell(module, *_formulas.popitem())
+                    _add_formula(module, *_formulas.popitem())
 
-            spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration of operators with PyTorch: one call does all that the framework asks for."""
+"""Registration of operators with PyTorch: one call for schema, kernels, fake, autograd, vmap."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NAMESPACE = "tokenops"
 class Signature(NamedTuple):
     """Arguments and results of an operator, derived from the annotations of a function.
 
-    An argument whose annotation is a NamedTuple is a group: the schema has its fields, one after
-    the other. So a list of arguments that several operators or functions share is written once.
+    A parameter whose annotation is a NamedTuple is a group: the schema has an argument for each
+    field. So arguments that several operators or functions share are written once.
     """
 
     schema: str  # "(Tensor x, ...) -> Tensor"
-    groups: tuple[Any, ...]  # for each parameter of the function its NamedTuple, or None
+    groups: tuple[Any, ...]  # the NamedTuple of each parameter of the function, or None
     takes_list: bool  # whether the first argument is a list of tensors
 
     @property
@@ -36,7 +36,7 @@ class Signature(NamedTuple):
         return any(group is not None for group in self.groups)
 
     def group(self, args: Iterable[Any]) -> tuple[Any, ...]:
-        """The parameters of the function, from the flat arguments of the operator."""
+        """Group the flat arguments of the operator into the parameters of the function."""
         args = tuple(args)
         parameters, start = [], 0
         for group in self.groups:
@@ -46,7 +46,7 @@ class Signature(NamedTuple):
         return tuple(parameters)
 
     def flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of the operator's flat arguments that calls one of grouped parameters."""
+        """Wrap a function of the grouped parameters, so that it takes the flat arguments."""
         if not self.grouped:
             return function
 
@@ -89,7 +89,7 @@ class Operator(NamedTuple):
     """
 
     name: str
-    module: str  # that registers it: "tokenops.ops.<family>.reference"
+    module: str  # of the reference: "tokenops.ops.<family>.reference"
     signature: Signature
     reference: Callable[..., Any]
     composed: Callable[..., Any]
@@ -100,14 +100,14 @@ class Operator(NamedTuple):
     flops: Callable[..., int]
 
 
-#: Records of all operators by name, and the names of the public ones; backwards call the others.
+#: Records of all operators by name, and the names of the operators with a public function.
 defined: dict[str, Operator] = {}
 operators: list[str] = []
 
-#: Overloads of the operators, as attributes of their names: under None the default overloads, which
-#: serve where nobody has chosen a backend; under a backend's name the overloads that this backend
-#: alone serves, for example torch.ops.tokenops.merge.triton. A backward formula gets the overloads
-#: of its forward. So a choice becomes part of graphs and backwards, and affects no other code.
+#: Overloads of the operators by backend; each is an attribute with the name of its operator. None
+#: has the default overloads, for when no backend is chosen. A backend has the overloads that only
+#: this backend serves, for example torch.ops.tokenops.merge.triton. A backward formula gets the
+#: overloads of its forward. So graphs and backwards keep a choice, which affects no other code.
 overloads: dict[str | None, SimpleNamespace] = {
     backend: SimpleNamespace() for backend in (None, "composed", "triton")
 }
@@ -116,23 +116,23 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 class _References:
-    """The reference of each operator as an attribute of its name, of flat arguments."""
+    """The reference of each operator, of flat arguments, as an attribute with its name."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in defined:  # asked for by tools such as inspect.unwrap
+        if name not in defined:  # tools such as inspect.unwrap look up other names
             raise AttributeError(name)
         return defined[name].reference
 
 
-#: The references, for backwards that are differentiated themselves.
+#: The references, which serve where a backward is itself differentiated.
 references = _References()
 
-#: Distributes plain tensors beside DTensors; set by ``tokenops.integrations.dtensor``.
+#: Makes DTensors of plain tensors passed with DTensors; set by ``tokenops.integrations.dtensor``.
 distribute: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of sums, weights and similarities: float64 for float64, else float32."""
+    """Return the accumulation dtype, the "dtype of sums": float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -142,7 +142,7 @@ def differentiates() -> bool:
 
 
 def may_be_true(condition: Tensor) -> bool:
-    """Return whether an element is true; always True on devices where reading would wait."""
+    """Return whether an element is true; always True on devices where reading synchronizes."""
     return not condition.is_cpu or bool(condition.any())
 
 
@@ -154,12 +154,12 @@ def block_entries(device: torch.device) -> int:
     return 1 << 20 if device.type == "cpu" else 1 << 24
 
 
-#: Fewest rows of such a block, because the product of each block reads all keys again.
+#: Minimum number of rows of such a block, because each block reads all keys again.
 ROWS_AT_LEAST = 64
 
 
 def assume_constant_result(*functions: Any) -> None:
-    """Let torch.compile call functions while it traces, and take their results for constants.
+    """Let torch.compile call functions during tracing and treat their results as constants.
 
     ``torch.compiler.assume_constant_result`` sets the same attribute, but imports the compiler,
     which takes longer than all of tokenops.
@@ -176,11 +176,11 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def knows_autocast(device_type: str) -> bool:
-    """Return whether a device type has autocast; asking for its state is an error otherwise."""
+    """Return whether a device type has autocast, whose state can be read only in this case."""
     return torch.amp.is_autocast_available(device_type)
 
 
-assume_constant_result(knows_autocast)  # PyTorch 2.11 cannot trace the question
+assume_constant_result(knows_autocast)  # PyTorch 2.11 cannot trace is_autocast_available
 
 
 def register(
@@ -194,10 +194,10 @@ def register(
     flops: Callable[..., int] | None = None,
     public: bool = False,
 ) -> None:
-    """Define an operator in ``torch.ops.tokenops``: this call is the operator's record.
+    """Define an operator in ``torch.ops.tokenops`` and record it.
 
-    Compiled libraries add faster kernels per device afterwards; until they do, and on every other
-    device, the composed function serves.
+    The composed function serves every device without a kernel. The compiled library and
+    ``serve_by_triton`` register kernels of a device.
 
     Args:
         reference: The formula in plain PyTorch, for any device: the oracle, which is differentiable
@@ -205,18 +205,19 @@ def register(
             operator's schema is derived from its annotations. All other functions take the same
             parameters, see :class:`Signature`.
         fake: Shape and dtype propagation for tracing.
-        composed: The same in plain PyTorch that is made to be fast, for any device; it need not be
-            differentiable. The reference by default.
-        backward: Backward formula ``(ops, ctx, *grads)``, itself made of differentiable operators,
-            which are the attributes of ``ops`` and take flat arguments. It returns a gradient for
-            each flat argument; a NamedTuple stands for its fields. ``ctx.needs`` says for each flat
-            argument whether it needs a gradient, for a list by its tensors.
-        setup_context: ``(ctx, inputs, output)``: saves what ``backward`` needs; ``inputs`` are the
-            parameters of the reference.
-        shared: Names of arguments that may come with one dimension only, meant for every image of
-            the batch; all other tensor arguments and all outputs lead with the batch.
-        flops: Floating-point operations of matrix products, of the operator's arguments with shapes
-            in place of tensors; none by default, as counters have it of all else.
+        composed: Plain PyTorch optimized for speed, for any device; it need not be differentiable.
+            The reference by default.
+        backward: Backward formula ``(ops, ctx, *grads)``. It calls differentiable operators, which
+            are the attributes of ``ops`` and take flat arguments. It returns a gradient for each
+            flat argument, or a NamedTuple of gradients for a group. ``ctx.needs`` holds whether
+            each flat argument needs a gradient; for a list, a tuple with an entry per tensor.
+        setup_context: ``(ctx, inputs, output)``: saves tensors and options for ``backward``;
+            ``inputs`` are the parameters of the reference.
+        shared: Names of arguments that may be 1-D, without a batch dimension, and then apply to
+            every image. The first dimension of all other tensor arguments and of all outputs is the
+            batch.
+        flops: FLOPs of the matrix products, as a function of the operator's arguments with shapes
+            in place of tensors. 0 by default, as for PyTorch's elementwise operators.
         public: Whether a public function of the same name calls it.
     """
     name, signature = reference.__name__, signature_of(reference)
@@ -232,15 +233,15 @@ def register(
         _define(operator, backend)
     kernel = dense(operator.composed)
     _library.impl(f"{name}.composed", kernel, "CompositeExplicitAutograd")
-    _library.impl(name, _for_want_of_kernels(kernel), "CompositeExplicitAutograd")
+    _library.impl(name, _warn_of_missing_kernel(kernel), "CompositeExplicitAutograd")
     _flops.register(name, operator.flops)
 
 
 def declare(function: Callable[..., Any]) -> Any:
     """Define an operator that only compiled libraries serve, from a function without a body.
 
-    The kernel of another operator calls it, below autograd, vmap and tracing: it needs neither
-    formulas nor a fake.
+    The kernel of another operator calls it, below autograd, vmap and tracing, so it needs neither a
+    backward nor a fake.
 
     Returns:
         The operator, which takes flat arguments.
@@ -259,7 +260,7 @@ def add_overloads(backend: str) -> None:
     overloads[backend] = SimpleNamespace()
     for operator in defined.values():
         _define(operator, backend)
-        _flops.register(operator.name, operator.flops)  # PyTorch hashes operators by overloads
+        _flops.register(operator.name, operator.flops)  # a new overload changes the packet's hash
 
 
 def _define(operator: Operator, backend: str | None) -> None:
@@ -288,7 +289,7 @@ def _autograd_rule(operator: Operator, overload: Any, ops: SimpleNamespace) -> C
     setup_context: Any = operator.setup_context
     formula: Any = operator.backward
     signature = operator.signature
-    takes_list = signature.takes_list  # a list comes first or nowhere
+    takes_list = signature.takes_list  # only the first argument can be a list
 
     def forward(ctx: Any, keys: Any, count: int, *args: Any) -> Any:
         needs = ctx.needs_input_grad[2:]
@@ -323,7 +324,7 @@ def _autograd_rule(operator: Operator, overload: Any, ops: SimpleNamespace) -> C
 
 
 def _spread(gradients: tuple[Any, ...]) -> list[Any]:
-    """Gradients by flat argument: the fields in place of each NamedTuple."""
+    """Flatten gradients: replace each NamedTuple by its fields."""
     spread: list[Any] = []
     for gradient in gradients:
         spread += gradient if hasattr(gradient, "_fields") else [gradient]
@@ -334,8 +335,8 @@ def _refuse_tangents(name: str, *args: Any) -> None:
     for tensor in pytree.tree_leaves(args):
         if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
-                f"torch.ops.{NAMESPACE}.{name}: forward-mode AD is for the public functions, which "
-                f"the reference serves then, and for torch.func.jvp; got a tensor with a tangent"
+                f"torch.ops.{NAMESPACE}.{name}: only the public functions support forward-mode AD, "
+                f"got a tensor with a tangent"
             )
 
 
@@ -350,7 +351,7 @@ def implement(name: str, kernel: Callable[..., Any], key: str, *, instead: bool 
     """
     options = {"allow_override": True} if instead else {}  # unknown to older versions of PyTorch
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # of a replacement
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # the override
         _library.impl(name, kernel, key, with_keyset=True, **options)
 
 
@@ -361,7 +362,7 @@ def dense(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def kernel(*args: Any) -> Any:
-        if not torch.is_grad_enabled():  # no_grad takes microseconds, whether needed or not
+        if not torch.is_grad_enabled():  # entering no_grad takes microseconds
             return _contiguous(function(*args))
         with torch.no_grad():
             return _contiguous(function(*args))
@@ -377,8 +378,8 @@ def _contiguous(result: Any) -> Any:
     return dense if isinstance(result, list) else tuple(dense)
 
 
-def _for_want_of_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function that serves for want of a kernel: the first call warns."""
+def _warn_of_missing_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that serves because there is no kernel: the first call warns."""
 
     def kernel(first: Any, *rest: Any) -> Any:
         _missing.warn(device_of(first, *rest).type)
@@ -388,24 +389,24 @@ def _for_want_of_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def device_of(first: Any, *rest: Any) -> torch.device:
-    """Return the device of an operator's arguments; a list in the first place may be empty."""
+    """Return the device of an operator's arguments; a list as the first argument may be empty."""
     tensor = rest[0] if isinstance(first, list) else first
     device: torch.device = tensor.device
     return device
 
 
 def shared_arguments(name: str) -> frozenset[str]:
-    """Return the arguments of an operator that may have one dimension and serve every image."""
+    """Return the arguments of an operator that may be 1-D and then apply to every image."""
     return defined[name].shared
 
 
 def _pairs(argument: Any, dim: Any) -> Iterable[tuple[Any, Any]]:
-    """Return pairs of a tensor and its mapped dimension, of an argument or of each in a list."""
+    """Return the argument and its mapped dimension, or these of each tensor in a list."""
     return zip(argument, dim, strict=True) if isinstance(argument, list) else [(argument, dim)]
 
 
 def _batch_rule(operator: Any, shared: frozenset[str]) -> Callable[..., Any]:
-    """Make the vmap rule: fold the mapped dimension into the batch, images being independent."""
+    """Make the vmap rule: fold the mapped dimension into the batch, as images are independent."""
     names = [argument.name for argument in operator._schema.arguments]
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

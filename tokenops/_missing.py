@@ -13,11 +13,11 @@ import torch
 from . import _choice, _native
 
 _lock = threading.Lock()
-_known: set[str] = set()  # kinds of devices that need no further warning
+_known: set[str] = set()  # device types that need no further warning
 
 
 def advice(device: str) -> str:
-    """What is missing on a kind of device and what to do; empty where nothing is missing."""
+    """Describe what is missing for a device type and how to add it; empty if nothing is missing."""
     if device == "cpu":
         if _native.loaded:
             return ""
@@ -26,14 +26,14 @@ def advice(device: str) -> str:
         if importlib.util.find_spec("triton") is not None:
             return ""
         return "Triton is not installed; its kernels serve CUDA tensors faster"
-    return f"tokenops has kernels for CPU and CUDA tensors alone, not for {device} tensors"
+    return f"tokenops has kernels for CPU and CUDA tensors only, not for {device} tensors"
 
 
 def warn(device: str, why: str | None = None) -> None:
-    """Warn once per process and kind of device that plain PyTorch serves its tensors.
+    """Warn once per process and device type that plain PyTorch serves its tensors.
 
     Args:
-        device: Kind of device that a call's tensors are on, which no kernel served.
+        device: Device type of the tensors of a call that no kernel served.
         why: The reason; :func:`advice` by default.
     """
     if device in _known:
@@ -47,14 +47,14 @@ def warn(device: str, why: str | None = None) -> None:
     why = advice(device) if why is None else why
     if why:
         message = (
-            f"tokenops: plain PyTorch serves {device} tensors: {why}. To take it without this "
-            'warning: tokenops.use_backend("composed") or TOKENOPS_BACKEND=composed'
+            f"tokenops: plain PyTorch serves {device} tensors: {why}. To silence this warning: "
+            'tokenops.use_backend("composed") or TOKENOPS_BACKEND=composed'
         )
         warnings.warn(message, RuntimeWarning, stacklevel=_outside())
 
 
 def _outside() -> int:
-    """How many calls above :func:`warn` there is code of neither this package nor PyTorch."""
+    """Stack level, above :func:`warn`, of the nearest code outside of tokenops and PyTorch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading of the compiled library, whose kernels register themselves with the dispatcher.
 
-Nothing here raises or touches a device: without a library plain PyTorch serves every operator, and
-``reason`` says what is missing.
+Importing this module neither raises nor touches a device: without a library plain PyTorch serves
+every operator, and ``reason`` says what is missing.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any
 
 import torch
 
-#: Whether the compiled kernels are there.
+#: Whether the compiled library is loaded.
 loaded: bool = False
-#: Why they are not; empty when they are.
+#: Why the library is not loaded; empty if it is.
 reason: str = ""
-#: The library's file, also when it could not be loaded.
+#: Path of the library, even if it could not be loaded.
 path: str | None = None
-#: Level of vector instructions of its kernels for the CPU: "portable", "avx2", "avx512" or
-#: "avx512_bf16"; empty without kernels.
+#: Vector instructions of the CPU kernels in use: "portable", "avx2", "avx512" or "avx512_bf16";
+#: empty without CPU kernels.
 isa: str = ""
 
 _package = os.path.dirname(os.path.abspath(__file__))
 
 
 def build_info() -> dict[str, Any]:
-    """What the build recorded about itself; empty if nothing was ever built here.
+    """Return the record of the build; empty if there was no build.
 
     Returns:
         Entries of ``_build_info.json``: always ``mode`` and ``built`` (``"cpu"``, ``"cuda"``,
@@ -50,22 +50,22 @@ def inspect() -> ModuleType | None:
     """The pybind11 module (``build_info``, ``cpu_features``, ``cuda_kernels``), if there is one."""
     try:
         return importlib.import_module("._inspect", __package__)
-    except Exception:  # any defect of a convenience counts as its absence
+    except Exception:  # the module is optional: any error counts as its absence
         return None
 
 
 def _load() -> tuple[str | None, str]:
-    """Load the library and return its path and the obstacle, empty when there was none."""
+    """Load the library; return its path, and why it is not loaded or an empty string."""
     library = os.environ.get("TOKENOPS_LIBRARY")
     if library:
         library = os.path.abspath(library)
         if not os.path.isfile(library):
-            return library, f"no compiled library: TOKENOPS_LIBRARY={library} is no file"
+            return library, f"no compiled library: TOKENOPS_LIBRARY={library} is not a file"
     else:
         files = (os.path.join(_package, "_C" + suffix) for suffix in EXTENSION_SUFFIXES)
         library = next(filter(os.path.isfile, files), None)
     if library is None:
-        why = build_info().get("reason") or "it was never built (CONTRIBUTING.md says how)"
+        why = build_info().get("reason") or "it was never built (see CONTRIBUTING.md)"
         return None, f"no compiled library in this installation: {why}"
     try:
         torch.ops.load_library(library)
@@ -81,7 +81,7 @@ def _load() -> tuple[str | None, str]:
 def _level(library: str | None) -> str:
     try:
         level = ctypes.CDLL(library).tokenops_cpu_isa
-    except AttributeError:  # made of kernels for another device
+    except AttributeError:  # the library has no CPU kernels
         return ""
     level.restype = ctypes.c_char_p
     return str(level().decode())

@@ -69,7 +69,7 @@ def _lines() -> Iterator[str]:
 
 
 def _devices() -> list[str]:
-    """The CPU, and the accelerator that is there."""
+    """The CPU and, where one is available, the accelerator."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
@@ -100,14 +100,12 @@ def _triton() -> str:
     version = _version("triton")
     if not version[:1].isdigit() or release(version) in VERIFIED:
         return version
-    return (
-        f"{version} (launches as Triton makes them, more slowly: verified: {', '.join(VERIFIED)})"
-    )
+    return f"{version} (not verified, so launches are slower; verified: {', '.join(VERIFIED)})"
 
 
 def _cuda() -> str:
     if torch.version.cuda is None:
-        return "torch was built without it"
+        return "torch was built without CUDA"
     if not torch.cuda.is_available():
         return f"{torch.version.cuda}, no device"
     names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules of a vision transformer that drops, weighs or merges tokens.
 
-They are stateless: parameters, but no buffers and nothing that stays from one call to the next. A
-policy, a size or a token map goes in and comes out as an argument.
+They have parameters, but no buffers and no state that a call leaves behind. Policies, sizes and
+token maps are arguments and results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PolicyAttention(nn.Module):
         num_heads: Heads H, a divisor of ``dim``.
         qkv_bias: Whether the packed projection has a bias.
         eps: Weight of the values' mean; 1e-6 is DynamicViT's.
-        policy_grad: ``"exact"``, ``"kept"`` or ``"none"``, the gradient that a policy gets.
+        policy_grad: Gradient of the policy, as in :func:`tokenops.policy_attention`.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -79,17 +79,17 @@ class PolicyAttention(nn.Module):
         Args:
             x: Tokens ``[B, N, C]``.
             policy: ``[B, N]``, ``[B, N, 1]`` or ``[B, H, N]``, bool or floating, at least 0. A
-                token always sees itself.
-            size: Patches that each token stands for, ``[B, N]`` or ``[B, N, 1]``.
+                token always attends to itself.
+            size: Number of patches in each token, ``[B, N]`` or ``[B, N, 1]``.
             key_padding_mask: Bool ``[B, N]``, true for padding.
             queries: int32 or int64 ``[Nq]`` or ``[B, Nq]``: only these tokens attend, and only they
-                are projected to queries. Those that ``prune`` kept are
-                ``token_map.members[:, :token_map.num_tokens]``. Negative ones are padding, whose
-                rows hold nothing of use.
+                are projected to queries. The tokens that ``prune`` kept are
+                ``token_map.members[:, :token_map.num_tokens]``. A negative index is padding, whose
+                output row is undefined.
 
         Returns:
-            ``[B, N, C]``, or ``[B, Nq, C]`` with ``queries``; and the keys ``[B, H, N, D]``, which
-            are the metric that tokens merge by.
+            ``[B, N, C]``, or ``[B, Nq, C]`` with ``queries``; and the keys ``[B, H, N, D]``, the
+            metric for merging tokens.
 
         Raises:
             TypeError: If an argument has a wrong type or dtype.
@@ -114,7 +114,7 @@ class PolicyAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2)), k
 
     def _project(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of some tokens, keys and values of all."""
+        """Project some tokens to queries, and all tokens to keys and values."""
         (to_q, to_kv), bias = self.qkv.weight.tensor_split((x.shape[2],)), self.qkv.bias
         q_bias, kv_bias = (None, None) if bias is None else bias.tensor_split((x.shape[2],))
         q = linear(_rows(x, queries), to_q, q_bias).unflatten(2, (self.num_heads, -1))
@@ -126,8 +126,8 @@ class PolicyAttention(nn.Module):
 class PolicyBlock(nn.Module):
     """A transformer block with :class:`PolicyAttention`: ``x + attention``, then ``x + MLP``.
 
-    Both are preceded by a layer norm, as in ViT. :meth:`attend` and :meth:`feed` are its halves,
-    for what merges or drops tokens between them.
+    Both are preceded by a layer norm, as in ViT. :meth:`attend` and :meth:`feed` are the two halves
+    of the block, between which tokens can be merged or dropped.
 
     Args:
         dim: Channels C.
@@ -172,8 +172,8 @@ class PolicyBlock(nn.Module):
         """The tokens after the block, ``[B, N, C]``, or ``[B, Nq, C]`` with ``queries``.
 
         Arguments as in :class:`PolicyAttention`; ``size`` and ``key_padding_mask`` are ``weights``.
-        With ``queries`` only their rows are computed: tokens that a policy dropped are keys, but do
-        not change any more.
+        With ``queries`` only the rows of these tokens are computed: all other tokens are keys, but
+        are not updated.
         """
         return self.feed(self.attend(x, policy, queries=queries, **weights)[0])
 
@@ -185,7 +185,7 @@ class PolicyBlock(nn.Module):
         queries: Tensor | None = None,
         **weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention and residual, and the keys, by which :class:`MergeStep` merges."""
+        """Attention and residual, and the keys, which are the metric of :class:`MergeStep`."""
         out, keys = self.attn(self.norm1(x), policy, queries=queries, **weights)
         return (x if queries is None else _rows(x, queries)) + out, keys
 
@@ -198,8 +198,8 @@ class PolicyBlock(nn.Module):
 class KeepPredictor(nn.Module):
     """Log-probabilities of keeping and of dropping each token.
 
-    Half of what it looks at comes from the token itself, half is the mean over the kept tokens of
-    its image; without kept tokens that half is 0, not NaN.
+    Half of the features come from the token itself, half are the mean over the kept tokens of the
+    image; without kept tokens the mean is 0, not NaN.
 
     Args:
         dim: Channels C.
@@ -224,11 +224,11 @@ class KeepPredictor(nn.Module):
         self.decide = nn.Sequential(nn.Linear(2 * half, half), nn.GELU(), nn.Linear(half, 2))
 
     def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
-        """Look at tokens, without those of the prefix.
+        """Predict for each token; leave out the prefix.
 
         Args:
             x: Tokens ``[B, N, C]``.
-            policy: ``[B, N]`` or ``[B, N, 1]``, how much of each token is kept so far; all if None.
+            policy: ``[B, N]`` or ``[B, N, 1]``, share of each token that is kept so far; 1 if None.
 
         Returns:
             ``[B, N, 2]``: log-probability of keeping (index 0) and of dropping (index 1), as
@@ -249,7 +249,7 @@ class KeepPredictor(nn.Module):
 class MergeStep(nn.Module):
     """Merge the ``r`` most similar tokens, between the halves of a block.
 
-    It has no parameters. ToMe evaluates with ``reduce="wavg"`` and hands the sizes to attention;
+    It has no parameters. ToMe evaluates with ``reduce="wavg"`` and passes the sizes to attention;
     for training, its authors advise the plain mean (ToMe issue #13) and no sizes in attention.
 
     Args:
@@ -285,38 +285,38 @@ class MergeStep(nn.Module):
     def forward(
         self, x: Tensor, metric: Tensor, size: Tensor | None = None
     ) -> tuple[Tensor, Tensor, TokenMap]:
-        """Merge tokens that are alike by ``metric``.
+        """Merge the tokens that are most similar by ``metric``.
 
         Args:
             x: Tokens ``[B, N, C]``.
-            metric: ``[B, N, D]``, or keys ``[B, H, N, D]`` whose mean over heads is meant.
-            size: Patches that each token stands for, ``[B, N]`` or ``[B, N, 1]``; ones when None.
+            metric: ``[B, N, D]``, or keys ``[B, H, N, D]``, which are averaged over heads.
+            size: Number of patches in each token, ``[B, N]`` or ``[B, N, 1]``; ones if None.
 
         Returns:
             Tokens ``[B, M, C]``, sizes ``[B, M, 1]``, and the map of N to M tokens.
 
         Note:
-            Differentiable in ``x``, and ``size`` where ``reduce`` is ``"wavg"`` or through the
-            sizes.
+            Differentiable in ``x``, and in ``size`` through the returned sizes and, if ``reduce``
+            is ``"wavg"``, the returned tokens.
         """
         token_map = match(metric, self.r, num_prefix=self.num_prefix, order=self.order)
         if self.reduce == "wavg":
             return *merge_wavg(x, token_map, size), token_map
         if size is None:
             size = torch.ones(x.shape[:2], device=x.device)
-        counts = size.float().reshape(*x.shape[:2], 1)  # half precision would stop counting early
+        counts = size.float().reshape(*x.shape[:2], 1)  # half dtypes cannot hold large counts
         return merge(x, token_map), merge(counts, token_map, reduce="sum"), token_map
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``[B, R, C]`` of ``x``; some row or other where the index is negative."""
+    """Rows ``[B, R, C]`` of ``x``; row 0 where the index is negative."""
     name = "PolicyAttention"
     _checks.check_index(name, "queries", index, dims=(1, 2))
     batch, tokens, channels = x.shape
     _checks.check_shape(name, "queries", index, [(index.shape[-1],), (batch, index.shape[-1])])
     _checks.check_same_device(name, "queries", index, x)
     if _checks.values_visible(index) and not _checks.holds((index < tokens).all()):
-        got = f"{int(index.max())} in it"
+        got = f"a maximum of {int(index.max())}"
         raise _checks.value_mismatch(name, "queries", f"below the {tokens} tokens of x", got)
     index = index.clamp(0, max(tokens - 1, 0)).long().expand(batch, -1)
     return x.gather(1, index[..., None].expand(-1, -1, channels))

@@ -31,31 +31,32 @@ def prune(
     kept tokens, ``unmerge`` scatters them back.
 
     Args:
-        scores: ``[B, N]``; float16, bfloat16, float32 or float64; any strides. Those of the prefix
+        scores: ``[B, N]``; float16, bfloat16, float32 or float64; any strides. Scores of the prefix
             are ignored; NaN ranks last.
-        keep: Tokens to keep beside the prefix, clamped to N - ``num_prefix``: one number for all
-            images, or int32 or int64 ``[B]``, one for each. The map then has N output tokens, of
-            which ``counts`` are live; the rest is padding (``token_map.key_mask()``).
-        num_prefix: Leading tokens (class, distillation, registers) that always stay, in front.
+        keep: Number of tokens to keep in addition to the prefix, clamped to N - ``num_prefix``. An
+            int, or int32 or int64 ``[B]`` with a number for each image; the map then has N output
+            tokens, of which ``counts`` are live and the rest is padding
+            (``token_map.key_mask()``).
+        num_prefix: Leading tokens (class, distillation, registers) that are always kept, in front.
         order: ``"position"``: kept tokens in the order of the input. ``"score"``: by descending
-            score, as DynamicViT and EViT have them.
-        fuse: Send the dropped tokens to one more output token, right behind the kept ones. There is
-            none where nothing is dropped.
+            score, as in DynamicViT and EViT.
+        fuse: Assign the dropped tokens to an additional output token, directly after the kept ones;
+            there is none if nothing is dropped.
 
     Returns:
-        A map of N tokens to ``num_prefix + keep``, and one more if ``fuse`` finds any to drop (to
-        N, padded, with a tensor). Without ``fuse``, dropped tokens have ``assign`` -1. EViT's fused
-        token is ``merge(x, token_map, reduce="sum", weight=w)`` with ``w`` 1 for kept tokens and
-        the score for the others.
+        A map of N tokens to ``num_prefix + keep``, or one more if ``fuse`` is set and tokens are
+        dropped; to N, padded, if ``keep`` is a tensor. Without ``fuse``, dropped tokens have
+        ``assign`` -1. EViT's fused token is ``merge(x, token_map, reduce="sum", weight=w)`` with
+        ``w`` 1 for kept tokens and the score for the others.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If a shape or device does not fit, or a number is negative (those of a tensor
-            count as 0 where reading them would wait for the device).
+        ValueError: If a shape or device does not fit, or a number is negative (negative
+            entries of a tensor count as 0 where reading them would wait for the device).
 
     Note:
-        Not differentiable; indices carry no gradient. :func:`topk_keep` makes the same choice with
-        one. Deterministic: the same bits from run to run; ties go to the lowest index.
+        Not differentiable; indices carry no gradient. :func:`topk_keep` keeps the same tokens and
+        has a gradient. Deterministic: the same bits from run to run; ties go to the lowest index.
 
     Example:
         >>> import torch, tokenops
@@ -104,11 +105,11 @@ def gumbel_keep(
     Args:
         logits: ``[B, N, 2]``; float16, bfloat16, float32 or float64; logits or log-probabilities of
             keeping (index 0) and of dropping (index 1).
-        prev: Decisions of the stage before, floating ``[B, N, 1]``: who is dropped stays dropped.
+        prev: Decisions of the previous stage, floating ``[B, N, 1]``: dropped tokens stay dropped.
         tau: Temperature, above 0.
-        hard: Round to 0 or 1; otherwise ``y_0`` itself is returned.
+        hard: Round to 0 or 1; if False, return ``y_0`` itself.
         generator: Source of randomness; the device's default one when None. ``torch.compile`` and
-            activation checkpointing know the default one only.
+            activation checkpointing support the default one only.
 
     Returns:
         ``[B, N, 1]`` in the dtype of ``logits``.
@@ -116,13 +117,13 @@ def gumbel_keep(
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape or device does not fit, ``tau`` is not above 0, or activation
-            checkpointing would draw from a generator of your own for a second time.
+            checkpointing would draw again from a generator that is not a default one.
 
     Note:
-        Differentiable in ``logits`` and ``prev``, twice and more. Deterministic: a function of the
-        state of the generator, from which ``[B, N, 2]`` exponential numbers in float32 are taken;
-        with float32 logits, the same decisions as :func:`torch.nn.functional.gumbel_softmax` from
-        the same state.
+        Differentiable in ``logits`` and ``prev``, twice and more. Deterministic for a given state
+        of the generator, which draws ``[B, N, 2]`` exponential numbers in float32; with float32
+        logits, the decisions equal those of :func:`torch.nn.functional.gumbel_softmax` from the
+        same state.
 
     Example:
         >>> import torch, tokenops
@@ -152,7 +153,7 @@ def gumbel_keep(
     lead = noisy[..., :1] - noisy[..., 1:]
     keep = (lead / tau).sigmoid()
     if hard:
-        # The difference is 0, and so the decision exact: 1 - y + y would be off by a rounding.
+        # The difference is exactly 0, so the decision is exact; 1 - y + y could be rounded.
         keep = (lead >= 0).to(keep.dtype) + (keep - keep.detach())
     keep = keep.to(logits.dtype)
     return keep if prev is None else keep * prev.to(logits.dtype)
@@ -162,13 +163,13 @@ def topk_keep(scores: Tensor, k: int | Tensor, *, num_prefix: int = 0) -> Tensor
     """Keep decisions for the ``k`` highest scores, with a straight-through gradient.
 
     The value is 1 for the tokens that ``prune(scores, k)`` keeps and 0 for the others; the gradient
-    is passed on to the scores as it comes, as if the decision were the score.
+    is passed on to the scores unchanged.
 
     Args:
-        scores: ``[B, N]``; float16, bfloat16, float32 or float64. Those of the prefix are ignored;
-            NaN ranks last.
-        k: Tokens to keep beside the prefix, clamped to N - ``num_prefix``: a number, or int32 or
-            int64 ``[B]``.
+        scores: ``[B, N]``; float16, bfloat16, float32 or float64. Scores of the prefix are
+            ignored; NaN ranks last.
+        k: Number of tokens to keep in addition to the prefix, clamped to N - ``num_prefix``: an
+            int, or int32 or int64 ``[B]``.
         num_prefix: Leading tokens that are always kept.
 
     Returns:
@@ -179,9 +180,9 @@ def topk_keep(scores: Tensor, k: int | Tensor, *, num_prefix: int = 0) -> Tensor
         ValueError: If a shape or device does not fit, or a number is negative.
 
     Note:
-        Differentiable in ``scores``, by the identity; those of the prefix, and those that are
-        infinite or NaN, get 0. Deterministic: the same bits from run to run; ties go to the lowest
-        index.
+        Differentiable in ``scores``, as the identity; scores that are infinite, NaN or of the
+        prefix get a gradient of 0. Deterministic: the same bits from run to run; ties go to the
+        lowest index.
 
     Example:
         >>> import torch, tokenops
@@ -198,7 +199,7 @@ def topk_keep(scores: Tensor, k: int | Tensor, *, num_prefix: int = 0) -> Tensor
     limit = num_prefix + (k[:, None] if isinstance(k, Tensor) else k)
     kept = (_ranks(scores, num_prefix) < limit)[:, num_prefix:]
     free = scores[:, num_prefix:]
-    free = torch.where(free.isfinite(), free, 0)  # infinity minus infinity would be NaN
+    free = torch.where(free.isfinite(), free, 0)  # inf - inf would be NaN
     decision = kept.to(scores.dtype) + (free - free.detach())
     prefix = torch.ones_like(scores[:, :num_prefix])
     return torch.cat([prefix, decision], dim=1)[..., None]
@@ -210,20 +211,21 @@ def keep_ratio_loss(
     *,
     per_image: bool = True,
 ) -> Tensor:
-    """Squared distance of the share of kept tokens from what it should be.
+    """Squared difference between the share of kept tokens and a target ratio.
 
     ``mean_s mean_b (mean_n decisions_s[b, n] - ratio_s)^2`` over stages s and images b; without
-    ``per_image``, ``mean_s (mean_bn decisions_s[b, n] - ratio_s)^2``, which lets images differ.
+    ``per_image``, ``mean_s (mean_bn decisions_s[b, n] - ratio_s)^2``, which lets the share differ
+    by image.
 
     Args:
         decisions: Keep decisions ``[B, N, 1]`` or ``[B, N]`` of each stage, floating, without the
-            prefix; a tensor alone is one stage.
-        ratios: Share of tokens to keep at each stage, between 0 and 1; a number alone is meant for
-            every stage.
-        per_image: Whether each image is to keep that share, or the batch as a whole.
+            prefix; a single tensor is one stage.
+        ratios: Share of tokens to keep at each stage, between 0 and 1; a single number applies
+            to every stage.
+        per_image: Whether each image should keep this share, or the batch as a whole.
 
     Returns:
-        A number, in float32 (float64 if decisions are double).
+        A 0-D tensor in float32 (float64 for double decisions).
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -273,19 +275,19 @@ def keep_ratio_loss(
 
 
 def _mean(x: Tensor, dim: int) -> Tensor:
-    """The mean over a dimension; of nothing, 0."""
+    """Mean over a dimension; 0 if the dimension is empty."""
     return x.sum(dim) / max(x.shape[dim], 1)
 
 
 def _ranks(scores: Tensor, num_prefix: int) -> Tensor:
-    """Place of each token in descending order of scores, prefix first: int32 [B, N]."""
+    """Rank of each token by descending score, prefix first: int32 [B, N]."""
     scores = scores.detach()
-    # Ascending sorts put NaN last; where negation turned its sign, a radix sort might not.
+    # Ascending sorts put NaN last, but a radix sort may put first a NaN whose sign was flipped.
     keys = torch.where(scores.isnan(), math.nan, -scores)
     if num_prefix > 0:
         keys[:, :num_prefix].fill_(-math.inf)
     order = keys.argsort(dim=1, stable=True)
-    # The members of a map that is a permutation are the inverse permutation.
+    # The members of a map that is a permutation are its inverse permutation.
     rank: Tensor = _backend.dispatch("invert", order)(order.int(), order.shape[1])[1]
     return rank
 
@@ -313,7 +315,7 @@ def _check_scores(name: str, scores: Tensor, num_prefix: int) -> int:
 def _check_keep(
     name: str, argument: str, keep: int | Tensor, scores: Tensor, num_prefix: int
 ) -> int | Tensor:
-    """The number of tokens to keep, clamped to those there are."""
+    """Check the number of tokens to keep, and clamp it to the tokens outside the prefix."""
     free = scores.shape[1] - num_prefix
     if not isinstance(keep, Tensor) or keep.dim() == 0:
         return min(_checks.check_int(name, argument, keep), free)
@@ -321,5 +323,6 @@ def _check_keep(
     _checks.check_shape(name, argument, keep, [(scores.shape[0],)])
     _checks.check_same_device(name, argument, keep, scores)
     if _checks.values_visible(keep) and not _checks.holds((keep >= 0).all()):
-        raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"{int(keep.min())} in it")
+        least = int(keep.min())
+        raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"a minimum of {least}")
     return keep.clamp(0, free)

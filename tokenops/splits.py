@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splits: which tokens are sources, which may merge away, and which are destinations."""
+"""Splits of tokens into sources, which may merge away, and destinations."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Grid(Split):
                 "grid", "h * w", f"the {num_tokens - num_prefix} tokens outside the prefix",
                 f"{self.h} * {self.w} = {self.h * self.w}",
             )  # fmt: skip
-        cells = (self.h // self.sy) * (self.w // self.sx)  # none where a cell exceeds the image
+        cells = (self.h // self.sy) * (self.w // self.sx)  # 0 if a cell exceeds the image
         cell = None
         generator = self.generator
         if generator is not None:
@@ -117,7 +117,8 @@ class Explicit(Split):
             if index.device != device:
                 raise _checks.value_error("match", argument, f"on {device}", index)
             if index.shape[-1] > num_tokens:
-                raise _checks.value_error("match", argument, f"at most {num_tokens} long", index)
+                expected = f"of at most {num_tokens} indices"
+                raise _checks.value_error("match", argument, expected, index)
         if _checks.values_visible(a):
             self._check_values(batch, num_tokens, num_prefix)
         return SplitArgs(num_prefix, None, a.long(), b.long())
@@ -167,7 +168,7 @@ def strided(k: int) -> Split:
         The split, for ``match(split=...)``.
 
     Raises:
-        TypeError: If ``k`` is no int.
+        TypeError: If ``k`` is not an int.
         ValueError: If ``k`` is below 1.
 
     Example:
@@ -188,8 +189,8 @@ def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
         num_sources: Number of sources in each image, at most the tokens outside the prefix.
         generator: Source of randomness; the device's default one if None. ``torch.compile`` traces
             the default one only. Activation checkpointing restores the default one before it
-            computes a forward pass again; any other generator would draw other tokens then, so
-            using it there is an error.
+            recomputes a forward; any other generator would draw other tokens in the recomputation,
+            which is an error.
 
     Returns:
         The split, for ``match(split=...)``. Each use draws anew.
@@ -197,7 +198,7 @@ def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
     Raises:
         TypeError: If an argument has a wrong type.
         ValueError: If ``num_sources`` is negative or, at use, more than there are tokens, or if a
-            recomputation would draw anew.
+            recomputation would draw other tokens.
 
     Example:
         >>> import torch, tokenops
@@ -213,8 +214,9 @@ def random(num_sources: int, generator: torch.Generator | None = None) -> Split:
 def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = None) -> Split:
     """Take a destination in each ``sy`` by ``sx`` cell of an ``h`` by ``w`` image: tomesd's split.
 
-    All images of a batch have the same destinations. Tokens at the lower and right border that fill
-    no whole cell are sources, so cells need not divide the image. Prefix tokens precede the grid.
+    All images of a batch have the same destinations. Tokens at the lower and right border that
+    are in no whole cell are sources, so cells need not divide the image. Prefix tokens precede the
+    grid.
 
     Args:
         h: Height in tokens.
@@ -222,8 +224,8 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
         sy: Height of a cell.
         sx: Width of a cell. An image that is lower or narrower than a cell has no destination, and
             nothing merges.
-        generator: Draws the token of each cell, anew at each use; None takes the top left one, and
-            is the only choice under ``torch.compile``. For activation checkpointing see
+        generator: Draws the destination of each cell, anew at each use; None takes the top left
+            token, and is the only choice under ``torch.compile``. For activation checkpointing see
             :func:`random`.
 
     Returns:
@@ -232,7 +234,7 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
     Raises:
         TypeError: If an argument has a wrong type.
         ValueError: If a size is below 1 or, at use, ``h * w`` is not the number of tokens outside
-            the prefix, or if a recomputation would draw anew.
+            the prefix, or if a recomputation would draw other tokens.
 
     Example:
         >>> import torch, tokenops
@@ -251,5 +253,5 @@ def grid(h: int, w: int, sy: int, sx: int, generator: torch.Generator | None = N
     return Grid(h, w, sy, sx, generator)
 
 
-# torch.load(weights_only=True) loads splits without a generator.
+# Lets torch.load(weights_only=True) load splits without a generator.
 torch.serialization.add_safe_globals([Strided, Random, Grid, Explicit])

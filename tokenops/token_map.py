@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token map: which output token each input token goes to. Operators exchange nothing else."""
+"""The token map: the output token of each input token, which connects the operators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .ops.merging import functional
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """Which output token each input token goes to, and the members of each output token.
+    """The output token of each input token, and the members of each output token.
 
     Matching, pruning and clustering make token maps; merging applies a map, unmerging inverts it,
     and composing two maps tracks sources. A token map is immutable, a pytree of its tensors, and
@@ -58,7 +58,7 @@ class TokenMap:
 
     @property
     def _index(self) -> functional.MapTensors:
-        """The tensors that operators take."""
+        """The tensors of the map that operators take."""
         return self.assign, self.offsets, self.members
 
     @staticmethod
@@ -71,13 +71,14 @@ class TokenMap:
             counts: int32 or int64 ``[B]``, live output tokens of each image, if images differ.
 
         Returns:
-            The map. Output tokens without members become 0 by a sum or a mean.
+            The map. The sum and the mean of an output token without members are 0.
 
         Raises:
-            TypeError: If ``assign`` or ``counts`` is no integer tensor or ``num_tokens`` no int.
-            ValueError: If a shape is wrong, a count lies outside ``[0, num_tokens]`` or an index
-                outside ``[-1, num_tokens)``, or, with counts, outside ``[-1, counts[b])``: padding
-                has no members.
+            TypeError: If ``assign`` or ``counts`` is not an integer tensor, or ``num_tokens`` not
+                an int.
+            ValueError: If a shape is wrong, a count is outside ``[0, num_tokens]``, or an index is
+                outside ``[-1, num_tokens)`` or, with counts, ``[-1, counts[b])``: padding has no
+                members.
 
         Note:
             On devices where reading values would synchronize, a wrong count is clamped and a wrong
@@ -131,7 +132,7 @@ class TokenMap:
             matrix ``[B, M, N0]``.
 
         Raises:
-            TypeError: If ``earlier`` is no TokenMap.
+            TypeError: If ``earlier`` is not a TokenMap.
             ValueError: If the batch, the number of tokens or the device does not fit.
 
         Example:
@@ -169,10 +170,10 @@ class TokenMap:
             non_blocking: Whether the copy may be asynchronous, as in :meth:`torch.Tensor.to`.
 
         Returns:
-            The map, with the same tensors where they are on the device already.
+            The map, which shares the tensors that are on the device already.
 
         Raises:
-            TypeError: If ``device`` is anything else, such as a dtype: a map stays int32.
+            TypeError: If ``device`` is not a device, for example a dtype: a map stays int32.
         """
         if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
             raise _checks.type_error("TokenMap.to", "device", "a device (maps stay int32)", device)
@@ -187,7 +188,7 @@ class TokenMap:
         return self._numbers() <= self.counts[:, None]
 
     def _numbers(self) -> Tensor:
-        """1 .. M, int32 [M]; where the map is a DTensor so is this, unlike an arange."""
+        """1 .. M, int32 [M]; a DTensor if the map is made of DTensors, unlike an arange."""
         return self.offsets.new_ones(self.num_tokens).cumsum(0, dtype=torch.int32)
 
     @overload
@@ -231,7 +232,7 @@ _FIELDS = ("assign", "offsets", "members", "counts")
 
 
 def _flatten(token_map: TokenMap) -> tuple[list[Any], None]:
-    # No leaf where there are no counts: transforms take tensors only.
+    # Without counts there is no leaf for them: transforms take tensors only.
     leaves = [token_map.assign, token_map.offsets, token_map.members, token_map.counts]
     return [leaf for leaf in leaves if leaf is not None], None
 
@@ -253,5 +254,5 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=_flatten_with_keys,
 )
 
-# torch.load(weights_only=True) accepts a saved map.
+# Lets torch.load(weights_only=True) load a saved map.
 torch.serialization.add_safe_globals([TokenMap])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DynamicViT's names on tokenops, against its formulas written out in float64."""
+"""Drop-in for DynamicViT, against its formulas in float64."""
 
 import math
 
@@ -21,7 +21,7 @@ def _seed():
 
 
 def softmax(attn, policy, eps):
-    """The formula, differentiated by autograd; in the precision of the logits."""
+    """The formula in the dtype of the logits, differentiable by autograd."""
     tokens = attn.shape[-1]
     eye = torch.eye(tokens, dtype=attn.dtype)
     keep = policy.reshape(-1, 1, 1, tokens).to(attn.dtype)
@@ -98,7 +98,7 @@ def test_softmax_derivatives(eps):
 
 @pytest.mark.parametrize("eps", [1e-6, 0.0])
 def test_a_dropped_token_has_a_gradient(eps):
-    """A central difference about 0 needs negative policies, which the formula allows."""
+    """The central difference at 0 uses negative policies, which the formula allows."""
     attn, cotangent = torch.randn(2, 1, 2, 5, 5, dtype=torch.float64).unbind()
     policy = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)[None, :, None]
     _, _, grad = value_and_gradients(
@@ -212,7 +212,7 @@ def test_fused_attention_is_the_product(kind, eps):
 
 
 def test_fused_attention_of_a_packed_qkv():
-    """The three lines of DynamicViT's Attention, with and without a policy."""
+    """As in DynamicViT's ``Attention``, with and without a policy."""
     x = torch.randn(2, 9, 12)
     q, k, v = torch.randn(2, 9, 3, 3, 4).permute(2, 0, 3, 1, 4)
     attn = q @ k.transpose(-2, -1) * 4**-0.5
@@ -272,7 +272,7 @@ def test_fill_puts_back_what_select_took():
 
 
 def test_index_gradients():
-    """Also of tokens that are taken twice and of places that are filled twice."""
+    """Also for repeated indices."""
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     x1 = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     x2 = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
@@ -318,7 +318,7 @@ def test_masked_mean(dtype):
 
 
 def test_masked_mean_of_large_halves():
-    """The sum of 4096 tokens would be infinite in float16, and their number odd in bfloat16."""
+    """The sum of the tokens overflows float16, and their number is not exact in bfloat16."""
     for dtype in (torch.float16, torch.bfloat16):
         x, policy = torch.full((1, 4096, 2), 64.0, dtype=dtype), torch.ones(1, 4096, 1, dtype=dtype)
         policy[0, :3] = 0
@@ -379,7 +379,7 @@ def test_compiles_to_one_graph(dynamic):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_compiled_softmax_has_its_gradients(dtype):
-    """In the type of sums the last conversion is none, which compilers may take for a view."""
+    """In the dtype of sums the last conversion is a no-op, which compilers may treat as a view."""
     torch._dynamo.reset()
     inputs = torch.randn(2, 3, 7, 7).to(dtype), torch.rand(2, 7, 1).to(dtype)
     compiled = torch.compile(dynamicvit.softmax_with_policy, fullgraph=True, backend="aot_eager")

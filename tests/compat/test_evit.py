@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EViT's names on tokenops, against its block written out token by token."""
+"""Drop-in for EViT, against its block in loops over tokens."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_gradients_reach_queries_and_keys_through_the_fused_token(num_prefix):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    """Kept tokens come through as they are, and the fused one is summed in float32."""
+    """Kept tokens are unchanged, and the fused token is summed in float32."""
     x, attn = torch.randn(2, 300, 4).to(dtype), torch.rand(2, 299).softmax(-1)
     out, _ = evit.drop_tokens(x, attn, 0.1, fuse_token=True)
     assert out.dtype == dtype

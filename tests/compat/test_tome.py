@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ToMe's names on tokenops, against groups of tokens that plain Python works out one by one."""
+"""Drop-in for ToMe, against groups of tokens that plain Python finds in loops."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def soft_groups(metric, r, class_token, distill_token):
 
 
 def check_pair(matching, groups, tokens):
-    """merge, unmerge and the map must agree with ``groups[b][m]``, the members of output m."""
+    """Compare merge, unmerge and the map with ``groups[b][m]``, the members of output m."""
     merge, unmerge = matching
     x = torch.randn(len(groups), tokens, 3, dtype=torch.float64)
     for mode, reduce in REDUCTIONS.items():
@@ -154,7 +154,7 @@ def test_kth_matching(k):
     for image in metric:
         pairs = best_pairs(image, sources, destinations)
         groups.append([with_sources(pairs, d) for d in destinations])
-    # Groups do not name the tail: merge drops it, and unmerge gives zeros for it.
+    # The tail is in no group: merge drops it, and unmerge gives zeros for it.
     check_pair(tome.kth_bipartite_soft_matching(metric, k), groups, 11)
 
 
@@ -213,7 +213,7 @@ def test_merge_source_takes_the_maximum_of_any_matrix():
     source = torch.rand(1, 5, 7)
     expected = torch.stack([source[0, :3].amax(0), source[0, 3]])
     assert torch.equal(tome.merge_source(merge, torch.ones(1, 5, 2), source)[0], expected)
-    # Without a matrix so far, the dropped tail is nobody's source.
+    # Without an earlier matrix, the dropped tail is in no row.
     assert tome.merge_source(merge, torch.ones(1, 5, 2)).tolist() == [
         [[1, 1, 1, 0, 0], [0, 0, 0, 1, 0]]
     ]
@@ -293,7 +293,7 @@ BY_PYTHON = {
 
 
 def wrapped(value, dtype):
-    """A whole number in a narrower type, as arithmetic in that type leaves it."""
+    """An integer after it has wrapped around in a narrower dtype."""
     if dtype == torch.bool:
         return bool(value)
     info = torch.iinfo(dtype)
@@ -318,7 +318,7 @@ def test_whole_numbers_keep_their_dtype(dtype, mode, tokens):
             members = [n for n in range(tokens) if to[n] == m]
             for c in range(3):
                 values = [int(x[image, n, c]) for n in members]
-                if mode == "mean":  # of the sum as it wrapped around
+                if mode == "mean":  # of the sum after it has wrapped around
                     expected = wrapped(sum(values), dtype) // len(values)
                 else:
                     expected = wrapped(BY_PYTHON[mode](values), dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tomesd's function on tokenops, against groups of tokens that plain Python works out."""
+"""Drop-in for tomesd, against groups of tokens that plain Python finds in loops."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def expected_groups(metric, destinations, r):
 
 
 def in_cells(w, h, sx, sy, draw):
-    """Ascending indices of the destinations, ``draw[row][column]`` being a place in each cell."""
+    """Ascending indices of the destinations; ``draw[row][column]`` is the offset in a cell."""
     return sorted(
         (row * sy + place // sx) * w + column * sx + place % sx
         for row, places in enumerate(draw)
@@ -74,7 +74,7 @@ def test_results_and_order(w, h, sx, sy, r, no_rand):
     generator = torch.Generator().manual_seed(3)
     matching = match_2d(metric, w, h, sx, sy, r, no_rand, generator)
 
-    # The draw, and with it the state of the generator, must be that of one randint.
+    # The draw, and the state of the generator after it, must be that of one randint.
     again = torch.Generator().manual_seed(3)
     draw = torch.zeros(cells, dtype=torch.int64)
     if not no_rand:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.jit.trace over the drop-ins: a trace repeats the eager result, for other batches too.
+"""torch.jit.trace of the drop-ins: a trace gives the eager results, also for other batch sizes.
 
-While it traces, sizes that are read from shapes are tensors.
+During tracing, sizes that are read from shapes are tensors.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ int64_t number(int64_t low, int64_t high) {
 #define CHECK(condition)                                                  \
   do {                                                                    \
     if (!(condition)) {                                                   \
-      std::printf("%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
       std::exit(1);                                                       \
     }                                                                     \
   } while (false)
@@ -77,7 +77,7 @@ void keys_order_scores() {
   CHECK(kUnscored<A> < kProtected<A> && kProtected<A> < kNever<A>);
 }
 
-// Radix select as a block does it, by a histogram of one digit after the other.
+// Radix select as a thread block computes it, with a histogram for each digit.
 template <class W>
 void intervals_find_the_nth_smallest() {
   for (int i = 0; i < 3000; ++i) {
@@ -87,7 +87,7 @@ void intervals_find_the_nth_smallest() {
     std::vector<W> numbers(count);
     for (W& x : numbers) {
       x = static_cast<W>(generator()) >> spread;
-      if (number(0, 1)) x = base;  // equal ones
+      if (number(0, 1)) x = base;  // ties
     }
     std::vector<W> sorted = numbers;
     std::sort(sorted.begin(), sorted.end());
@@ -104,7 +104,7 @@ void intervals_find_the_nth_smallest() {
       while (before + digits[digit] <= among.rank) before += digits[digit++];
       among = among.of_digit(digit, shift, before, digits[digit]);
     }
-    // The numbers up to the end of the interval are the rank + 1 smallest, or it is the n-th alone.
+    // The numbers up to the interval's end are the rank + 1 smallest, or the interval is the n-th.
     if (among.takes_all()) {
       const auto up_to =
           std::count_if(numbers.begin(), numbers.end(), [&](W x) { return x <= among.high; });

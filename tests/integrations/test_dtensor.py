@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch that is sharded over two processes gives the same bits as the whole one."""
+"""A batch that is sharded over two processes gives the same bits as the whole batch."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def _layer(x: torch.Tensor) -> tuple[tokenops.TokenMap, torch.Tensor, torch.Tens
 
 
 def _splits(tokens: int) -> dict[str, dict[str, Any]]:
-    """Options of match that bring tensors of their own, the same at each call."""
+    """Options of match with tensors or generators, the same at each call."""
     generator = torch.Generator().manual_seed(2)
     lists = torch.tensor([0, 2, 5]), torch.tensor([1, 3])
     each = torch.stack([torch.arange(tokens) % 4 == image for image in range(4)])
@@ -113,7 +113,7 @@ def _worker(rank: int, folder: str) -> None:
         assert torch.equal(got.full_tensor(), wanted)
     dist.barrier()
     Path(folder, f"done{rank}").touch()
-    os._exit(0)  # gloo's threads do not always survive the end of the interpreter
+    os._exit(0)  # gloo's threads may crash at interpreter exit
 
 
 def test_batch_sharding(tmp_path: Path) -> None:

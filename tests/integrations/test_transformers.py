@@ -54,7 +54,7 @@ def images(batch: int = 2, seed: int = 1) -> Tensor:
 
 
 def plain_groups(metric: Tensor, r: int, prefix: int, order: str) -> list[list[int]]:
-    """Which tokens of one image [N, D] become one, found by looking at every pair."""
+    """Groups of merged tokens of one image [N, D], found by comparing every pair."""
     tokens = metric.shape[0]
     even = [i for i in range(0, tokens, 2) if i >= prefix]
     odd = [j for j in range(1, tokens, 2) if j >= prefix]
@@ -69,7 +69,7 @@ def plain_groups(metric: Tensor, r: int, prefix: int, order: str) -> list[list[i
 
 
 def plain_forward(model, pixels, schedule, prefix=1, order="tome", proportional=True):
-    """The model with ToMe in plain PyTorch and loops: last hidden state, groups of patches."""
+    """The model with ToMe in plain PyTorch: last hidden state, and groups of patches."""
     base = model.base_model
     x = base.embeddings(pixels)  # [B, N, C]
     batch, tokens, channels = x.shape
@@ -207,14 +207,15 @@ def test_the_trace_tells_what_happened():
     model = vit()
     patch = apply_patch(model, 5, track_source=True)
     assert patch.trace is None
-    for batch in (2, 3):  # nothing stays behind from one pass to the next
+    for batch in (2, 3):  # a pass leaves no state behind
         model(images(batch))
         trace = last_trace(model)
         assert patch.trace is trace
         assert len(trace.token_maps) == len(trace.sizes) == len(trace.sources) == 4
         for size, source in zip(trace.sizes, trace.sources, strict=True):
             assert source.num_inputs == 37
-            # A partition: each patch is in one token, and each token holds as many as its size.
+            # A partition: each patch is in one token, and the size of a token is its number of
+            # patches.
             assert ((source.assign >= 0) & (source.assign < source.num_tokens)).all()
             members = source.source_matrix().sum(2, keepdim=True)
             assert torch.equal(members, size.to(members.dtype))
@@ -266,7 +267,7 @@ def test_activation_checkpointing_recomputes_its_own_pass():
 
 
 def counted(monkeypatch, obstacles):
-    """Count the calls of policy_attention, as if those obstacles were all to its kernel."""
+    """Count the calls of policy_attention; ``obstacles`` replace the reasons of ``why_not``."""
     calls = []
 
     def attention(*args, **kwargs):
@@ -394,7 +395,7 @@ def test_a_deep_copy_is_patched_on_its_own():
 
 
 def replica(model, weights):
-    """The model with the weights of another one, as torch.nn.DataParallel makes its replicas."""
+    """A replica with the weights of another model, made as torch.nn.DataParallel makes replicas."""
     parts = dict(weights.named_modules())
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for name, module in model.named_modules():
@@ -445,7 +446,7 @@ def test_the_classes_of_layers_are_kept_in_name_and_kind():
     assert repr(model) == text
     assert isinstance(layer, kinds[0])
     assert isinstance(attention, kinds[1])
-    assert type(layer).__name__ == kinds[0].__name__  # what FSDP and accelerate wrap by
+    assert type(layer).__name__ == kinds[0].__name__  # FSDP and accelerate select modules by it
     assert type(model.vit.layers[1]) is type(layer)
     remove_patch(model)
     assert (type(layer), type(attention)) == kinds
@@ -457,7 +458,7 @@ def test_a_class_that_something_else_changed_is_not_undone():
     layer = model.vit.layers[2]
     merging = type(layer)
     layer.__class__ = type("Other", (merging,), {})
-    with pytest.raises(ValueError, match="something else has changed"):
+    with pytest.raises(ValueError, match="class has changed since"):
         remove_patch(model)
     layer.__class__ = merging
     remove_patch(model)
@@ -511,7 +512,7 @@ def test_models_it_does_not_know():
         ((4, True), TypeError, "got tuple"),
         ([1, -2], ValueError, r"r\[1\] must be >= 0"),
         ([1, 2.0], TypeError, r"r\[1\] must be an int, got float"),
-        ([1] * 5, ValueError, "at most 4 long, .* got 5"),
+        ([1] * 5, ValueError, "at most 4 ints, .* got 5"),
         ((4,), TypeError, r"got tuple \(4,\)"),
         ((4, "a"), TypeError, "got tuple"),
         ((2.0, 1.0), TypeError, r"r\[0\] must be an int"),
@@ -558,7 +559,7 @@ def test_what_a_patched_model_refuses():
 def test_a_forward_that_something_else_replaced():
     model = vit()
     model.vit.layers[2].forward = lambda x, mask: x
-    with pytest.raises(ValueError, match="something else has replaced"):
+    with pytest.raises(ValueError, match="forward has been replaced"):
         apply_patch(model, 4)
 
 
@@ -570,7 +571,7 @@ def test_an_older_layer_structure():
 
 
 def test_an_older_model_structure():
-    """That of transformers 4, whose layers are in an encoder."""
+    """The structure of transformers 4, whose layers are in an encoder."""
     model = vit()
     model.vit.encoder = torch.nn.Module()
     model.vit.encoder.layer = model.vit.layers

@@ -55,7 +55,7 @@ def maps(
     q, k, policy=None, *, size=None, key_padding_mask=None, query_position=None, self_keep=True,
     eps=0.0, is_causal=False, policy_grad="exact", scale=None, exclude_self=False,
 ):  # fmt: skip
-    """Attention [B, H, Nq, Nk], lse, and by name what both are computed from; in float64."""
+    """Attention [B, H, Nq, Nk], lse, and their intermediate results by name; in float64."""
     q, k = q.double(), k.double()
     heads, width = q.shape[1], q.shape[3]
     scale = 1 / math.sqrt(max(width, 1)) if scale is None else scale
@@ -72,7 +72,7 @@ def maps(
         s = s + torch.where(valid, z, 1).log()[:, None, None]
     m, argmax = s.masked_fill(~seen, -math.inf).max(-1, keepdim=True)
     some = seen.any(-1, keepdim=True)
-    # Any shift cancels out. Without eps it is that of kept keys, which then do not underflow.
+    # The shift cancels out. Without eps it is over kept keys, so that these do not underflow.
     counts = seen if eps > 0 else seen & (policy > 0)
     shift = s.detach().masked_fill(~counts, -math.inf).amax(-1, keepdim=True)
     shift = torch.where(shift.isfinite(), shift, 0)
@@ -131,7 +131,7 @@ def scores(q, k, *, query_weight=None, query_index=None, head_reduce="mean", **o
 
 
 def product(a, b):
-    """A matrix product with sums in float32, rounded to the inputs' type."""
+    """A matrix product with sums in float32, rounded to the dtype of the inputs."""
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
     return (a.to(wide) @ b.to(wide)).to(a.dtype)
 
@@ -237,7 +237,7 @@ def magnitudes(q, k, v, policy=None, *, grad, grad_lse=None, **options):
 def score_magnitudes(
     q, k, policy=None, *, grad, query_weight=None, query_index=None, head_reduce="mean", **options
 ):
-    """The same for scores, from attention whose values are the gradients of the scores."""
+    """Magnitudes for scores, from attention whose values are the gradients of the scores."""
     batch, heads, _, width = q.shape
     groups, rows = k.shape[1], q
     if query_index is not None:
@@ -260,7 +260,7 @@ def score_magnitudes(
         index = options["query_position"][:, None, :, None].expand(-1, heads, -1, width)
         sums["q"] = q.new_zeros(q.shape).double().scatter_add(2, index, sums["q"])
     if query_weight is not None:
-        of_rows = sums["out"][..., 0]  # independent of the weights
+        of_rows = sums["out"][..., 0]  # does not depend on the weights
         of_rows = of_rows if query_weight.dim() == 3 else of_rows.sum(1)
         sums["query_weight"] = of_rows.sum(0) if query_weight.dim() == 1 else of_rows
     return sums
@@ -283,7 +283,7 @@ def check_exactly(inputs, options, grad=None, grad_lse=None):
 
 
 def results(function, inputs, grad, grad_lse=None, **options):
-    """Output, lse and the gradients of all floating inputs of an attention function, by name."""
+    """Output, lse and gradients of all floating-point inputs of an attention function, by name."""
     leaves = {
         name: t.detach().requires_grad_(t.is_floating_point() and name in GRADIENTS)
         for name, t in inputs.items()
@@ -298,14 +298,14 @@ def results(function, inputs, grad, grad_lse=None, **options):
     gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
     named = dict(zip(wanted, gradients, strict=True))
     for name, t in wanted.items():
-        # The gradient of an input without effect is zero.
+        # The gradient of an input that has no effect is zero.
         if named[name] is None and (name != "policy" or options.get("policy_grad") != "none"):
             named[name] = torch.zeros_like(t)
     return {"out": out.detach(), "lse": lse.detach(), **named}
 
 
 def cotangents(inputs, seed=7):
-    """Gradients of the output and of lse; a third of the latter is 0."""
+    """Gradients of the output and of lse; a third of the gradients of lse are 0."""
     q, v = inputs["q"], inputs["v"]
     shape = (*q.shape[:3], v.shape[3])
     # Rounded to the dtype of q, so that the oracle gets the same gradient as the kernel.

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second opinions on the operators: loops in plain Python, and dense masks in float64.
-
-Nothing here looks at how tokenops computes anything.
-"""
+"""Independent implementations of the operators: loops in Python, and dense masks in float64."""
 
 import math
 
@@ -12,7 +9,7 @@ import torch
 
 
 def similarity(a, b, kind):
-    """Of two rows of floats; a NaN counts as -inf."""
+    """Similarity of two rows of floats; NaN counts as -inf."""
     value = sum(p * q for p, q in zip(a, b, strict=True))
     if kind == "cosine":
         lengths = [math.sqrt(sum(p * p for p in row)) for row in (a, b)]
@@ -22,13 +19,13 @@ def similarity(a, b, kind):
 
 
 def mean_over_heads(metric):
-    """[B, N, D] or [B, H, N, D] as nested lists [B][N][D]."""
+    """Convert [B, N, D] or [B, H, N, D] to nested lists [B][N][D]."""
     metric = metric.double()
     return (metric.mean(1) if metric.dim() == 4 else metric).tolist()
 
 
 def nearest_image(a, b, a_mask, b_mask, kind):
-    """Score and index of the best of b for each row of a."""
+    """Score and index of the best row of b for each row of a."""
     candidates = [j for j in range(len(b)) if b_mask is None or b_mask[j]]
     scores, indices = [], []
     for i, row in enumerate(a):

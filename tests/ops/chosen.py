@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators as attributes of ``ops``, each served by the backend that a test has chosen."""
+"""The operators as attributes of ``ops``, each served by the chosen backend."""
 
 from tokenops import _backend
 

@@ -20,7 +20,7 @@ from tokenops.testing import (
 
 HALF = (torch.bfloat16, torch.float16)
 
-#: Kinds of inputs, and options of the call.
+#: For each case: options of ``random_attention``, and options of the call.
 CASES = {
     "plain": ({}, {}),
     "soft": ({"policy": "soft"}, {}),
@@ -86,7 +86,7 @@ def test_values_and_gradients(case, backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize("case", CASES)
 def test_several_tiles(case, backend, device):
-    """More rows and keys than a tile of the kernels has."""
+    """More queries and keys than in a tile of the kernels."""
     kinds, options = CASES[case]
     inputs = random_attention(1, 2, 131, 20, dtype=torch.float64, device=device, seed=2, **kinds)
     check_exactly(inputs, options)
@@ -110,7 +110,7 @@ def test_sizes(tokens, width, backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize("grads", [(0.0, 0.0, 0.0), (0.0, 1.5, -2.0)])
 def test_queries_and_keys_without_width(grads, backend):
-    """All keys weigh the same. A query without a gradient gets no memory either."""
+    """All keys have the same weight; the gradients of q and k are empty."""
     q = torch.zeros(1, 1, 3, 0, requires_grad=True)
     k = torch.zeros(1, 1, 4, 0, requires_grad=True)
     v = random_tokens(1, 4, 2)[:, None].requires_grad_()
@@ -127,7 +127,7 @@ def test_queries_and_keys_without_width(grads, backend):
 @pytest.mark.parametrize("options", [{}, {"eps": 1e-3}, {"is_causal": True}], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(700, 700), (1100, 90), (90, 1100)])
 def test_many_tokens(queries, keys, options, backend, device):
-    """More queries than one pass of the kernels, or more keys than one block of rows."""
+    """More queries than in one pass of the kernels, or more keys than in one block of rows."""
     inputs = random_attention(
         1, 1, queries, 12, keys=keys, dtype=torch.float64, device=device, seed=5, policy="hard"
     )
@@ -291,7 +291,7 @@ BUDGETED = [
     if kinds.get("policy") not in ("bool", "none kept") and options.get("policy_grad") is None
     # Rows that see no kept key are 0/0 in users' code.
     if not (options.get("self_keep") is False and options.get("eps", 0) == 0)
-    # All weight is on dropped keys: 0/0 again.
+    # With all weight on dropped keys, rows are also 0/0.
     if name != "wide logits, hard" and "causal, hard, own" not in name
 ]
 
@@ -350,7 +350,7 @@ def test_policies_and_sizes_of_other_dtypes(dtype, backend, device):
 
 
 def assert_same(actual, expected, backend, name):
-    """Kernels pack their operands; PyTorch's matrix products depend on strides."""
+    """Equal bits for kernels, which pack operands; PyTorch's matrix products depend on strides."""
     if backend == "native":
         assert_same_bits(actual, expected, name=name)
     else:

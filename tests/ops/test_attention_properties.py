@@ -61,7 +61,7 @@ def test_anything(
 # ---- the gradient of a policy that is zero ----
 
 
-# Without self_keep and eps, a row without a kept key has no weight and no derivative.
+# Without self_keep and eps, a row without a kept key has weight 0 and no derivative.
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -72,7 +72,7 @@ def test_anything(
     ids=str,
 )
 def test_gradient_at_dropped_keys_by_differences(kind, options, backend, device):
-    """The gradient is the derivative towards a small positive policy."""
+    """The gradient is the one-sided derivative at policy 0."""
     inputs = random_attention(2, 2, 9, 5, policy=kind, dtype=torch.float64, seed=2, device=device)
     grad, grad_lse = oracle.cotangents(inputs)
 
@@ -110,7 +110,7 @@ def test_gradient_at_dropped_keys_by_differences(kind, options, backend, device)
     ids=str,
 )
 def test_share_of_a_dropped_key_is_capped(dtype, above, p, backend, device):
-    """The probability of a dropped key with a far larger logit is clamped, and so the gradient."""
+    """The probability of a dropped key with a much larger logit is clamped, as is the gradient."""
 
     def column(*values):
         return torch.tensor(values, dtype=dtype, device=device).view(1, 1, -1, 1).requires_grad_()
@@ -128,7 +128,7 @@ def test_share_of_a_dropped_key_is_capped(dtype, above, p, backend, device):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "policy", "size"])
 def test_gradient_through_the_maximum_by_differences(name, backend, device):
-    """A large eps makes the maximum of each row matter."""
+    """With a large eps the maximum of each row affects the result."""
     inputs = random_attention(
         1, 2, 7, 4, policy="soft", zero_sizes=0.0, dtype=torch.float64, seed=3, device=device
     )
@@ -169,7 +169,7 @@ def test_modes_of_the_policy_gradient(backend, device):
     assert modes["none"]["policy"] is None
 
 
-def test_removing_tokens_is_kept(backend, device):
+def test_removing_tokens_is_policy_grad_kept(backend, device):
     """Attention among kept tokens alone has the values and gradients of ``policy_grad="kept"``."""
     inputs = random_attention(
         1, 2, 24, 6, policy="hard", zero_sizes=0.0, dtype=torch.float64, device=device
@@ -187,7 +187,7 @@ def test_removing_tokens_is_kept(backend, device):
         else:
             got = masked[name].index_select(1, kept)
         torch.testing.assert_close(got, value, rtol=1e-11, atol=1e-13, msg=name)
-    for name in ("k", "v"):  # only its own row sees a dropped key, and has no gradient
+    for name in ("k", "v"):  # only the own row of a dropped key attends to it, and has no gradient
         dropped = inputs["policy"][0] == 0
         assert (masked[name][:, :, dropped] == 0).all()
 
@@ -255,7 +255,7 @@ def test_no_gradient_of_the_output_at_all(dtype, backend, device):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("why", ["dropped", "padded", "size", "padded, eps", "size, eps", "hidden"])
 def test_empty_rows(why, causal, dtype, backend, device):
-    """Output 0, lse -inf, gradients 0; the other image is as it is alone."""
+    """Output 0, lse -inf, gradients 0; the other image is unaffected."""
     inputs = random_attention(
         2, 2, 13, 6, policy="hard", zero_sizes=0.0, padding=0.2, dtype=dtype, device=device
     )
@@ -352,7 +352,7 @@ def test_padding_may_hold_anything(how, garbage, eps, dtype, backend, device):
 
 
 def test_padding_counts_for_nothing(backend, device):
-    """Neither for the maximum, nor for the mean of the values, nor for their number."""
+    """Padding affects neither the maximum nor the mean of the values."""
     inputs = random_attention(2, 2, 12, 5, policy="soft", dtype=torch.float64, device=device)
     longer = {}
     for name, t in inputs.items():
@@ -467,7 +467,7 @@ def test_order_of_keys_does_not_matter(backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize("factor", [1e-6, 1e-18, 1e-30])
 def test_policies_count_relative_to_one_another(factor, backend, device):
-    """Without eps and self_keep, a factor of the policy changes lse alone, however small it is."""
+    """Without eps and self_keep, a factor of the policy changes only lse, even if it is tiny."""
     inputs = random_attention(2, 2, 21, 6, policy="soft", zero_sizes=0.0, device=device)
     smaller = {**inputs, "policy": inputs["policy"] * factor}
     grad, _ = oracle.cotangents(inputs)
@@ -517,7 +517,7 @@ def test_without_weights_it_is_scaled_dot_product_attention(backend, device):
 def test_gradcheck(kinds, options, backend, device):
     kinds = {**kinds, "seed": 9, "dtype": torch.float64, "device": device}
     inputs = random_attention(1, 2, 4, 3, **kinds)
-    if "policy" in inputs:  # differences must not make it negative
+    if "policy" in inputs:  # finite differences must not make it negative
         inputs["policy"] = inputs["policy"] + 0.1
     names = [n for n, t in inputs.items() if t.is_floating_point()]
     rest = {n: t for n, t in inputs.items() if n not in names}

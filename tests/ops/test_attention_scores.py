@@ -20,7 +20,7 @@ from tokenops.testing import (
 
 REDUCTIONS = ("mean", "sum", "none")
 
-#: Kinds of inputs, and options of the call.
+#: For each case: options of ``random_attention``, and options of the call.
 CASES = {
     "plain": ({}, {}),
     "soft": ({"policy": "soft"}, {}),
@@ -56,7 +56,7 @@ def scores_inputs(*sizes, **kinds):
 
 
 def weights(kind, heads, *rows, dtype=torch.float64, device="cpu"):
-    """Weights of queries, some of them 0, some negative."""
+    """Weights of queries, some 0 and some negative."""
     shape = {None: None, "shared": rows[1:], "each": rows, "per head": (rows[0], heads, rows[1])}
     if kind is None:
         return None
@@ -134,7 +134,7 @@ INDICES = {
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"exclude_self": True}], ids=str)
 @pytest.mark.parametrize("index", INDICES)
 def test_query_index(index, options, backend, device):
-    """Only these queries count, with their own positions and weights."""
+    """Only these queries take part, with their own positions and weights."""
     index = INDICES[index]
     index = index.to(device) if isinstance(index, torch.Tensor) else index
     rows = index.shape[-1] if isinstance(index, torch.Tensor) else len(index)
@@ -146,7 +146,7 @@ def test_query_index(index, options, backend, device):
 
 
 def test_query_index_is_a_choice_of_weights(backend, device):
-    """An index of one row equals a weight of 1 for this row and 0 for the others."""
+    """The index of a row is equivalent to a weight of 1 for this row and 0 for all others."""
     inputs = scores_inputs(2, 3, 23, 8, policy="hard", device=device)
     for row in (0, 7, -1):
         w = torch.zeros(23, device=device)
@@ -287,7 +287,7 @@ def test_scores_are_sums_of_the_applied_attention(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_reuse_of_lse(case, dtype, backend, device):
-    """The same but for rounding, gradients included; lse gets no gradient."""
+    """Results and gradients are the same up to rounding; lse gets no gradient."""
     kinds, options = CASES[case]
     inputs = random_attention(2, 4, 19, 8, dtype=dtype, device=device, seed=6, **kinds)
     plain = {n: v for n, v in options.items() if n != "exclude_self"}
@@ -369,7 +369,7 @@ FEW = [
 
 
 def served(width, dtype, backend, device):
-    """The width, at most 128 in float32 and float64 on Triton."""
+    """The width that the backend serves: at most 128 in float32 and float64 on Triton."""
     # On the CPU the interpreter computes bfloat16 in float32.
     narrow = dtype.itemsize > 2 or (dtype == torch.bfloat16 and device == "cpu")
     return min(width, 128) if backend == "triton" and narrow else width
@@ -510,7 +510,7 @@ def test_gradcheck(weight, kinds, options, backend, device):
         assert torch.autograd.gradgradcheck(call, values)
 
 
-def test_only_what_is_wanted_gets_a_gradient(backend, device):
+def test_only_inputs_that_require_a_gradient_get_one(backend, device):
     inputs = scores_inputs(1, 2, 7, 4, policy="soft", zero_sizes=0.0, device=device)
     inputs["query_weight"] = torch.rand(7, device=device)
     expected = gradients(tokenops.attention_scores, inputs, cotangent(inputs, "mean"))
@@ -524,7 +524,7 @@ def test_only_what_is_wanted_gets_a_gradient(backend, device):
 
 
 def test_score_at_a_dropped_key_has_a_gradient(backend, device):
-    """A predictor learns from it about tokens that it dropped."""
+    """A predictor learns about dropped tokens from this gradient."""
     inputs = scores_inputs(1, 2, 9, 4, policy="hard", device=device)
     policy = inputs["policy"].requires_grad_()
     score = tokenops.attention_scores(**inputs, self_keep=False)

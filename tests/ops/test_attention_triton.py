@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over several tiles: whole ones, diagonals and tails; heads wider than a tile."""
+"""Attention over several tiles: whole tiles, diagonals and tails; heads wider than a tile."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_gradients_over_tiles(kind, width, value_width, backend, device):
 
 @pytest.fixture
 def split_float():
-    """The function that splits numbers; its module needs Triton."""
+    """The function that splits a number into two of float32; its module needs Triton."""
     pytest.importorskip("triton")
     from tokenops.ops.attention.triton.common import split_float
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Composed functions: strides, NaN, malformed indices; all other tests run on them too."""
+"""Composed functions: strides, NaN, malformed indices; the operators' tests also cover them."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_any_strides_of_attention(layout, weight):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"eps": 1e-6}, {"size": torch.ones(1, 5)}])
 def test_nan_stays_nan(dtype, options):
-    """A NaN is not hidden from the results that depend on it."""
+    """Results that depend on a NaN are NaN."""
     q, k = torch.randn(1, 2, 5, 8, dtype=dtype), torch.randn(1, 2, 5, 8, dtype=dtype)
     q[0, 1, 3, 2] = torch.nan
     out = tokenops.policy_attention(q, k, k, **options)
@@ -60,7 +60,7 @@ def test_nan_stays_nan(dtype, options):
 
 @pytest.mark.parametrize("offsets", [[0, 3, 1, 4], [2, 1, 3, 4], [0, 9, -7, 2], [4, 4, 0, 0]])
 @pytest.mark.parametrize("reduce", ["sum", "mean", "amax", "prod"])
-def test_malformed_offsets_are_no_wild_memory(offsets, reduce):
+def test_malformed_offsets_read_nothing_out_of_bounds(offsets, reduce):
     x = torch.rand(1, 4, 3)
     index = (
         torch.tensor([[0, 1, 1, 2]], dtype=torch.int32),

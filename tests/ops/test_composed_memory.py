@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Composed functions compute similarities and attention in blocks: no tensor has all pairs."""
+"""Composed functions compute similarities and attention in blocks, never all pairs at once."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from tokenops import _library
 from tokenops.testing import random_tokens
 
 N = 8192
-PAIRS = N // 2 * (N // 2) * 4  # bytes of a float32 map of half the tokens by the other half
+PAIRS = N // 2 * (N // 2) * 4  # bytes of scores of one half of the tokens with the other half
 
 
 class Largest(TorchDispatchMode):
-    """Replaces operators by their functions of one kind; records the largest tensor's bytes."""
+    """Replaces operators by functions of one kind; records the bytes of the largest tensor."""
 
     def __init__(self, kind):
         super().__init__()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """match and nearest: the right pairs, in the right order, on every backend, dtype and layout.
 
-A metric whose similarities are exact in every precision must give the indices that loops in Python
-give. For any other metric, tests bound the regret: the similarity that a choice gave away.
+If the similarities of a metric are exact in every dtype, indices must equal those of Python loops.
+For any other metric, tests bound the regret: the loss of similarity against the best choice.
 """
 
 import math
@@ -74,7 +74,7 @@ def test_nearest(dtype, layout, heads, similarity, backend, device):
     assert mask.gather(1, index.long()).all()
 
     def at_index(a, b):
-        """The similarity of the chosen pairs, by autograd of plain PyTorch."""
+        """Similarity of the chosen pairs in plain PyTorch, differentiable by autograd."""
         a, b = (x.mean(1) if x.dim() == 4 else x for x in (a.to(acc(a.dtype)), b.to(acc(b.dtype))))
         b = b.gather(1, index.long()[..., None].expand(-1, -1, b.shape[2]))
         if similarity == "cosine":
@@ -120,7 +120,7 @@ def test_nearest_exactly(
     backend, device, similarity, batch, rows, columns, width, heads, zero_rows, nan_rows, masks,
     dtype, layout, seed,
 ):  # fmt: skip
-    """Ties, NaN, tokens of length zero, masks: the indices are those of the loops."""
+    """Ties, NaN, tokens of length zero, masks: indices equal those of the loops."""
     lead = (batch,) if heads is None else (batch, heads)
     a, b = (
         as_layout(
@@ -170,7 +170,7 @@ def test_nearest_gradcheck(heads, similarity, backend, device):
 
 
 def test_nearest_gradient_where_nothing_is_chosen(backend, device):
-    """Rows without a candidate, and tokens of length zero, send back zero and no NaN."""
+    """Rows without a candidate, and tokens of length zero, have a gradient of 0, not NaN."""
     a = random_tokens(2, 5, 4, device=device)
     b = random_tokens(2, 3, 4, device=device, seed=1)
     a[0, 1] = 0
@@ -186,7 +186,7 @@ def test_nearest_gradient_where_nothing_is_chosen(backend, device):
     assert (gradients[1][1] == 0).all()
 
 
-def test_nearest_of_nothing_but_nan(backend, device):
+def test_nearest_of_only_nan(backend, device):
     a, b = torch.full((1, 2, 4), math.nan, device=device), random_tokens(1, 3, 4, device=device)
     b_mask = torch.tensor([[False, True, True]], device=device)
     score, index = tokenops.nearest(a, b, b_mask=b_mask)
@@ -267,7 +267,7 @@ def test_match_exactly(
 
 @st.composite
 def splits_by_hand(draw):
-    """Disjoint sources and destinations in any order, the same for all images or for each one."""
+    """Disjoint sources and destinations in any order, shared by all images or one list each."""
     tokens = draw(st.integers(1, 24))
     prefix = draw(st.integers(0, min(3, tokens)))
     batch = draw(st.integers(1, 3))
@@ -338,7 +338,7 @@ def test_match_with_protected_tokens_and_given_indices(
     ids=str,
 )
 def test_protected_sources_merge_as_the_last_resort(r, prefix, protected, order):
-    """The operator serves masks that the public function refuses when it reads their values."""
+    """The operator takes masks that the public function rejects if it can read them."""
     metric = exact_metric(2, 12, 4, seed=3)
     mask = torch.zeros(12, dtype=torch.bool)
     mask[list(protected)] = True
@@ -442,7 +442,7 @@ def test_images_are_independent(backend, device, similarity, seed, r, tokens):
 
 
 def test_renaming_tokens_renames_the_map(backend, device):
-    """With no ties, the groups depend on the tokens and the split, not on their indices."""
+    """Without ties, groups depend on the tokens and the split, not on token indices."""
     generator = torch.Generator().manual_seed(0)
     metric = random_tokens(1, 20, 8, device=device)
     pair = torch.arange(0, 20, 2, device=device), torch.arange(1, 20, 2, device=device)
@@ -465,7 +465,7 @@ def test_width_and_heads_that_add_nothing_change_nothing(backend, device):
 
 @pytest.mark.parametrize("width", [0, 1])
 def test_narrow_metrics(width, backend, device):
-    """All tokens alike: the lowest sources merge into the lowest destination."""
+    """All tokens are equal: the lowest sources merge into the lowest destination."""
     metric = torch.ones(2, 7, width, device=device)
     token_map = tokenops.match(metric, 2)
     assert token_map.assign.tolist() == [[0, 0, 0, 1, 2, 3, 4]] * 2
@@ -491,7 +491,7 @@ def test_metric_carries_no_gradient(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("width", [63, 64, 65, 80, 130])
 def test_mean_over_heads_of_wide_rows(width, dtype, backend, device):
-    """Heads are averaged a few vectors at a time, the rest of the row one by one."""
+    """Kernels average heads a few vectors at a time, and the tail of a row one by one."""
     keys = random_tokens(2, 5, 23, width, dtype=dtype, layout="packed", device=device)
     score, _ = tokenops.nearest(keys[:, :, ::2], keys[:, :, 1::2])
     mean = torch.nn.functional.normalize(keys.double().mean(1), dim=-1)

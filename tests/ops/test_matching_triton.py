@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matching by Triton kernels under the interpreter: paths that only unusual inputs take."""
+"""Matching by Triton kernels under the interpreter: code paths of unusual inputs."""
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def test_widths_that_do_not_stay_on_the_chip(inputs):
 
 
 @interpreted
-def test_lengths_that_are_taken_before(monkeypatch):
-    """What large inputs do: another kernel prepares candidates."""
+def test_lengths_that_are_computed_before(monkeypatch):
+    """For large inputs another kernel prepares the candidates."""
     from tokenops.ops.matching.triton import search_launches
 
     a, keys = exact_metric(2, 90, 16, dtype=torch.float16), exact_metric(2, 2, 90, 16)

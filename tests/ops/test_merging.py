@@ -114,7 +114,7 @@ def values_and_gradients(call, inputs, cotangents=None):
             random_tokens(*out.shape, dtype=out.dtype, device=out.device, seed=70 + i)
             for i, out in enumerate(outputs)
         ]
-    # Sizes that count tokens require no gradient.
+    # Sizes that count tokens do not require a gradient.
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     gradients = torch.autograd.grad(
         [o for o, _ in pairs], list(leaves.values()), [c for _, c in pairs], materialize_grads=True
@@ -133,7 +133,7 @@ def terms_of_factors(token_map, x, cotangents, share):
 
 
 def magnitudes(brute, token_map, inputs, cotangents):
-    """Largest sum of the absolute terms of a result, and of a gradient: the scale of rounding."""
+    """Largest sum of absolute terms of each result and gradient: the scale of rounding errors."""
     positive = {name: value.double().abs() for name, value in inputs.items()}
     weights = [c.double().abs() for c in cotangents]
     outputs, gradients, _ = values_and_gradients(brute, positive, weights)
@@ -152,7 +152,7 @@ def magnitudes(brute, token_map, inputs, cotangents):
 
 
 def check(operation, token_map, inputs, layout="contiguous"):
-    """Compare errors against brute force in float64 with the errors of the reference."""
+    """Compare the errors of a call with those of the reference; the truth is float64."""
     call = functools.partial(operation.call, token_map)
     brute = functools.partial(operation.brute, token_map.assign, token_map.num_tokens)
     with tokenops.use_backend("reference"):
@@ -277,12 +277,12 @@ def test_prod_has_derivatives_at_zeros(backend, device):
     assert torch.autograd.gradgradcheck(call, (x,))
     (gradient,) = torch.autograd.grad(call(x).sum(), x)
     assert gradient[0, 0, 0] == x[0, 1, 0]
-    assert gradient[0, 2, 0] == 0  # the segment has another zero
+    assert gradient[0, 2, 0] == 0  # the segment has a second zero
     assert gradient[0, 5, 0] == 1
 
 
 def test_prod_under_functional_transforms():
-    """Forward over reverse and reverse over forward, at zeros too."""
+    """Forward over reverse and reverse over forward, also at zeros."""
     token_map = TokenMap.from_assign(torch.tensor([[0, 0, 1, 1, 1, 2, -1]]), 3)
     x = random_tokens(1, 7, 1, dtype=torch.float64)
     x[0, 0] = x[0, 2] = x[0, 3] = 0
@@ -291,7 +291,7 @@ def test_prod_under_functional_transforms():
     assert torch.equal(torch.func.jacfwd(call)(x), expected)
     assert torch.equal(torch.func.jacrev(call)(x), expected)
     expected = torch.autograd.functional.hessian(lambda x: call(x).sum(), x)
-    assert expected[0, 2, 0, 0, 3, 0] == x[0, 4, 0]  # derivative by two zeros of a segment
+    assert expected[0, 2, 0, 0, 3, 0] == x[0, 4, 0]  # derivative by both zeros of a segment
     assert torch.equal(torch.func.hessian(lambda x: call(x).sum())(x), expected)
 
 
@@ -311,7 +311,7 @@ def test_stride_zero_gradients(name, backend, device):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_only_wanted_gradients(name, backend, device):
+def test_only_required_gradients(name, backend, device):
     """An input that alone requires a gradient gets the same gradient as together with others."""
     operation = OPERATIONS[name]
     token_map = random_token_map(2, 9, 4, device=device, seed=6)
@@ -366,7 +366,7 @@ def test_infinities_and_signed_extremes(reduce, backend, device):
 
 
 def test_half_overflows_only_at_the_end(backend, device):
-    """Half inputs accumulate in float32: large terms that cancel do not become inf."""
+    """Half precision accumulates in float32: large terms that cancel do not overflow."""
     token_map = TokenMap.from_assign(torch.zeros(1, 3, dtype=torch.int64, device=device), 1)
     x = torch.tensor([[[60000.0], [60000.0], [-60000.0]]], dtype=torch.float16, device=device)
     assert tokenops.merge(x, token_map, reduce="sum").item() == 60000
@@ -388,7 +388,7 @@ def test_sizes_count_exactly(backend, device):
 
 
 def test_types_of_sizes(backend, device):
-    """float32, and float64 where both the tokens and the sizes are."""
+    """float64 if both the tokens and the sizes are float64, else float32."""
     token_map = random_token_map(1, 4, 2, device=device)
     x, size = torch.ones(1, 4, 2, device=device), torch.ones(1, 4, 1, device=device)
     for wide, given_size, expected in (
@@ -508,9 +508,9 @@ def test_autocast_keeps_the_dtype(dtype, backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize(
     "channels", [768, 760, 761]
-)  # whole cache lines, half cache lines, neither
+)  # whole cache lines, half cache lines, and neither
 def test_passes_larger_than_the_cache(channels, backend, device):
-    """Results of more than 32 MiB may be stored past the caches: the bits must not differ."""
+    """Results of more than 32 MiB may bypass the caches when stored: bits must not differ."""
     batch, tokens = 30, 197
     token_map = random_token_map(batch, tokens, 181, device=device, seed=2)
     x = random_tokens(batch, tokens, channels, device=device, seed=3)

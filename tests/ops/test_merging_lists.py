@@ -26,7 +26,7 @@ def merging(reduce, weighted=False):
     return call
 
 
-#: Functions of a map, a tensor or a list of tensors, and a weight.
+#: Functions of a map, a tensor or list of tensors, and a weight.
 CALLS = {
     **{reduce: merging(reduce) for reduce in ("sum", "mean", "amax", "amin", "prod")},
     **{f"{reduce}-weight": merging(reduce, weighted=True) for reduce in ("sum", "mean", "amax")},
@@ -40,7 +40,7 @@ def make_map(device, seed=1):
 
 
 def make_tensors(name, token_map, widths, dtype=torch.float32, layouts=("contiguous",)):
-    """A tensor for each width, of the layouts in turn."""
+    """A tensor for each width, with alternating layouts."""
     batch = token_map.assign.shape[0]
     rows = token_map.num_tokens if name == "unmerge" else token_map.num_inputs
     return [
@@ -155,7 +155,7 @@ def leaves_of(tensors):
 
 
 def gradients(outputs, leaves, used=None):
-    """Gradients for random gradients of all outputs, or of the used outputs."""
+    """Gradients of the leaves for random gradients of all outputs, or of the used outputs."""
     cotangents = [
         random_tokens(*o.shape, dtype=o.dtype, device=o.device, seed=70 + i)
         for i, o in enumerate(outputs)
@@ -167,7 +167,7 @@ def gradients(outputs, leaves, used=None):
 
 
 def assert_gradients_as_one_by_one(name, token_map, tensors, weight, used=None):
-    """Gradients have equal bits, except for those of the weight: another order of sums."""
+    """Gradients have equal bits, except those of the weight, whose sums have another order."""
     *leaves, factor = leaves_of([*tensors, weight])
     together = gradients(CALLS[name](token_map, leaves, factor), [*leaves, factor], used)
     singly = gradients(
@@ -210,7 +210,7 @@ def test_gradients_of_many(name, backend, device):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_only_wanted_gradients(name, backend, device):
+def test_only_required_gradients(name, backend, device):
     """An input that alone requires a gradient gets the same gradient as together with others."""
     token_map = make_map(device)
     inputs = [*make_tensors(name, token_map, (5, 9)), make_weight(token_map)]
@@ -283,7 +283,7 @@ def test_gradcheck(name, backend, device):
 
 @pytest.mark.parametrize(("name", "power"), [*((name, 3) for name in SUMS), ("sum-weight", 1)])
 def test_double_backward(name, power, backend, device):
-    """As for single calls. The gradient of a linear function depends only on the weight."""
+    """As for single calls. The gradient of a linear function depends on the weight only."""
     token_map = make_map(device)
     tensors = make_tensors(name, token_map, (5, 9), torch.float64)
 

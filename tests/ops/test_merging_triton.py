@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging's Triton kernels at the ends of tiles: long segments, many rows, blocks of channels."""
+"""Triton kernels of merging at the edges of tiles: long segments, many rows and channels."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def _triton(backend):
 
 
 def segments(*lengths, dropped=0):
-    """A map of one image with segments of these lengths, whose tokens are shuffled."""
+    """A map of one image with shuffled tokens and segments of these lengths."""
     labels = [m for m, length in enumerate(lengths) for _ in range(length)] + [-1] * dropped
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return TokenMap.from_assign(torch.tensor([labels])[:, order], len(lengths))
@@ -94,7 +94,7 @@ def test_more_rows_than_a_program_has(shape, backend, device):
 
 
 def test_order_of_sums(backend, device):
-    """Members are added in ascending order, whatever the other segments of the tile are."""
+    """Members are added in ascending order, for any other segments in the tile."""
     token_map = segments(50, 3, 0, 20).to(device)
     x = random_tokens(1, 73, 9, device=device)
     out = token_map.merge(x, reduce="sum")
@@ -159,8 +159,8 @@ def test_nan_is_the_extremum(reduce, backend, device):
     assert gradient.flatten().tolist() == [0, 0.5, 0.5, 1]
 
 
-def test_dropped_tokens_stay_clean(backend, device):
-    """NaN in dropped tokens, and in their weights, reaches no result."""
+def test_nan_of_dropped_tokens_is_ignored(backend, device):
+    """NaN in dropped tokens and in their weights does not affect results."""
     token_map = segments(3, 2, dropped=4).to(device)
     dropped = token_map.assign[0] < 0
     x = 0.7 + 0.3 * random_tokens(1, 9, 5, device=device)
@@ -212,7 +212,7 @@ def test_wild_offsets_are_clamped(wild, backend, device):
     clean = token_map.merge(x, reduce="sum")
     out = ops.merge(x, *index, None, None, "sum")
     assert_same_bits(out[0, 2], clean[0, 2])
-    # Clamped to N, segment 0 has all tokens; clamped to 0, segment 1 begins with the first token.
+    # If clamped to N, segment 0 has all tokens; if clamped to 0, segment 1 starts at token 0.
     m, end = (0, 9) if wild > 0 else (1, 7)
     members = token_map.members[0, :end].long()
     torch.testing.assert_close(out[0, m], x[0, members].sum(0))

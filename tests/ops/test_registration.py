@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What operators owe to PyTorch: schema, shapes, autograd, vmap, for all kinds of arguments."""
+"""Registration with PyTorch: schema, shapes, autograd and vmap, for all kinds of arguments."""
 
 import itertools
 
@@ -33,7 +33,7 @@ SAMPLES = list(samples())
 
 @pytest.mark.parametrize(
     "sample",
-    [s for s in SAMPLES if "nan" not in s.name],  # opcheck takes NaN for a difference
+    [s for s in SAMPLES if "nan" not in s.name],  # opcheck treats NaN as a difference
     ids=sample_id,
 )
 def test_opcheck(sample):
@@ -43,13 +43,13 @@ def test_opcheck(sample):
 @pytest.mark.isa
 @pytest.mark.parametrize(
     "sample",
-    [  # the measure of attention in half precision is what users have, not whole maps in float32
+    [  # attention in half precision is compared with users' code, not with maps in float32
         s for s in SAMPLES if s.name != "half" or not s.operator.startswith("policy_attention")
     ],
     ids=sample_id,
 )
 def test_operator_does_what_its_reference_does(sample):
-    """Also the operators that only backwards call."""
+    """Also operators that only backward formulas call."""
     reference = _library.defined[sample.operator].reference
 
     def run(function, widen=False):
@@ -95,7 +95,7 @@ def stack_of_maps(device):
 
 
 def loop(function, in_dims, *arguments):
-    """What vmap promises, by a loop."""
+    """The result of vmap, by a loop."""
     results = []
     for i in range(IMAGES):
         taken = []
@@ -198,7 +198,7 @@ def test_vmap_of_splits(backend, device):
 
 @pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0), (1, 0)], ids=str)
 def test_vmap_of_attention(dims, backend, device):
-    """Mapped over tokens, weights or both; positions for all images or for each one."""
+    """Mapped over tokens, weights or both; positions are shared by all images or not."""
     q, k, v = (
         torch.randn((IMAGES, B, 2, N, C), generator=torch.Generator().manual_seed(i)).to(device)
         for i in range(3)
@@ -239,7 +239,7 @@ def test_vmap_returns_token_maps(backend, device):
 
 
 def loss(x, metric):
-    """A bit of everything that has a gradient."""
+    """A sum over several differentiable operators."""
     token_map = tokenops.match(metric, 2)
     y, size = token_map.merge_wavg(x, x[..., :1].exp())
     score, _ = tokenops.nearest(x, metric)
@@ -293,7 +293,7 @@ def test_batched_gradients_of_attention():
 
 @pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script:DeprecationWarning")  # in torch.func.jvp
 def test_transforms_that_differentiate():
-    """torch.func.grad and its kin know no registered operators; the reference serves them."""
+    """The reference serves torch.func.grad, vjp, jvp and their compositions."""
     metric = random_tokens(B, N, C, seed=7)
     xs = torch.stack([random_tokens(B, N, C, seed=i) for i in range(IMAGES)])
     expected = []

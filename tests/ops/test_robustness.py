@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Same bits always; no memory read before it is written; no index followed out of bounds."""
+"""The same bits in every run; no reads of uninitialized memory; no access out of bounds."""
 
 import itertools
 import math
@@ -58,7 +58,7 @@ def of_tokens(dtype, device="cpu"):
 
 
 def of_attention(dtype, device="cpu"):
-    """Few images and heads, so that threads share the rows of one; then many."""
+    """Few images and heads, so that threads share the rows of one head; then many."""
     operators = [n for n in _library.operators if "attention" in n]
     few = Sizes(1, 2, 301, 40, channels=1, dtype=dtype, device=device)
     many = Sizes(5, 4, 67, 32, channels=1, dtype=dtype, device=device)
@@ -76,7 +76,7 @@ def threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_same_bits_for_any_number_of_threads(dtype, backend, threads):
     if backend == "triton":
-        pytest.skip("threads of the CPU have no part in it")
+        pytest.skip("does not depend on CPU threads")
     check_threads(of_tokens, dtype, threads)
 
 
@@ -100,7 +100,7 @@ def check_threads(function, dtype, threads):
 @pytest.mark.parametrize("function", [of_tokens, of_attention], ids=lambda f: f.__name__)
 def test_same_bits_from_run_to_run(function, backend, device):
     if backend == "triton" and device == "cpu":
-        pytest.skip("the interpreter runs one program after the other")
+        pytest.skip("the interpreter runs programs one after the other")
     first, second = function(torch.float32, device), function(torch.float32, device)
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         assert_same_bits(a, b, name=f"result {i}")
@@ -137,14 +137,14 @@ def test_token_maps_are_left_alone(backend, device):
 
 
 def test_the_identity_copies(backend, device):
-    """Where nothing changes, writing into a result still changes no input."""
+    """If nothing merges, results still share no memory with inputs."""
     x = random_tokens(2, 6, 3, device=device)
     token_map = tokenops.match(x, 0)
     for out in (token_map.merge(x), token_map.merge_wavg(x)[0], token_map.unmerge(x)):
         assert out.data_ptr() != x.data_ptr()
 
 
-# ---- poison ----
+# ---- uninitialized memory ----
 
 
 def test_unwritten_memory_is_poisoned():
@@ -152,10 +152,10 @@ def test_unwritten_memory_is_poisoned():
     assert torch.empty(1000).isnan().all()
     assert (torch.empty(100, dtype=torch.int32) == 2**31 - 1).all()
     if platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
-        return  # another allocator, a sanitizer's for example, fills memory in its own way
+        return  # another allocator, for example of a sanitizer, fills memory differently
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
-        for number in (1000, 10_000):  # smaller blocks may come from a cache, as they were
+        for number in (1000, 10_000):  # smaller blocks may be reused from a cache
             assert (torch.empty(number) > 3e38).all()
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
@@ -245,8 +245,8 @@ def test_garbage_indices_never_crash(backend, quick):
 
 
 @pytest.mark.isa
-def test_garbage_stays_where_it_is(backend, device):
-    """A wild label drops its token and does nothing to the others."""
+def test_wild_labels_affect_only_their_tokens(backend, device):
+    """A label out of range drops its token and does not affect other tokens."""
     token_map = random_token_map(1, 20, 6, device=device, seed=1)
     x = random_tokens(1, 20, 9, device=device)
     for wild in (-(2**31), -7, 6, 2**31 - 1):
@@ -265,7 +265,7 @@ def test_garbage_stays_where_it_is(backend, device):
 
 
 def test_wild_positions_of_the_operators(backend, device):
-    """What the API would refuse or clamp, kernels survive: a position out of range is none."""
+    """The API rejects or clamps positions out of range; kernels treat them as no position."""
     inputs = random_attention(2, 2, 12, 4, policy="hard", keys=9, device=device)
     q, k, v, policy = inputs.values()
     edges = torch.tensor(
@@ -292,7 +292,7 @@ def test_wild_positions_of_the_operators(backend, device):
 
 
 def test_wild_argmax_of_the_backward(backend, device):
-    """An argmax from elsewhere than the forward pass adds to no key, or to the wrong one."""
+    """An argmax that the forward did not return adds to no key, or to a wrong key."""
     inputs = random_attention(1, 2, 7, 4, policy="soft", device=device)
     q, k, v, policy = inputs.values()
     options = True, False, 1e-2, False, "exact", 0.5
@@ -339,11 +339,11 @@ for options in ({}, {"eps": 1e-3, "is_causal": True}):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
-@pytest.mark.native_only  # the reference differentiates through maps
+@pytest.mark.native_only  # the reference's autograd stores attention maps
 def test_memory_of_attention_is_linear(backend):
-    """Forward and backward of 4096 tokens; one map of them in float32 has 64 MB."""
+    """Forward and backward of 4096 tokens; one attention map in float32 has 64 MB."""
     x = torch.zeros(1, 1, 2, 2)
-    tokenops.policy_attention(x, x, x)  # a backend without it says so here
+    tokenops.policy_attention(x, x, x)  # raises if the backend cannot serve
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -377,7 +377,7 @@ def test_extreme_metrics_give_valid_maps(similarity, value, backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_rows_whose_length_is_tiny(dtype, backend, device):
-    """The length of a tiny row may be 0 in float32: its similarity is then 0, and never huge."""
+    """The length of a tiny row may be 0 in float32; its similarities are then 0, never huge."""
     metric = random_tokens(1, 12, 64, dtype=dtype, device=device, seed=3)
     metric[0, [0, 3]] *= 1e-40 if dtype == torch.float64 else 1e-25
     a, b = metric[:, 0::2], metric[:, 1::2]
@@ -392,7 +392,7 @@ def test_rows_whose_length_is_tiny(dtype, backend, device):
 
 @pytest.mark.isa
 def test_offsets_beyond_32_bits(backend, device, tmp_path):
-    """Strides that reach past 2**31 elements, on the CPU over a file with almost nothing in it."""
+    """Strides that reach past 2**31 elements; on the CPU the memory is a sparse file."""
     size = 2**31 + 64
     if device == "cpu":
         memory = torch.from_file(str(tmp_path / "sparse"), True, size, dtype=torch.bfloat16)
@@ -407,7 +407,7 @@ def test_offsets_beyond_32_bits(backend, device, tmp_path):
         assert_same_bits(token_map.merge(far, reduce=reduce), token_map.merge(near, reduce=reduce))
     assert_same_bits(token_map.merge_wavg(far)[0], token_map.merge_wavg(near)[0])
     heads = [t[:, None] for t in (far, near)]
-    if backend == "triton":  # tokens of a tile must be nearer: images apart instead
+    if backend == "triton":  # tokens of a tile must be close: separate the images instead
         heads = [t.transpose(0, 1)[:, None] for t in (far, near)]
     attended = [tokenops.policy_attention(t, t, t) for t in heads]
     scores = [tokenops.attention_scores(t, t, query_index=[-1]) for t in heads]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splits given by patterns, thresholds as tensors, and arguments that only operators take."""
+"""Splits as patterns, thresholds as tensors, and arguments that only operators take."""
 
 import itertools
 import math
@@ -81,7 +81,7 @@ def test_grid_is_the_lists_of_its_cells(
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("each", [False, True])
 def test_offsets_in_cells_are_clamped(each, dtype, order, backend, device):
-    """Only the kernels read offsets in cells; images may have offsets of their own."""
+    """Kernels clamp offsets in cells; each image may have its own offsets."""
     metric = exact_metric(2, 1 + 5 * 7, 4, device=device, seed=3)
     offsets = torch.tensor([[-(2**31), -1, 0, 3, 4, 2**31 - 1], [1, 2, 3, 0, 9, -9]], dtype=dtype)
     cell = offsets.to(device) if each else offsets[0].to(device)
@@ -125,7 +125,7 @@ def test_an_image_thinner_than_a_cell_has_no_destination(size, backend, device):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_threshold_as_a_tensor(dtype, order, backend, device):
-    """The same bits as a float gives, for all images or for each one."""
+    """The same bits as with a float, for one threshold or one per image."""
     metric = random_tokens(3, 31, 8, dtype=dtype, device=device)
     least = [-math.inf, 0.3, 0.6]
 
@@ -170,7 +170,7 @@ def test_vmap_over_thresholds(backend, device):
 @pytest.mark.parametrize("pattern", [(2, 0, 1), (3, 4, 2)], ids=["alternate", "grid"])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 12])
 def test_more_than_there_is_to_merge(tokens, pattern, limit, order, backend, device):
-    """At least one output is left, and shapes are those of the fake."""
+    """At least one output is left, and shapes equal those of the fake."""
     metric = exact_metric(2, tokens, 4, device=device, seed=1)
     for r in (-3, tokens - 1, tokens, tokens + 5):
         request = Request(r, limit, None, order)
@@ -210,7 +210,7 @@ def test_one_list_is_none(name, side, device):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("kind", ["random", "grid"])
 def test_recomputation_draws_nothing_else(kind, use_reentrant):
-    """Checkpointing sets default generators back; a draw from another one is refused there."""
+    """Checkpointing restores default generators; a draw from another generator is an error."""
     x = random_tokens(2, 17, 24)
 
     def run(generator):
@@ -229,13 +229,13 @@ def test_recomputation_draws_nothing_else(kind, use_reentrant):
 
     torch.manual_seed(0)
     got, expected = run(None)
-    assert got == pytest.approx(expected, rel=1e-5)  # of a square, whatever the map
+    assert got == pytest.approx(expected, rel=1e-5)  # gradient of a square, for any map
     with pytest.raises(ValueError, match=f"{kind}: generator"):
         run(torch.Generator().manual_seed(0))
 
 
 def test_a_map_from_outside_serves_recomputation():
-    """With a generator of your own, match before the checkpoint."""
+    """With a generator that is not a default one, match before the checkpoint."""
     x = random_tokens(2, 16, 8).requires_grad_()
     split = tokenops.random(6, torch.Generator().manual_seed(0))
     token_map = tokenops.match(x, 5, split=split)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TokenMap and the splits: what the fields mean, and the laws that maps obey."""
+"""TokenMap and splits: the meaning of the fields, and the laws that maps obey."""
 
 import copy
 import dataclasses
@@ -246,7 +246,7 @@ def test_compose_drops_what_either_map_drops(shape, first, second, backend, devi
 @pytest.mark.parametrize("batch", [0, 2])
 def test_compose_through_no_tokens(batch, inputs, outputs, backend, device):
     later = torch.empty(batch, 0, dtype=torch.int32, device=device)
-    for label in (-1, 0, 2**31 - 1):  # none of them is in range of no tokens
+    for label in (-1, 0, 2**31 - 1):  # without tokens, no label is in range
         earlier = torch.full((batch, inputs), label, dtype=torch.int32, device=device)
         composed = composed_by(later, earlier, outputs)
         assert (composed.assign == -1).all()
@@ -256,7 +256,7 @@ def test_compose_through_no_tokens(batch, inputs, outputs, backend, device):
 @pytest.mark.isa
 @pytest.mark.parametrize("wild", [-(2**31), -7, -2, 6, 7, 9, 12, 2**30, 2**31 - 1])
 def test_compose_drops_wild_labels(wild, backend, device):
-    """In either map; the other tokens stay as they are."""
+    """In either map; other tokens are unaffected."""
     earlier = random_token_map(2, 20, 9, dropped=0.1, device=device, seed=1).assign
     later = random_token_map(2, 9, 6, dropped=0.1, device=device, seed=2).assign
     bad_later = later.clone()

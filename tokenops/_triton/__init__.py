@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all Triton kernels share: launches, and the devices that they are for.
+"""Launches of Triton kernels, which all operators share.
 
-Imported by ``ops/*/triton/`` alone, which in turn are imported when a kernel is first called, so
-that ``import tokenops`` needs no Triton.
+``launch`` imports Triton. Only ``ops/*/triton/`` import ``launch``, and they are imported when a
+kernel is first called, so ``import tokenops`` does not need Triton.
 """
 
-#: Versions of Triton whose launcher for NVIDIA devices was seen to make the same launches past the
-#: binder as through it: grid, block, shared memory, stream, every pointer and every number.
+#: Versions of Triton for which ``tests/stand_in.py`` passes on NVIDIA's launcher: a launch that
+#: bypasses the binder has the same grid, block, shared memory, stream, pointers and numbers.
 VERIFIED = ("3.6.0", "3.7.1")
 
 
 def release(version: str) -> str:
-    """A version without the commit that vendors append: ``"3.6.0+git1a2b3c"`` is 3.6.0."""
+    """Remove the local version that vendors append: ``"3.6.0+git1a2b3c"`` becomes ``"3.6.0"``."""
     return version.partition("+")[0]

@@ -15,23 +15,23 @@ from torch import Tensor
 
 from . import VERIFIED, release
 
-#: Whether kernels are Python functions on CPU tensors (``TRITON_INTERPRET=1``).
+#: Whether Triton interprets kernels as Python functions (``TRITON_INTERPRET=1``).
 interpreting: bool = bool(triton.knobs.runtime.interpret)
 
-#: Pointers that are divisible by so many bytes may be read in whole vectors.
+#: Alignment in bytes that Triton specializes on: it reads aligned pointers in whole vectors.
 ALIGNMENT = 16
 
 #: Version of Triton: ``"3.7.1"``.
 VERSION = release(triton.__version__)
 
-#: Whether the compiler is that of Triton 3.6, which needs more registers for some tiles.
+#: Whether Triton is older than 3.7, whose compiler needs fewer registers for some tiles.
 BEFORE_3_7: bool = tuple(map(int, VERSION.split(".")[:2])) < (3, 7)
 
-#: What a launcher raises at arguments that it does not take, before it calls the driver. Errors of
-#: the driver itself are RuntimeErrors; they are never hidden by a second try.
+#: Errors that a launcher raises for arguments that it does not take, before it calls the driver.
+#: Errors of the driver are RuntimeErrors, after which a launch is not repeated.
 _REFUSALS = (TypeError, AttributeError, ValueError)
 
-#: Whether launches that are ready go straight to the driver; ends with the first refusal.
+#: Whether prepared launches go straight to the driver; False after the first refusal.
 _direct = not interpreting and torch.version.hip is None and VERSION in VERIFIED
 
 #: Functions that pick settings, by name.
@@ -60,7 +60,7 @@ class Settings:
 
 
 def planned(function: Function) -> Function:
-    """Keep what a function makes of one shape, dtype, layout and device: its arguments."""
+    """Cache the results of a function of shapes, dtypes, layouts and devices."""
     kept = functools.lru_cache(maxsize=1024)(function)
     plans.append(kept)
     return kept  # type: ignore[return-value]
@@ -79,20 +79,20 @@ def heuristic(function: Callable[..., Settings]) -> Callable[..., Settings]:
 
 
 class Launch:
-    """A kernel with its grid, numbers and settings: all of a call but the tensors.
+    """A kernel with its grid, numbers and settings: everything in a call except the tensors.
 
     The kernel's parameters are tensors (or None) first, then ``numbers``, then ``constants``, which
-    are its ``tl.constexpr`` parameters in the order of their definition. To be made once for all
+    are its ``tl.constexpr`` parameters in the order of their definition. One ``Launch`` serves all
     calls of one shape, dtype, layout and device: the first call compiles. Under a verified version
-    of Triton the others go straight to the driver; all calls go through Triton's own launcher under
-    any other version, and after a launch that was refused on the way past it.
+    of Triton the later calls go straight to the driver. Under any other version, and after a direct
+    launch was refused, all calls go through Triton's own launcher.
 
     Args:
         kernel: A function under ``triton.jit``.
         grid: Programs along up to three axes; where one is 0, nothing is launched.
-        numbers: Its integers and floats.
-        settings: Warps and stages; block sizes are among the constants where a kernel takes them.
-        constants: Its constants by name.
+        numbers: Integers and floats that the kernel takes.
+        settings: Warps and stages; block sizes that the kernel takes are among the constants.
+        constants: The ``tl.constexpr`` parameters by name.
     """
 
     __slots__ = ("_ready", "_tail", "constants", "grid", "kernel", "numbers", "settings")
@@ -110,7 +110,7 @@ class Launch:
         self.numbers = numbers
         self.settings = settings
         self.constants = constants
-        # By what each tensor is: code is compiled for its dtype, or for there being none.
+        # By the dtype of each tensor, or None without a tensor: each has its own compiled code.
         self._ready: dict[tuple[torch.dtype | None, ...], tuple[Any, ...]] = {}
         self._tail = (*numbers, *constants.values())
 
@@ -146,7 +146,7 @@ class Launch:
                 self._ready[kinds] = _prepare(compiled)
             except _REFUSALS as error:
                 refusal = error
-        if refusal is not None:  # and Triton's own launcher took the same arguments
+        if refusal is not None:  # Triton's own launcher took the same arguments
             _give_up(self.kernel.__name__, refusal)
 
 
@@ -155,7 +155,7 @@ def _aligned(tensor: Tensor | None) -> bool:
 
 
 def _prepare(compiled: Any) -> tuple[Any, ...]:
-    """What a later launch of the same code needs on the current device."""
+    """Return the arguments of a direct launch of compiled code on the current device."""
     driver = triton.runtime.driver.active
     device, stream = driver.get_current_device(), driver.get_current_stream
     return compiled.run, compiled.function, compiled.packed_metadata, stream, device
@@ -166,16 +166,16 @@ def _give_up(kernel: str, refusal: Exception) -> None:
     global _direct
     _direct = False
     warnings.warn(
-        f"{kernel}: Triton {triton.__version__} refused a launch past its binder "
-        f"({type(refusal).__name__}: {refusal}); all launches take its own launcher from now on, "
-        "which costs the host more time",
+        f"{kernel}: Triton {triton.__version__} refused a direct launch "
+        f"({type(refusal).__name__}: {refusal}); from now on all launches go through Triton's own "
+        "launcher, which takes more host time",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
 def _profiled() -> bool:
-    """Whether a profiler of Triton's wants to know of launches, which has more to tell them."""
+    """Whether a profiler has set a launch hook, which only Triton's own launcher calls in full."""
     hook = triton.knobs.runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
 
@@ -192,12 +192,12 @@ def device_arch(device: torch.device) -> str:
 
 
 def arch(tensor: Tensor) -> str:
-    """Architecture of a tensor's device; ``"sm_90"`` where it is no GPU."""
+    """Architecture of a tensor's device; ``"sm_90"`` where it is not a GPU."""
     return device_arch(tensor.device)
 
 
 def power_of_two(number: int, least: int = 1) -> int:
-    """The smallest power of two that is not below."""
+    """The smallest power of two that is at least ``number`` and ``least``."""
     return max(least, 1 << (number - 1).bit_length() if number > 1 else 1)
 
 

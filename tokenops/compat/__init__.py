@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-ins: tokenops under the names, arguments and results of the projects it serves.
+"""Drop-ins: tokenops with the names, arguments and results of other projects.
 
-One module for each project; none is imported before it is asked for. They use the public
-names of tokenops and its checks of arguments, nothing else.
+There is one module for each project, imported only on request. The modules use only the public
+names of tokenops and its argument checks.
 """

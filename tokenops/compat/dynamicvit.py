@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in for DynamicViT: attention under a keep policy, and the index functions of its ``utils``.
 
-Arguments and results are the originals'. :func:`attention_with_policy` computes what
-:func:`softmax_with_policy` and the product with the values compute, without a map of queries by
-keys; :func:`masked_mean` is the mean in the predictor. What goes before and after them:
-:func:`tokenops.gumbel_keep`, :func:`tokenops.keep_ratio_loss`, :func:`tokenops.prune`.
+Arguments and results are as in DynamicViT. :func:`attention_with_policy` computes
+:func:`softmax_with_policy` and the product with the values without storing an attention map;
+:func:`masked_mean` is the mean in the predictor. See also :func:`tokenops.gumbel_keep`,
+:func:`tokenops.keep_ratio_loss` and :func:`tokenops.prune`.
 
-Where the original is plainly wrong, this is right:
+These differences correct errors of DynamicViT:
 
 * Double precision is computed in double precision, not in single.
-* Without ``eps``, a dropped key that dominates its row does not make it NaN; a row whose logits are
+* Without ``eps``, a dropped key that dominates a row does not make it NaN; a row whose logits are
   all -inf is uniform (0 without ``eps``), not NaN.
-* An index outside the tokens is an error, not a token of the image before.
-* ``batch_index_fill`` leaves its argument as it is, and knows what repeated indices mean.
-* The mean over an image that dropped everything is 0, not NaN (DynamicViT #27).
+* An index out of range is an error, and does not select a token of another image.
+* ``batch_index_fill`` does not write into its argument, and defines the result of repeated indices.
+* The mean over an image without kept tokens is 0, not NaN (DynamicViT #27).
 
 References:
     Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification",
@@ -40,27 +40,27 @@ __all__ = [
 
 
 def softmax_with_policy(attn: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
-    """Softmax over keys of which some are dropped; each token keeps sight of itself.
+    """Softmax over keys, some of which are dropped; each token attends to itself.
 
     ``y_ij = (w_ij + eps / N) / (sum_j w_ij + eps)`` with ``w_ij = exp(s_ij - max_j s_ij) * p_j``,
     where ``p_j`` is 1 for ``i = j``.
 
     Args:
         attn: Logits ``[B, H, N, N]``; float16, bfloat16, float32 or float64.
-        policy: How much of each token is kept, ``[B, N, 1]`` or ``[B, N]``, at least 0.
+        policy: Share of each token that is kept, ``[B, N, 1]`` or ``[B, N]``, at least 0.
         eps: Smoothing, at least 0.
 
     Returns:
         The attention ``[B, H, N, N]`` in the dtype of ``attn``, computed in float32 (float64 for
-        double). Only the arguments are kept for the backward pass.
+        double). Only the arguments are saved for the backward.
 
     Raises:
-        TypeError: If ``attn`` is no floating-point tensor.
+        TypeError: If ``attn`` is not a floating-point tensor.
         ValueError: If a shape does not fit.
 
     Note:
-        Differentiable in ``attn`` and ``policy``, twice; the policy's gradient is not zero where
-        the policy is. Deterministic: the same bits from run to run.
+        Differentiable in ``attn`` and ``policy``, twice; the gradient of the policy is not zero
+        for dropped keys. Deterministic: the same bits from run to run.
 
     Example:
         >>> from tokenops.compat.dynamicvit import softmax_with_policy
@@ -101,7 +101,7 @@ def attention_with_policy(
         scale: ``1 / sqrt(D)`` by default.
 
     Returns:
-        ``[B, H, N, D]``, so laid out that ``.transpose(1, 2).reshape(B, N, C)`` is a view.
+        ``[B, H, N, D]``, with strides such that ``.transpose(1, 2).reshape(B, N, C)`` is a view.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -136,9 +136,9 @@ def batch_index_select(x: Tensor, idx: Tensor) -> Tensor:
         ``[B, M, ...]`` in the dtype of ``x``.
 
     Raises:
-        TypeError: If ``idx`` is no integer tensor.
-        ValueError: If a shape does not fit or an index is out of range; where looking at indices
-            would wait for the device, the nearest token is taken instead.
+        TypeError: If ``idx`` is not an integer tensor.
+        ValueError: If a shape does not fit or an index is out of range; where reading indices
+            would wait for the device, they are clamped instead.
 
     Note:
         Differentiable in ``x``. Deterministic: the same bits from run to run, also in the gradient
@@ -150,8 +150,8 @@ def batch_index_select(x: Tensor, idx: Tensor) -> Tensor:
         [[7.0, 5.0]]
 
     References:
-        ``batch_index_select`` of DynamicViT, except that an index out of range is an error, and not
-        a token of another image, and that ``x`` may have any rank above 1.
+        ``batch_index_select`` of DynamicViT, except that an index out of range is an error instead
+        of a token of another image, and that ``x`` may have any rank above 1.
     """
     name = "batch_index_select"
     _check_rows(name, "x", x)
@@ -159,23 +159,23 @@ def batch_index_select(x: Tensor, idx: Tensor) -> Tensor:
 
 
 def batch_index_fill(x: Tensor, x1: Tensor, x2: Tensor, idx1: Tensor, idx2: Tensor) -> Tensor:
-    """Put two sets of tokens into their places: ``x[b, idx1[b]] = x1[b]``, then the same for 2.
+    """Write two sets of tokens by index: ``x[b, idx1[b]] = x1[b]``, then ``x[b, idx2[b]] = x2[b]``.
 
     Args:
-        x: ``[B, N, C]`` or ``[B, N, ...]``, what stands in all other places; it is not changed.
+        x: ``[B, N, C]`` or ``[B, N, ...]``, the tokens at all other indices; it is not changed.
         x1: ``[B, N1, ...]``.
         x2: ``[B, N2, ...]``.
         idx1: int32 or int64 ``[B, N1]``, or ``[1, N1]`` for all images, in [0, N).
         idx2: int32 or int64 ``[B, N2]`` or ``[1, N2]``, in [0, N).
 
     Returns:
-        ``[B, N, ...]`` in the dtype of ``x``. Of several tokens for one place the last one counts,
-        those of ``x2`` being later than those of ``x1``.
+        ``[B, N, ...]`` in the dtype of ``x``. Of several tokens with one index the last one is
+        taken; ``x2`` comes after ``x1``.
 
     Raises:
-        TypeError: If an index is no integer tensor.
-        ValueError: If a shape does not fit or an index is out of range; where looking at indices
-            would wait for the device, the nearest place is taken instead.
+        TypeError: If an index is not an integer tensor.
+        ValueError: If a shape does not fit or an index is out of range; where reading indices
+            would wait for the device, they are clamped instead.
 
     Note:
         Differentiable in ``x``, ``x1`` and ``x2``. Deterministic: the same bits from run to run.
@@ -188,7 +188,7 @@ def batch_index_fill(x: Tensor, x1: Tensor, x2: Tensor, idx1: Tensor, idx2: Tens
 
     References:
         ``batch_index_fill`` of DynamicViT, except that it does not write into ``x``, that the
-        outcome of repeated indices is defined, and that an index out of range is an error.
+        result of repeated indices is defined, and that an index out of range is an error.
     """
     name = "batch_index_fill"
     _check_rows(name, "x", x)
@@ -199,7 +199,7 @@ def batch_index_fill(x: Tensor, x1: Tensor, x2: Tensor, idx1: Tensor, idx2: Tens
         _check_rows(name, f"x{i}", rows)
         _checks.check_shape(name, f"x{i}", rows, [(batch, idx.shape[1], *x.shape[2:])])
         places.append(idx)
-    # Each place names the row that it takes: its own, or the last one that goes there.
+    # The row at each index: that of x, or the last one written to this index.
     place = torch.cat(places, dim=1)
     rows = torch.cat([x, x1.to(x.dtype), x2.to(x.dtype)], dim=1)
     number = torch.arange(rows.shape[1], device=x.device).expand(batch, -1)
@@ -217,14 +217,14 @@ def masked_mean(x: Tensor, policy: Tensor) -> Tensor:
         policy: ``[B, N, 1]`` or ``[B, N]``, at least 0.
 
     Returns:
-        ``[B, 1, C]`` in the dtype of ``x``; half types accumulate in float32.
+        ``[B, 1, C]`` in the dtype of ``x``; float16 and bfloat16 accumulate in float32.
 
     Raises:
-        TypeError: If ``x`` is no floating-point tensor.
+        TypeError: If ``x`` is not a floating-point tensor.
         ValueError: If a shape does not fit.
 
     Note:
-        Differentiable in ``x`` and ``policy``. Where everything is dropped the gradient is finite:
+        Differentiable in ``x`` and ``policy``. Without kept tokens the gradient is finite:
         0 for ``x``, ``g . x[b, n]`` for the policy, as if one token were kept. Deterministic: the
         same bits from run to run.
 
@@ -235,7 +235,7 @@ def masked_mean(x: Tensor, policy: Tensor) -> Tensor:
         [2.0, 0.0]
 
     References:
-        ``PredictorLG`` of DynamicViT, where such an image turns the model into NaN (#27).
+        ``PredictorLG`` of DynamicViT, whose mean without kept tokens is NaN (#27).
     """
     name = "masked_mean"
     _checks.check_floating(name, "x", x, dims=(3,))
@@ -248,7 +248,7 @@ def masked_mean(x: Tensor, policy: Tensor) -> Tensor:
 
 
 class _Softmax(torch.autograd.Function):
-    """Keeps nothing but its arguments; the backward pass computes the map again."""
+    """Saves only its arguments; the backward computes the attention map again."""
 
     generate_vmap_rule = True
 
@@ -260,8 +260,8 @@ class _Softmax(torch.autograd.Function):
             own
         )
         total = _nonzero(weight.sum(-1, keepdim=True) + eps)
-        # Not in place, nor by a conversion to its own dtype: PyTorch 2.11 compiles a function that
-        # ends so to one whose gradients are 0.
+        # If a function ends with an in-place operation or a conversion to the same dtype, PyTorch
+        # 2.11 compiles it to one whose gradients are 0.
         out = weight.add_(eps / max(attn.shape[-1], 1)) / total
         return out if out.dtype == attn.dtype else out.to(attn.dtype)
 
@@ -294,12 +294,12 @@ class _Softmax(torch.autograd.Function):
 
 
 def _weights(attn: Tensor, policy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``exp(s - m)`` in the type of sums, and the key [B, H, N, 1] of each row's maximum m."""
+    """``exp(s - m)`` in the dtype of sums, and the key [B, H, N, 1] of each row's maximum m."""
     s = attn.to(_sum_dtype(attn))
     if s.shape[-1] == 0:
         return s.exp(), torch.zeros_like(s, dtype=torch.int64)
     candidates = s.detach()
-    if eps == 0:  # nothing depends on m: a dropped key shall not make the others vanish
+    if eps == 0:  # m cancels out: without dropped keys, kept ones do not underflow
         own = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
         dropped = (policy.detach() == 0)[:, None, None, :, 0] & ~own
         candidates = candidates.masked_fill(dropped, -math.inf)
@@ -331,7 +331,7 @@ def _take(x: Tensor, idx: Tensor) -> Tensor:
 
 
 def _check_index(name: str, argument: str, idx: Tensor, batch: int, tokens: int) -> Tensor:
-    """Indices as int64 [B, M] in [0, N)."""
+    """Check indices, and clamp them to [0, N): int64 [B, M]."""
     _checks.check_index(name, argument, idx, dims=(2,))
     if idx.shape[0] not in (1, batch):
         raise _checks.value_error(name, argument, f"of shape [{batch}, M]", idx)
@@ -342,7 +342,7 @@ def _check_index(name: str, argument: str, idx: Tensor, batch: int, tokens: int)
 
 
 def _check_rows(name: str, argument: str, x: Tensor) -> None:
-    """A tensor [B, N, ...] of any dtype."""
+    """Check for a tensor [B, N, ...] of any dtype."""
     if not isinstance(x, Tensor):
         raise _checks.type_error(name, argument, "a tensor", x)
     _checks.check_dense(name, argument, x)
@@ -351,7 +351,7 @@ def _check_rows(name: str, argument: str, x: Tensor) -> None:
 
 
 def _as_column(name: str, policy: Tensor, batch: int, tokens: int) -> Tensor:
-    """The policy as [B, N, 1]."""
+    """Check the policy, and reshape it to [B, N, 1]."""
     if not isinstance(policy, Tensor):
         raise _checks.type_error(name, "policy", "a tensor", policy)
     _checks.check_dense(name, "policy", policy)

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-in for EViT: the class token's attention, ``complement_idx``, and what its ``Block`` drops.
+"""Drop-in for EViT: the class token's attention, ``complement_idx`` and the dropping of tokens.
 
-The attention map of a block is not needed: :func:`class_attention` computes the class token's row
-alone, and any fused attention serves the rest. With ``q``, ``k`` of a block and its tokens ``x``
-after attention::
+The attention map of a block is not needed: :func:`class_attention` computes only the row of the
+class token, and any fused attention computes the output. With ``q``, ``k`` of a block and its
+tokens ``x`` after attention::
 
     cls_attn = class_attention(q, k)
     x, token_map = drop_tokens(x, cls_attn, keep_rate=0.7, fuse_token=True)
 
-Where the original is plainly wrong, this is right: further prefix tokens (distillation, registers)
-are no candidates for dropping, if ``num_prefix`` says so (EViT #15), and an index outside the range
-is an error.
+Two differences correct errors of EViT: ``num_prefix`` protects further prefix tokens (distillation,
+registers) from being dropped (EViT #15), and an index out of range is an error.
 
 References:
     Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
@@ -66,7 +65,7 @@ def class_attention(
 
 
 def complement_idx(idx: Tensor, dim: int) -> Tensor:
-    """Indices in ``range(dim)`` that ``idx`` does not name, ascending.
+    """Indices in ``range(dim)`` that ``idx`` does not contain, ascending.
 
     Args:
         idx: int32 or int64 ``[..., K]``, distinct along the last dimension, in [0, dim).
@@ -76,8 +75,8 @@ def complement_idx(idx: Tensor, dim: int) -> Tensor:
         int64 ``[..., dim - K]``.
 
     Raises:
-        TypeError: If ``idx`` is no integer tensor.
-        ValueError: If K is above ``dim``, or an index is out of range (clamped where looking at
+        TypeError: If ``idx`` is not an integer tensor.
+        ValueError: If K is above ``dim``, or an index is out of range (clamped where reading
             indices would wait for the device).
 
     Note:
@@ -115,7 +114,8 @@ def drop_tokens(
 ) -> tuple[Tensor, TokenMap]:
     """Keep the tokens that the class token attends to most; drop the others or fuse them into one.
 
-    The fused token is ``sum_n cls_attn[n] x[n]`` over the dropped tokens, which is not normalised.
+    The fused token is ``sum_n cls_attn[n] x[n]`` over the dropped tokens; the sum is not
+    normalized.
 
     Args:
         x: ``[B, N, C]``, prefix first.
@@ -123,14 +123,14 @@ def drop_tokens(
         keep_rate: Share of the tokens outside the prefix to keep, in (0, 1]; rounded up.
         tokens: Number of these tokens to keep, at least 1; overrides ``keep_rate``.
         fuse_token: Append the fused token.
-        num_prefix: Leading tokens that stay, in front.
-        order: ``"score"``: kept tokens by descending attention, as EViT has them; ``"position"``:
+        num_prefix: Leading tokens that are always kept, in front.
+        order: ``"score"``: kept tokens by descending attention, as in EViT; ``"position"``:
             in the order of the input.
 
     Returns:
         The tokens ``[B, num_prefix + kept (+ 1), C]`` in the dtype of ``x``, and the map that made
         them. ``token_map.members[:, num_prefix : num_prefix + kept] - num_prefix`` is EViT's
-        ``idx``. Where nothing is dropped, ``x`` itself, in its order, and the identity.
+        ``idx``. If nothing is dropped, ``x`` itself, in its order, and the identity.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.

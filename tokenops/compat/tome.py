@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in for ToMe: the functions of ``tome.merge`` and ``parse_r`` of ``tome.utils``.
 
-Arguments, results and order of outputs are the originals', for the price of fused operators.
-Matching functions return a pair ``(merge, unmerge)``: ``merge(x, mode="mean")`` takes ``[B, N, C]``
-to ``[B, M, C]`` by ``"sum"``, ``"mean"``, ``"amax"``, ``"amin"`` or ``"prod"``; ``unmerge(y)`` goes
-back. Both carry their ``token_map``, which all of tokenops understands.
+Arguments, results and the order of outputs are as in ToMe; fused operators compute them. Matching
+functions return a pair ``(merge, unmerge)``: ``merge(x, mode="mean")`` reduces ``[B, N, C]`` to
+``[B, M, C]`` by ``"sum"``, ``"mean"``, ``"amax"``, ``"amin"`` or ``"prod"``; ``unmerge(y)`` maps
+back. Both have a ``token_map``, which all functions of tokenops take.
 
-Where the original is plainly wrong, this is right:
+These differences correct errors of ToMe:
 
-* A token of zero length has similarity 0 to every other; it no longer wins every match as NaN does.
-* ``unmerge`` knows the layout that ``merge`` makes for a distillation token.
+* A token of zero length has similarity 0 to every other; in ToMe it is NaN and wins every match.
+* ``unmerge`` inverts the layout that ``merge`` makes for a distillation token.
 * ``unmerge`` of ``kth_bipartite_soft_matching`` gives all N tokens; the tail that ``merge`` drops
   comes back as zeros instead of being missing.
-* Sizes are float32 whatever ``x`` is; in half precision they would stop growing.
+* Sizes are summed in float32 and rounded once; see :func:`merge_wavg`.
 
 References:
     Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3.
@@ -47,9 +47,9 @@ __all__ = [
 class Merge:
     """Reduces ``x`` ``[B, N, C]`` to ``[B, M, C]`` by a token map; see :func:`tokenops.merge`.
 
-    Integers and bools, which :func:`tokenops.merge` does not take, keep their dtype too: sums wrap
-    around, means round down, and of bools there are ``amax`` and ``sum``, any of them, and ``amin``
-    and ``prod``, all of them. An output token without members is 0.
+    It also takes integers and bools, which :func:`tokenops.merge` does not, and keeps their dtype:
+    sums wrap around and means round down. For bools, ``amax`` and ``sum`` mean any, ``amin`` and
+    ``prod`` mean all. An output token without members is 0.
     """
 
     token_map: TokenMap
@@ -65,7 +65,8 @@ class Merge:
 class Unmerge:
     """Spreads ``x`` ``[B, M, C]`` to ``[B, N, C]`` by a token map; see :func:`tokenops.unmerge`.
 
-    Integers and bools, which :func:`tokenops.unmerge` does not take, keep their dtype too.
+    It also takes integers and bools, which :func:`tokenops.unmerge` does not, and keeps their
+    dtype.
     """
 
     token_map: TokenMap
@@ -77,7 +78,7 @@ class Unmerge:
 
 @dataclass(frozen=True, eq=False)
 class DoNothing:
-    """Returns its argument itself: what there is to do when nothing merges."""
+    """``merge`` and ``unmerge`` when nothing merges: returns its argument itself."""
 
     batch: int
     num_tokens: int
@@ -85,7 +86,7 @@ class DoNothing:
 
     @property
     def token_map(self) -> TokenMap:
-        """The identity, made when it is asked for."""
+        """The identity, made on access."""
         return TokenMap.identity(self.batch, self.num_tokens, self.device)
 
     def __call__(self, x: Tensor, mode: str | None = None) -> Tensor:
@@ -106,8 +107,8 @@ def bipartite_soft_matching(
     """Match even tokens to odd ones and merge the ``r`` most similar pairs.
 
     Args:
-        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant.
-        r: Tokens to merge away, clamped to half of the tokens that may merge; nothing merges when
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]``, which are averaged over heads.
+        r: Tokens to merge away, clamped to half of the tokens that may merge; nothing merges if
             it is not positive.
         class_token: Whether token 0 is a class token, which never merges.
         distill_token: Whether token 1 is a distillation token, into which nothing merges.
@@ -118,7 +119,7 @@ def bipartite_soft_matching(
         front. With a distillation token, it comes second.
 
     Raises:
-        TypeError: If ``metric`` is no floating-point tensor or ``r`` no int.
+        TypeError: If ``metric`` is not a floating-point tensor or ``r`` not an int.
         ValueError: If ``metric`` has a wrong shape.
 
     Note:
@@ -131,13 +132,14 @@ def bipartite_soft_matching(
         [3.0, 1.5, 4.0]
 
     References:
-        ToMe's ``bipartite_soft_matching``, except that ``unmerge`` knows the layout of the
-        distillation token, that a token of zero length is similar to nothing, and that three tokens
-        with a distillation token alone stay three: the only destination is not to be touched.
+        ToMe's ``bipartite_soft_matching``, except that ``unmerge`` inverts the layout of the
+        distillation token, that a token of zero length has similarity 0 to every other, and that
+        nothing merges among three tokens of which one is a distillation token and none a class
+        token: the only destination is the distillation token.
     """
     name = "bipartite_soft_matching"
     tokens = _num_tokens(name, metric)
-    # Negative for nothing, as the original takes it; sizes are tensors under torch.jit.trace.
+    # Negative merges nothing, as in ToMe. Sizes are tensors under torch.jit.trace.
     r = _checks.check_int(name, "r", r, minimum=None)
     prefix = int(bool(class_token)) + int(bool(distill_token))
     r = min(r, (tokens - prefix) // 2)
@@ -156,18 +158,18 @@ def bipartite_soft_matching(
 
 
 def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
-    """Merge all tokens into the last one of each ``k``, each into the most similar of these.
+    """Keep the last of each ``k`` tokens; merge each other token into the most similar kept token.
 
     Args:
-        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant.
-        k: Stride of the destinations; nothing merges when it is below 2.
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]``, which are averaged over heads.
+        k: Stride of the destinations; nothing merges if it is below 2.
 
     Returns:
         ``(merge, unmerge)``, to N // k tokens in the order of the destinations. ``merge`` drops the
-        N % k tokens of the tail; ``unmerge`` gives zeros for them.
+        last N % k tokens, the tail; ``unmerge`` gives zeros for them.
 
     Raises:
-        TypeError: If ``metric`` is no floating-point tensor or ``k`` no int.
+        TypeError: If ``metric`` is not a floating-point tensor or ``k`` not an int.
         ValueError: If ``metric`` has a wrong shape or fewer than ``k`` tokens.
 
     Note:
@@ -181,7 +183,7 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
 
     References:
         ToMe's ``kth_bipartite_soft_matching``, except that ``unmerge`` does not lose the tail and
-        that a token of zero length is similar to nothing.
+        that a token of zero length has similarity 0 to every other.
     """
     name = "kth_bipartite_soft_matching"
     tokens = _num_tokens(name, metric)
@@ -195,7 +197,7 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
     whole = metric[..., : tokens - tail, :]
     token_map = match(whole, tokens - tail - tokens // k, split=split, order="tome")
     if tail:
-        # The tail belongs to nobody, so only the ends of the two lists change.
+        # The tail is dropped: only the ends of the two lists change.
         assign, members = (
             torch.nn.functional.pad(index, (0, tail), value=-1)
             for index in (token_map.assign, token_map.members)
@@ -208,24 +210,23 @@ def random_bipartite_soft_matching(metric: Tensor, r: int) -> Matching:
     """Merge ``r`` tokens drawn at random in each image, each into the most similar of the rest.
 
     Args:
-        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant.
-        r: Tokens to merge away; nothing merges when it is not positive.
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]``, which are averaged over heads.
+        r: Tokens to merge away; nothing merges if it is not positive.
 
     Returns:
         ``(merge, unmerge)``, to the N - r tokens that were not drawn, in the order of the draw.
 
     Raises:
-        TypeError: If ``metric`` is no floating-point tensor or ``r`` no int.
+        TypeError: If ``metric`` is not a floating-point tensor or ``r`` not an int.
         ValueError: If ``metric`` has a wrong shape or ``r`` is not below N.
 
     Note:
         Deterministic: the draw takes ``[B, N]`` numbers from the default generator of the metric's
-        device, as the original does: the same seed gives the same split. None are taken if ``r <=
-        0``.
+        device, as in ToMe, so the same seed gives the same split. If ``r <= 0``, nothing is drawn.
 
     References:
-        ToMe's ``random_bipartite_soft_matching``, except that a token of zero length is similar to
-        nothing.
+        ToMe's ``random_bipartite_soft_matching``, except that a token of zero length has
+        similarity 0 to every other.
     """
     name = "random_bipartite_soft_matching"
     tokens = _num_tokens(name, metric)
@@ -240,33 +241,31 @@ def random_bipartite_soft_matching(metric: Tensor, r: int) -> Matching:
 def merge_wavg(
     merge: Callable[..., Tensor], x: Tensor, size: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Merge ``x`` by the mean weighted with the sizes of tokens, and sum the sizes.
+    """Merge ``x`` by a mean that is weighted by size, and sum the sizes.
 
     Args:
-        merge: What a matching function of tokenops returned, served by one fused pass; or any
-            callable ``merge(x, mode="sum")``.
+        merge: The ``merge`` of a matching function of this module, computed in one fused pass; or
+            any callable ``merge(x, mode="sum")``.
         x: Tokens ``[B, N, C]``.
-        size: Patches that each token stands for, ``[B, N, 1]``; when None, ones of the dtype of
-            ``x``.
+        size: Number of patches in each token, ``[B, N, 1]``; if None, ones of the dtype of ``x``.
 
     Returns:
-        The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]`` of the dtype that
-        sizes came in, so that a model in half precision stays in it. They are summed in float32 and
-        then rounded, but float16 counts exactly up to 2048 only, bfloat16 up to 256: one more than
-        that is the same number. Where single tokens merge into such large ones, let the first
-        sizes be ``x.new_ones(B, N, 1, dtype=torch.float32)``; all later ones are float32 then, and
-        attention adds ``size.log().to(q.dtype)``.
+        The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]`` of the dtype of
+        ``size``, so that a model in half precision stays in half precision. Sizes are summed in
+        float32 and then rounded: float16 is exact up to 2048, bfloat16 up to 256. If sizes may
+        exceed this, let the first sizes be ``x.new_ones(B, N, 1, dtype=torch.float32)``; all later
+        sizes are then float32, and attention adds ``size.log().to(q.dtype)``.
 
     Raises:
-        TypeError: If ``x`` or ``size`` is no tensor of numbers.
+        TypeError: If ``x`` or ``size`` is not a tensor of numbers.
         ValueError: If a shape does not fit.
 
     Note:
         Differentiable in ``x`` and ``size``.
 
     References:
-        ToMe's ``merge_wavg``, except that half types are summed in float32, and that sizes of a
-        wider type do not widen ``x``.
+        ToMe's ``merge_wavg``, except that float16 and bfloat16 are summed in float32, and that
+        sizes of a wider dtype do not widen ``x``.
     """
     if not isinstance(x, Tensor):
         raise _checks.type_error("merge_wavg", "x", "a tensor", x)
@@ -284,7 +283,7 @@ def merge_wavg(
     if isinstance(token_map, TokenMap):
         token_map = _for_batch(token_map, x)
         out, total = _merge_wavg(x, token_map, size)
-        if size is not None and size_dtype == torch.float64 != x.dtype:  # summed in the type of x
+        if size is not None and size_dtype == torch.float64 != x.dtype:  # summed in the dtype of x
             total = _merge(size, token_map, reduce="sum")
         return out, total.to(size_dtype)
     size = torch.ones_like(x[..., :1]) if size is None else size
@@ -296,27 +295,27 @@ def merge_wavg(
 def _wavg_of_integers(
     merge: Callable[..., Tensor], x: Tensor, size: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The weighted mean where tokens or sizes are integers: sums are exact, means floating."""
+    """Weighted mean if tokens or sizes are integers: sums are exact, means are floating-point."""
     size = torch.ones_like(x[..., :1]) if size is None else size
     total = merge(size, mode="sum")
     return merge(x * size, mode="sum") / total, total
 
 
 def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None = None) -> Tensor:
-    """Track which of the first layer's tokens each token is made of.
+    """Track the tokens of the first layer that each token is made of.
 
     Args:
-        merge: What a matching function of tokenops returned, or any callable
+        merge: The ``merge`` of a matching function of this module, or any callable
             ``merge(x, mode="amax")``.
         x: Tokens ``[B, N, C]`` before the merge; only its shape and device are used.
-        source: Matrix of 0 and 1 so far, ``[B, N, N0]``; the identity when None.
+        source: 0/1 matrix before the merge, ``[B, N, N0]``; the identity if None.
 
     Returns:
-        The matrix after the merge, ``[B, M, N0]``; ``TokenMap.compose`` says the same in
+        The matrix after the merge, ``[B, M, N0]``; ``TokenMap.compose`` gives the same as
         ``[B, N0]`` integers.
 
     Raises:
-        TypeError: If ``source`` is no tensor of numbers.
+        TypeError: If ``source`` is not a tensor of numbers.
         ValueError: If a shape does not fit.
 
     References:
@@ -325,7 +324,7 @@ def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None 
     nothing = isinstance(merge, DoNothing)
     if source is None:
         token_map = None if nothing else getattr(merge, "token_map", None)
-        if isinstance(token_map, TokenMap):  # the merged identity, without the identity
+        if isinstance(token_map, TokenMap):  # equals the merged identity
             return _for_batch(token_map, x).source_matrix(torch.get_default_dtype())
         source = torch.eye(x.shape[1], device=x.device).expand(x.shape[0], -1, -1)
     return merge(source, mode="amax")
@@ -341,10 +340,10 @@ def parse_r(num_layers: int, r: list[int] | tuple[int, float] | int) -> list[int
             ``L * r``; or a list of numbers, filled up with zeros.
 
     Returns:
-        L numbers, rounded towards zero (a list that is longer than L as it is).
+        L numbers, rounded towards zero; a list that is longer than L is returned unchanged.
 
     References:
-        ToMe's ``parse_r``, except that one layer alone gets ``[r]`` and no division by zero.
+        ToMe's ``parse_r``, except that a single layer gets ``[r]`` instead of a division by zero.
     """
     if isinstance(r, list):
         return r + [0] * (num_layers - len(r))
@@ -371,7 +370,7 @@ def _num_tokens(name: str, metric: Tensor) -> int:
 
 
 def _is_whole(x: object) -> bool:
-    """Whether it is a tensor of integers or bools."""
+    """Whether ``x`` is a tensor of integers or bools."""
     if not isinstance(x, Tensor) or x.dtype in _checks.FLOATING_DTYPES:
         return False
     return not (x.dtype.is_floating_point or x.dtype.is_complex)
@@ -387,7 +386,7 @@ def _merge_whole(x: Tensor, token_map: TokenMap, mode: str) -> Tensor:
             raise _checks.type_error(name, "x", "a tensor of numbers for a mean", x)
         mode = {"sum": "amax", "prod": "amin"}.get(mode, mode)
         return _merge_whole(x.to(torch.uint8), token_map, mode).to(torch.bool)
-    # One row more than there are outputs takes the dropped tokens.
+    # An additional row after the output tokens takes the dropped tokens.
     place = torch.where(token_map.assign < 0, token_map.num_tokens, token_map.assign).long()
     out = x.new_zeros(shape[0], token_map.num_tokens + 1, shape[2])
     out = out.scatter_reduce(1, place[..., None].expand(shape), x, mode, include_self=False)
@@ -397,7 +396,7 @@ def _merge_whole(x: Tensor, token_map: TokenMap, mode: str) -> Tensor:
 def _unmerge_whole(x: Tensor, token_map: TokenMap) -> Tensor:
     _check_tokens("unmerge", x, (x.shape[0], token_map.num_tokens, x.shape[-1]))
     assign = token_map.assign[..., None].long()  # [B, N, 1]
-    if x.shape[1] == 0:  # nothing to take, whatever the index
+    if x.shape[1] == 0:  # there is no row to gather
         return x.new_zeros(*token_map.assign.shape, x.shape[2])
     rows = x.gather(1, assign.clamp(min=0).expand(-1, -1, x.shape[2]))
     return torch.where(assign < 0, torch.zeros_like(rows), rows)
@@ -410,7 +409,7 @@ def _check_tokens(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _for_batch(token_map: TokenMap, x: Tensor) -> TokenMap:
-    """The map itself; one that was made from a single image serves a batch of any size."""
+    """Return the map; if it is of a single image, expand it to the batch of ``x``."""
     if token_map.assign.shape[0] != 1 or not isinstance(x, Tensor) or x.dim() == 0:
         return token_map
     batch = x.shape[0]
@@ -423,5 +422,5 @@ def _for_batch(token_map: TokenMap, x: Tensor) -> TokenMap:
     return TokenMap(assign, offsets, members)
 
 
-# A saved pair is data: torch.load(weights_only=True) takes it once this module is imported.
+# Lets torch.load(weights_only=True) load a saved pair once this module is imported.
 torch.serialization.add_safe_globals([Merge, Unmerge, DoNothing])

@@ -32,21 +32,21 @@ def bipartite_soft_matching_random2d(
     merge.
 
     Args:
-        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is meant;
-            N = w * h, row by row.
+        metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]``, which are averaged over
+            heads; N = w * h, row by row.
         w: Width in tokens.
         h: Height in tokens.
         sx: Width of a cell; it need not divide ``w``. Where it exceeds ``w``, nothing merges.
         sy: Height of a cell; it need not divide ``h``. Where it exceeds ``h``, nothing merges.
-        r: Tokens to merge away, clamped to the number of sources; nothing merges when it is not
+        r: Tokens to merge away, clamped to the number of sources; nothing merges if it is not
             positive.
         no_rand: Take the top left token of each cell and draw no random number.
-        generator: Source of randomness, the CPU's default one when None.
+        generator: Source of randomness; the CPU's default generator if None.
 
     Returns:
-        ``(merge, unmerge)``: ``merge(x, mode="mean")`` takes ``[B, N, C]`` to ``[B, N - r, C]`` in
-        the order ``[unmerged | destinations]``, unmerged tokens by descending similarity,
-        destinations by index; ``unmerge(y)`` goes back. Both carry their ``token_map``.
+        ``(merge, unmerge)``: ``merge(x, mode="mean")`` reduces ``[B, N, C]`` to ``[B, N - r, C]``
+        in the order ``[unmerged | destinations]``, unmerged tokens by descending similarity,
+        destinations by index; ``unmerge(y)`` maps back. Both have a ``token_map``.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -54,8 +54,8 @@ def bipartite_soft_matching_random2d(
 
     Note:
         Deterministic as :func:`tokenops.match`; ties go to the lowest token index. The draw takes
-        one integer for each cell on the generator's device, as the original does: the same seed
-        gives the same destinations.
+        one integer for each cell on the generator's device, as in tomesd, so the same seed gives
+        the same destinations.
 
     Example:
         >>> from tokenops.compat import tomesd
@@ -64,10 +64,10 @@ def bipartite_soft_matching_random2d(
         [1.5, 1.5, 1.5, 1.5]
 
     References:
-        Tomesd's ``bipartite_soft_matching_random2d``, except that destinations come in the order of
-        their index (there an unstable sort decides), that a token of zero length is similar to
-        nothing (there it becomes NaN and wins every match), and that randomness without a generator
-        is no error.
+        Tomesd's ``bipartite_soft_matching_random2d``, except that destinations are ordered by index
+        (tomesd uses an unstable sort), that a token of zero length has similarity 0 to every other
+        (in tomesd it is NaN and wins every match), and that a draw without a generator is not an
+        error.
     """
     _num_tokens("bipartite_soft_matching_random2d", metric)
     r = _checks.check_int("bipartite_soft_matching_random2d", "r", r, minimum=None)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches that bring tokenops into other libraries' models; each imports its library on use."""
+"""Integrations with other libraries, none of which ``import tokenops`` imports."""

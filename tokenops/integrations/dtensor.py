@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharding of the operators over the batch: importing this module teaches them to DTensor.
+"""Sharding of the operators over the batch: importing this module registers it with DTensor.
 
-Every operator treats each image by itself, so a batch that is split over devices needs no
-communication. Importing DTensor takes longer than all of tokenops, hence the module of its own:
+Images are independent, so operators on a batch that is sharded over devices do not communicate.
+DTensor takes longer to import than tokenops, so this module is imported only on request:
 
     import tokenops.integrations.dtensor
 
-Plain tensors beside a sharded metric (masks, lists, the draws of a random split) are those of the
-whole batch, the same on every device: seed the generators of all ranks alike.
+Plain tensors passed with a sharded metric (masks, lists, the draws of a random split) hold the
+whole batch and must be the same on every rank: seed the generators of all ranks alike.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ for _ops in overloads.values():
 
 
 def _distribute(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Plain tensors beside a distributed first one count as replicated over its devices."""
+    """Make replicated DTensors of the plain tensors if the first argument is a DTensor."""
     first = arguments[0]
     if not isinstance(first, DTensor):
         return arguments

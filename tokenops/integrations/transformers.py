@@ -33,12 +33,12 @@ from ..compat.tome import parse_r
 
 Schedule = int | list[int] | tuple[int, float]
 
-#: Where a patched base model keeps its patch, and a layer its place; ordinary attributes, so not in
-#: the state_dict.
+#: Attributes for the patch of a base model and the index of a layer; as plain attributes they are
+#: not in the state_dict.
 _ATTRIBUTE = "_tokenops_patch"
 _PLACE = "_tokenops_place"
 
-#: What the patch needs to find in a layer and in its attention.
+#: Attributes that a layer and its attention must have.
 _LAYER_PARTS = ("attention", "layernorm_before", "layernorm_after", "mlp", "dropout")
 _ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
 
@@ -50,10 +50,10 @@ class MergeTrace:
     """What one forward pass of a patched model did to the tokens, layer by layer.
 
     Attributes:
-        token_maps: The map of each layer from its tokens to those it hands on.
+        token_maps: The map of each layer from its input tokens to its output tokens.
         sizes: Number of patches in each token after each layer, float32 ``[B, M, 1]``.
-        sources: With ``track_source``, the map of each layer from the model's tokens (prefix
-            tokens, then patches) to those after the layer; else empty.
+        sources: With ``track_source``, the map from the model's input tokens (prefix tokens, then
+            patches) to the output tokens of each layer; else empty.
     """
 
     def __init__(self, patch: MergePatch) -> None:
@@ -66,7 +66,7 @@ class MergeTrace:
 
     def _record(self, layer: int, token_map: TokenMap, size: Tensor) -> None:
         if layer < len(self.token_maps):
-            return  # activation checkpointing runs the layer again, with the same outcome
+            return  # activation checkpointing recomputes the layer, with the same result
         self.token_maps.append(token_map)
         self.sizes.append(size)
         if self._patch.track_source:
@@ -74,15 +74,15 @@ class MergeTrace:
 
 
 class MergePatch:
-    """A patch in force; :func:`apply_patch` makes it, :func:`remove_patch` ends it.
+    """An active patch; :func:`apply_patch` makes it, :func:`remove_patch` removes it.
 
     Attributes:
         num_prefix: Leading tokens that never merge.
         order: Order of the tokens after each layer.
         proportional: Whether attention counts each token by its size.
         track_source: Whether traces hold ``sources``.
-        trace: :class:`MergeTrace` of the last forward pass; None before the first. Of replicas that
-            :class:`torch.nn.DataParallel` runs at once, that of the one that ended last.
+        trace: :class:`MergeTrace` of the last forward pass; None before the first. With
+            :class:`torch.nn.DataParallel`, the trace of the replica that finished last.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class MergePatch:
 
     @property
     def r(self) -> list[int]:
-        """Number of tokens each layer merges away; may be set to any schedule at any time."""
+        """Number of tokens that each layer merges away; can be set to any schedule at any time."""
         return list(self._r)
 
     @r.setter
@@ -115,7 +115,7 @@ class MergePatch:
     def _before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give this forward pass a trace of its own, which travels to the layers as a keyword."""
+        """Make a trace for this forward pass, which is passed to the layers as a keyword."""
         mask = kwargs.get("attention_mask", args[3] if len(args) > 3 else None)
         if mask is not None:
             raise ValueError(
@@ -126,8 +126,8 @@ class MergePatch:
         if self.proportional and any(self._r[:-1]) and attention not in _TAKE_BIAS:
             raise ValueError(
                 f"apply_patch: attention must be one of {', '.join(_TAKE_BIAS)} to count tokens by "
-                f"their size, got {attention}; model.set_attn_implementation('sdpa') changes it, "
-                "proportional=False does without"
+                f"their size, got {attention}; call model.set_attn_implementation('sdpa') or pass "
+                "proportional=False"
             )
         return args, {**kwargs, "merge_trace": MergeTrace(self)}
 
@@ -150,32 +150,31 @@ def apply_patch(
 
     Between attention and MLP, layer ``l`` merges the ``r[l]`` most similar tokens by their keys
     (mean over heads) into the size-weighted mean of each group. Attention then counts a token of
-    size s as s patches, unless ``proportional`` is false: by :func:`tokenops.policy_attention`
-    where it has a kernel; with dropout, eager attention and on other devices by ``log(s)`` added to
-    the logits.
+    size s as s patches, unless ``proportional`` is False: :func:`tokenops.policy_attention` does so
+    where it has a kernel; with dropout, with eager attention and on other devices, ``log(s)`` is
+    added to the logits.
 
     Args:
         model: ``ViTModel``, ``ViTForImageClassification``, ``DeiTModel``,
             ``DeiTForImageClassification`` or ``DeiTForImageClassificationWithTeacher``; training
             and eval mode, any device and floating dtype.
         r: Tokens to merge away: an int for all layers, a list with an int for each (layers past
-            its end merge nothing), or a tuple ``(r, inflect)``, inflect in [-1, 1]: r on average,
-            along a line from ``r * (1 - inflect)`` to ``r * (1 + inflect)``. Clamped in each layer
-            to half of the tokens outside the prefix.
+            its end merge nothing), or a tuple ``(r, inflect)`` with inflect in [-1, 1]: r on
+            average, on a line from ``r * (1 - inflect)`` to ``r * (1 + inflect)``. Clamped in each
+            layer to half of the tokens outside the prefix.
         num_prefix: Leading tokens that never merge; by default 1 for ViT (class) and 2 for DeiT
             (class, distillation).
-        order: ``"tome"``: after each layer the tokens stand as ToMe leaves them, so that the next
-            layer divides them alike and the results are ToMe's. ``"position"``: they stay in the
+        order: ``"tome"``: after each layer the tokens are in ToMe's order, so that the next layer
+            splits them as ToMe does and results equal ToMe's. ``"position"``: they stay in the
             order of their first patch.
         proportional: Whether attention counts each token by its size.
-        track_source: Whether the trace tells for each layer which patches are in which token.
+        track_source: Whether the trace records for each layer which patches are in which token.
 
     Returns:
-        The patch; its ``trace`` tells after each forward pass what happened, its ``r`` can be set.
+        The patch. Its ``trace`` describes the last forward pass; its ``r`` can be set.
 
     Raises:
-        TypeError: If ``model`` is of a class that the patch does not know, or an argument has a
-            wrong type.
+        TypeError: If the class of ``model`` is not supported, or an argument has a wrong type.
         ValueError: If the model is patched already, or a value does not fit.
         ImportError: If transformers is not installed.
 
@@ -218,22 +217,22 @@ def apply_patch(
 
 
 def remove_patch(model: nn.Module) -> None:
-    """Undo :func:`apply_patch`: the model computes again what it computed before, to the bit.
+    """Undo :func:`apply_patch`: the model's results are again the same bits as before the patch.
 
     Args:
         model: A model that :func:`apply_patch` patched.
 
     Raises:
-        TypeError: If ``model`` is of a class that the patch does not know.
-        ValueError: If the model is not patched, or its layers have changed their class since.
+        TypeError: If the class of ``model`` is not supported.
+        ValueError: If the model is not patched, or the classes of its layers have changed since.
     """
     base, patch = _patched(model, "remove_patch")
     parts = [part for layer in base.layers for part in (layer, layer.attention)]
     kinds = [vars(type(part)).get("_kind") for part in parts]
     if None in kinds:
         raise ValueError(
-            "remove_patch: model's layers must be of the classes that apply_patch gave them, got "
-            "one that something else has changed since"
+            "remove_patch: model's layers must have the classes that apply_patch gave them, got a "
+            "layer whose class has changed since"
         )
     for hook in patch._hooks:
         hook.remove()
@@ -254,25 +253,25 @@ def last_trace(model: nn.Module) -> MergeTrace:
         Token maps, sizes and, if tracked, sources after each layer.
 
     Raises:
-        TypeError: If ``model`` is of a class that the patch does not know.
+        TypeError: If the class of ``model`` is not supported.
         ValueError: If the model is not patched or has not run.
     """
     _, patch = _patched(model, "last_trace")
     if patch.trace is None:
-        raise ValueError("last_trace: model must have run since it was patched")
+        raise ValueError("last_trace: model must have run since apply_patch, got no forward pass")
     return patch.trace
 
 
 class _Merging:
-    """What modules of a patched model become: a subclass of their class, under its name.
+    """Mixin for modules of a patched model, whose class becomes a subclass of the same name.
 
-    A forward that stood in the module itself would be bound to it, and go on computing with its
-    weights in the replicas that :class:`torch.nn.DataParallel` makes.
+    A ``forward`` set on the module itself would stay bound to it: the replicas of
+    :class:`torch.nn.DataParallel` would compute with the weights of the original.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
         mixin, kind = type(self).__bases__
-        # Such a class cannot be found by its name.
+        # pickle cannot find the subclass by its name.
         return _unpickle, (mixin, kind), self.__getstate__()  # type: ignore[attr-defined]
 
 
@@ -288,7 +287,7 @@ def _unpickle(mixin: Any, kind: Any) -> Any:
 
 
 class _MergingLayer(_Merging):
-    """A layer that merges tokens; called by itself, without a trace, it computes as ever."""
+    """A layer that merges tokens; without a trace it computes as before the patch."""
 
     def forward(
         self,
@@ -314,7 +313,7 @@ def _merge_in_layer(layer: Any, index: int, trace: MergeTrace, x: Tensor) -> Ten
 
 
 def _attend_in_layer(layer: Any, index: int, trace: MergeTrace, x: Tensor) -> Tensor:
-    # Until something has merged, all sizes are 1 and plain attention says the same.
+    # Before the first merge all sizes are 1, and plain attention gives the same result.
     weighted = trace._patch.proportional and any(trace._r[:index])
     size = trace.sizes[index - 1] if weighted else None
     attended, _ = layer.attention(layer.layernorm_before(x), merge_trace=trace, key_size=size)
@@ -329,7 +328,7 @@ def _merge_tokens(index: int, trace: MergeTrace, x: Tensor) -> Tensor:
     if r > 0 and key is not None:
         token_map = match(key, r, num_prefix=patch.num_prefix, order=patch.order)
         x, size = merge_wavg(x, token_map, size)
-        size = size.detach()  # a count; with a graph it would keep the pass alive in the trace
+        size = size.detach()  # the trace must not keep the graph of this pass alive
     else:
         token_map = TokenMap.identity(x.shape[0], x.shape[1], x.device)
         if size is None:
@@ -339,7 +338,7 @@ def _merge_tokens(index: int, trace: MergeTrace, x: Tensor) -> Tensor:
 
 
 class _MergingAttention(_Merging):
-    """An attention that leaves its keys in the trace and weights keys by size."""
+    """An attention that stores its keys in the trace and weights keys by size."""
 
     def forward(
         self,
@@ -377,7 +376,7 @@ def _attend_by_size(
 
 
 def _has_kernel(attention: Any, query: Tensor) -> bool:
-    """Whether a kernel counts keys by size: it knows no dropout and shows no attention weights."""
+    """Whether a kernel can serve; kernels have no dropout and return no attention weights."""
     if attention.config._attn_implementation != "sdpa":
         return False
     if attention.training and attention.attention_dropout > 0:
@@ -389,7 +388,7 @@ def _has_kernel(attention: Any, query: Tensor) -> bool:
 def _attend(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, size: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention by transformers, ``[B, N, H, D]``, and its weights if it shows them."""
+    """Attention of transformers, ``[B, N, H, D]``, and its weights if it returns them."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.vit.modeling_vit import eager_attention_forward
 
@@ -411,12 +410,12 @@ def _attend(
 def _key_bias(size: Tensor, query: Tensor) -> Tensor:
     """``log(size)`` [B, 1, 1, N], which SDPA broadcasts over heads and queries."""
     bias = size.to(torch.promote_types(query.dtype, torch.float32)).log()[:, None].mT
-    # Only the CPU's kernel takes a float32 bias beside half queries; there it costs no more.
+    # Only SDPA's CPU kernel takes a float32 bias with half-precision queries, at no extra cost.
     return bias if query.device.type == "cpu" else bias.to(query.dtype)
 
 
 def _base_model(model: nn.Module, function: str) -> tuple[Any, int]:
-    """The module that holds the layers, and how many prefix tokens its kind has."""
+    """The module that holds the layers, and the number of prefix tokens of its class."""
     import transformers
     from transformers.models.deit import modeling_deit as deit
     from transformers.models.vit import modeling_vit as vit
@@ -461,8 +460,8 @@ def _check_layer(layer: Any) -> None:
     parts = (layer, layer.attention)
     if any("forward" in vars(part) or isinstance(part, _Merging) for part in parts):
         raise ValueError(
-            "apply_patch: model's layers must compute by their class's forward, got one that "
-            "something else has replaced"
+            "apply_patch: model's layers must use the forward of their class, got a layer whose "
+            "forward has been replaced"
         )
 
 
@@ -478,8 +477,8 @@ def _parse_schedule(schedule: Schedule, num_layers: int) -> list[int]:
         schedule = (_checks.check_int(name, "r[0]", schedule[0]), float(schedule[1]))
     elif isinstance(schedule, list):
         if len(schedule) > num_layers:
-            expected = f"at most {num_layers} long, one for each layer"
-            raise _checks.value_mismatch(name, "r", expected, f"{len(schedule)} of them")
+            expected = f"a list of at most {num_layers} ints, one for each layer"
+            raise _checks.value_mismatch(name, "r", expected, f"{len(schedule)} ints")
         schedule = [_checks.check_int(name, f"r[{i}]", value) for i, value in enumerate(schedule)]
     else:
         schedule = _checks.check_int(name, "r", schedule)

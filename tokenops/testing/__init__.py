@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools for tests of token operators: error budgets, valid token maps, regret, awkward inputs.
+"""Tools for tests of token operators: error budgets, valid token maps, regret, unusual inputs.
 
-Nothing here knows a test framework: a violated promise is an ``AssertionError`` whose message says
-what was promised and by how much it was missed.
+They work with any test framework: a failed check raises an ``AssertionError`` whose message gives
+the bound and the error.
 """
 
 from .asserts import assert_same_bits, assert_valid_token_map, assert_within_error_budget

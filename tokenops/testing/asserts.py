@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What results must be: within an error budget, the same bits, a valid token map."""
+"""Assertions about results: within an error budget, the same bits, a valid token map."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def assert_within_error_budget(
     """Assert that a kernel errs at most ``factor`` times as much as plain PyTorch, plus rounding.
 
     Errors count in units of rounding: with ``t`` the float64 truth, one unit at an element is
-    ``u = eps(dtype) * |t| + eps(float32) * magnitude`` (``eps(float64)`` for double). The promise
+    ``u = eps(dtype) * |t| + eps(float32) * magnitude`` (``eps(float64)`` for double). The budget
     is ``max(|actual - t| / u) <= factor * max(|reference - t| / u) + 1``: no tolerance is chosen,
-    neither per test nor per dtype. For double, whose truth is rounded itself, the reference counts
-    as off by one unit at least. Where the reference is infinite or NaN, the kernel must be the same
-    infinity or NaN.
+    neither per test nor per dtype. For double, where ``t`` itself is rounded, the error of the
+    reference counts as at least one unit. Where the reference is infinite or NaN, the kernel must
+    be the same infinity or NaN.
 
     Args:
         actual: Result of the kernel.
@@ -37,9 +37,9 @@ def assert_within_error_budget(
         float64_reference: Result of a plain implementation on the inputs cast to float64; the
             truth, so it must have been checked on its own.
         factor: How many times the reference's error the kernel may have.
-        magnitude: Sum of the absolute values of the terms that each element is a sum of, where they
-            may cancel: a number or something that broadcasts. The largest ``|t|`` by default.
-        name: What the message calls the result.
+        magnitude: Sum of the absolute values of the terms of each element, if these may cancel: a
+            number, or a tensor that broadcasts. The largest ``|t|`` by default.
+        name: Name of the result in the message.
 
     Raises:
         AssertionError: If shape, dtype or device differ or the error exceeds the budget.
@@ -55,7 +55,7 @@ def assert_within_error_budget(
             raise AssertionError(f"{name}: {what} {got} where the reference has {expected}")
     if float64_reference.dtype != torch.float64 or float64_reference.shape != actual.shape:
         got64 = _checks.describe(float64_reference)
-        raise AssertionError(f"{name}: the truth must be float64 of the same shape, got {got64}")
+        raise AssertionError(f"{name}: float64_reference must be float64, same shape, got {got64}")
     if actual.numel() == 0:
         return
     kernel, plain = actual.detach().double(), same_dtype_reference.detach().double()
@@ -80,7 +80,7 @@ def assert_within_error_budget(
     plain_units = torch.where(finite, (plain - truth).abs() / unit, 0)
     plain_error = max(plain_units.max().item(), float(actual.dtype == torch.float64))
     budget = factor * plain_error + 1
-    if not bool((kernel_units <= budget).all()):  # a NaN is no less than the budget either
+    if not bool((kernel_units <= budget).all()):  # also true for NaN
         where = _first(~(kernel_units <= budget))
         raise AssertionError(
             f"{name}: off by {kernel_units[where].item():.3g} units of rounding at {list(where)}, "
@@ -94,9 +94,9 @@ def assert_same_bits(actual: Tensor, expected: Tensor, *, name: str = "result") 
     """Assert that two tensors are the same bit for bit, NaN and the sign of zero included.
 
     Args:
-        actual: What came.
-        expected: What must come.
-        name: What the message calls the result.
+        actual: The result.
+        expected: The tensor that it must equal.
+        name: Name of the result in the message.
 
     Raises:
         AssertionError: If shape, dtype or any bit differs.
@@ -106,7 +106,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor, *, name: str = "result") 
     """
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         got, wanted = _checks.describe(actual), _checks.describe(expected)
-        raise AssertionError(f"{name}: got {got} where there must be {wanted}")
+        raise AssertionError(f"{name}: must be {wanted}, got {got}")
     if actual.numel() == 0:
         return
     views = [t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (actual, expected)]
@@ -116,20 +116,20 @@ def assert_same_bits(actual: Tensor, expected: Tensor, *, name: str = "result") 
         values = [t.reshape(-1)[at].item() for t in (actual, expected)]
         raise AssertionError(
             f"{name}: {int(differing.sum())} of {actual.numel()} elements differ, the first one at "
-            f"flat index {at}: {values[0]!r} and not {values[1]!r}"
+            f"flat index {at}: got {values[0]!r}, expected {values[1]!r}"
         )
 
 
 def assert_valid_token_map(
     token_map: TokenMap, *, num_tokens: int | None = None, partition: bool = False
 ) -> None:
-    """Assert that the fields of a token map have the right form and say the same thing.
+    """Assert that the fields of a token map are valid and consistent.
 
     Args:
         token_map: The map to check.
-        num_tokens: Number of output tokens that it must have, any when None.
-        partition: Also demand what ``match`` promises: no token is dropped, each live output
-            token has a member and each padded one has none.
+        num_tokens: Number of output tokens that it must have; any if None.
+        partition: Also check the guarantees of ``match``: no token is dropped, each live output
+            token has a member, and padding has none.
 
     Raises:
         AssertionError: If dtypes, shapes or strides are not those of a token map, an index is out
@@ -175,7 +175,7 @@ def assert_valid_token_map(
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise what a wrong token map deserves."""
+    """Raise an error for a wrong token map unless a condition holds."""
     if not condition:
         raise AssertionError(f"token map: {message}")
 

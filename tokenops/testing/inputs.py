@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Awkward inputs, the same in every dtype, layout and on every device."""
+"""Unusual inputs, with the same values in every dtype and layout and on every device."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ LAYOUTS = ("contiguous", "sliced", "transposed", "expanded", "packed")
 
 
 def as_layout(x: Tensor, layout: str) -> Tensor:
-    """The same values with other strides.
+    """Copy values to memory with other strides.
 
     Args:
         x: ``[B, N, C]`` or ``[B, H, N, D]``.
         layout: ``"contiguous"``; ``"sliced"``: every other row and channel of a larger tensor, from
             an odd start; ``"transposed"``: stride 1 in the tokens, not in the channels;
-            ``"expanded"``: the first image for all, stride 0; ``"packed"``: the middle third of a
-            packed qkv ``[B, N, 3, (H,) D]``.
+            ``"expanded"``: the first image repeated, with stride 0; ``"packed"``: the middle third
+            of a packed qkv ``[B, N, 3, (H,) D]``.
 
     Returns:
         A view of new memory. Its values are those of ``x``, under ``"expanded"`` of ``x[:1]``.
 
     Raises:
-        ValueError: If there is no layout of this name.
+        ValueError: If ``layout`` is unknown.
 
     Example:
         >>> as_layout(torch.zeros(2, 3, 4), "transposed").stride()
@@ -68,8 +68,8 @@ def random_tokens(
 
     Args:
         *shape: ``B, N, C`` or ``B, H, N, D``.
-        dtype: Type that the values are rounded to.
-        device: Where they go.
+        dtype: Dtype to which the values are rounded.
+        device: Device of the tokens.
         layout: One of :data:`LAYOUTS`.
         seed: Seed of the values.
 
@@ -93,27 +93,27 @@ def exact_metric(
     nan_rows: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """A metric whose similarities no precision rounds: full of ties, with large gaps between them.
+    """A metric whose similarities are exact in every dtype: many ties, and large gaps.
 
-    Backends must then agree on every index. For ``"dot"`` the entries are small integers; for
-    ``"cosine"`` they are plus or minus a power of two, in so many dimensions that lengths are
-    powers of two as well. Heads differ, and their mean is exact.
+    Backends must agree on every index of such a metric. For ``"dot"`` the entries are small
+    integers; for ``"cosine"`` they are plus or minus a power of two, and the width is such that
+    lengths are powers of two as well. Heads differ, and their mean is exact.
 
     Args:
         *shape: ``B, N, D`` or ``B, H, N, D``. For ``"cosine"``, D must be a power of 4 (1, 4, 16);
             H must be a power of 2.
         similarity: ``"cosine"`` or ``"dot"``.
-        dtype: Type of the metric; the values are the same in every one.
-        device: Where they go.
+        dtype: Dtype of the metric; the values are the same in every dtype.
+        device: Device of the metric.
         zero_rows: Share of rows that are zero.
-        nan_rows: Share of rows with a NaN in them.
+        nan_rows: Share of rows that have a NaN.
         seed: Seed of the values.
 
     Returns:
         The metric.
 
     Raises:
-        ValueError: If D or H makes rounding inevitable.
+        ValueError: If rounding cannot be avoided for this D or H.
 
     Example:
         >>> exact_metric(1, 2, 4).abs().amax(-1).log2().frac().tolist()
@@ -135,13 +135,13 @@ def exact_metric(
         rows = signs * 2 ** draw(-1, 1, batch, tokens, 1)
     else:
         rows = draw(-2, 2, batch, tokens, width)
-    lots = torch.rand(batch, tokens, 1, generator=generator)
-    rows = rows.masked_fill(lots < zero_rows, 0)
-    broken = (lots >= zero_rows) & (lots < zero_rows + nan_rows)
+    uniform = torch.rand(batch, tokens, 1, generator=generator)
+    rows = rows.masked_fill(uniform < zero_rows, 0)
+    is_nan = (uniform >= zero_rows) & (uniform < zero_rows + nan_rows)
     if width > 0:
-        rows[..., :1] = rows[..., :1].masked_fill(broken, math.nan)
+        rows[..., :1] = rows[..., :1].masked_fill(is_nan, math.nan)
     if len(shape) == 4:
-        # Opposite deviations cancel in the mean over heads, and without rounding.
+        # Opposite deviations cancel exactly in the mean over heads.
         deviation = draw(-2, 2, batch, heads // 2, tokens, width)
         deviation = torch.cat([deviation, -deviation], dim=1) if heads > 1 else deviation.sum(1)
         rows = rows[:, None] + (deviation if heads > 1 else deviation[:, None])
@@ -164,7 +164,7 @@ def random_token_map(
         num_inputs: Number of input tokens N.
         num_tokens: Number of output tokens M; with 0, all tokens are dropped.
         dropped: Share of dropped tokens.
-        device: Where it goes.
+        device: Device of the map.
         seed: Seed of the labels.
 
     Returns:
@@ -176,8 +176,8 @@ def random_token_map(
     """
     generator = _generator(seed)
     assign = torch.randint(0, max(num_tokens, 1), (batch, num_inputs), generator=generator)
-    lots = torch.rand(batch, num_inputs, generator=generator)
-    assign = assign.masked_fill(lots < (dropped if num_tokens else 2.0), -1)
+    uniform = torch.rand(batch, num_inputs, generator=generator)
+    assign = assign.masked_fill(uniform < (dropped if num_tokens else 2.0), -1)
     return TokenMap.from_assign(assign.to(device), num_tokens)
 
 
@@ -213,22 +213,22 @@ def random_attention(
         keys: Number of keys; as many as queries by default.
         key_heads: Number of heads of keys and values; H by default.
         value_width: Width of the values; D by default.
-        policy: ``"soft"``: between 0 and 1; ``"hard"``: half of it 0 and the rest 1; ``"bool"``;
+        policy: ``"soft"``: between 0 and 1; ``"hard"``: about half 0 and the rest 1; ``"bool"``;
             ``"column"``: soft and ``[B, Nk, 1]``; ``"per-head"``: soft with zeros, ``[B, H, Nk]``;
             ``"none kept"``: zeros. No policy by default.
-        zero_sizes: Give tokens a size, to so many of them 0. No sizes by default.
+        zero_sizes: Share of keys whose size is 0. No sizes by default.
         padding: Share of keys that are padding. The first key never is.
         logits: Standard deviation of the logits.
-        dtype: Type of q, k and v. Policy and size have that of sums.
-        device: Where they go.
+        dtype: Dtype of q, k and v. Policy and size have the dtype of sums.
+        device: Device of all tensors.
         layout: One of :data:`LAYOUTS`, for q, k and v.
         seed: Seed of the values.
 
     Returns:
-        ``q``, ``k``, ``v`` and, where wanted, ``policy``, ``size``, ``key_padding_mask``.
+        ``q``, ``k``, ``v`` and, if requested, ``policy``, ``size``, ``key_padding_mask``.
 
     Raises:
-        ValueError: If there is no policy of this name.
+        ValueError: If ``policy`` is unknown.
 
     Example:
         >>> import tokenops
@@ -249,36 +249,37 @@ def random_attention(
         inputs[name] = as_layout(values.to(device=device, dtype=dtype), layout)
     generator, sums = _generator(seed + 1), acc_dtype(inputs["q"])
 
-    def lots(*shape: int) -> Tensor:
+    def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     if policy is not None:
         _checks.check_choice("random_attention", "policy", policy, POLICIES)
-        p = lots(batch, *([heads] if policy == "per-head" else []), keys)
-        p = p.masked_fill(lots(*p.shape) < 0.3, 0) if policy == "per-head" else p
+        p = uniform(batch, *([heads] if policy == "per-head" else []), keys)
+        p = p.masked_fill(uniform(*p.shape) < 0.3, 0) if policy == "per-head" else p
         p = (p < 0.5).double() if policy in ("hard", "bool") else p
         p = torch.zeros_like(p) if policy == "none kept" else p
         p = p[..., None] if policy == "column" else p
         inputs["policy"] = p.to(device, torch.bool if policy == "bool" else sums)
     if zero_sizes is not None:
-        size = torch.exp(4 * lots(batch, keys) - 1).masked_fill(lots(batch, keys) < zero_sizes, 0)
+        size = torch.exp(4 * uniform(batch, keys) - 1)
+        size = size.masked_fill(uniform(batch, keys) < zero_sizes, 0)
         inputs["size"] = size.to(device, sums)
     if padding > 0:
-        padded = lots(batch, keys) < padding
+        padded = uniform(batch, keys) < padding
         padded[:, :1] = False
         inputs["key_padding_mask"] = padded.to(device)
     return inputs
 
 
 def stride_zero(x: Tensor, value: float = 1.0) -> Tensor:
-    """A constant of the shape of ``x`` with all strides 0, the gradient that ``sum()`` sends back.
+    """A constant of the shape of ``x`` with strides of 0, like the gradient of ``sum()``.
 
     Args:
         x: Tensor whose shape, dtype and device to take.
         value: The constant.
 
     Returns:
-        One number, expanded.
+        A 0-D tensor, expanded.
 
     Example:
         >>> stride_zero(torch.zeros(2, 3)).stride()

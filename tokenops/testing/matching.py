@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regret: how much similarity a matching gave away."""
+"""Regret of a matching: its loss of similarity against the best matching."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def matching_regret(
     """Largest shortfall of the similarities of the pairs that merged, for each image.
 
     In the best matching of ``r`` sources, each source merges with its own best similarity, which is
-    at least the r-th largest of all best similarities. The shortfall of a pair is the larger of the
-    two minus the similarity of the pair.
+    at least the r-th largest of all best similarities. The shortfall of a pair is the larger of
+    these two similarities minus the similarity of the pair.
 
     Args:
         metric: ``[B, N, D]`` or ``[B, H, N, D]``, as :func:`tokenops.match` took it.
@@ -79,8 +79,8 @@ def matching_regret(
         Regret ``[B]`` in float64, at most :func:`similarity_rounding` for a correct kernel.
 
     Raises:
-        AssertionError: If no bipartite matching makes a group: two destinations, or a protected or
-            prefix token together with another token.
+        AssertionError: If a group cannot come from a bipartite matching: it has two destinations,
+            or a protected or prefix token and another token.
 
     Example:
         >>> import tokenops
@@ -102,7 +102,7 @@ def matching_regret(
     together = together & (token[:, None] != token)
     alone = ~together.any(2)
     require(bool((free | alone).all()), "a prefix or protected token is in a group")
-    require(bool((src | dst | alone).all()), "a token of neither set is in a group")
+    require(bool((src | dst | alone).all()), "a token outside the split is in a group")
     pairs = together & dst[:, None, :]
     groups = pairs.sum(2)[src]
     require(bool((groups <= 1).all()), "two destinations are in one group")
@@ -123,7 +123,7 @@ def matching_regret(
 
 
 def similarity_rounding(metric: Tensor, similarity: str = "cosine") -> float:
-    """Largest difference of two similarities whose order rounding may change.
+    """Largest difference between two similarities whose order may change by rounding.
 
     This bounds the error of a sum of D products in any order, and of the means over heads and the
     lengths before it, in the precision in which similarities accumulate: float32, or float64 for
@@ -144,7 +144,7 @@ def similarity_rounding(metric: Tensor, similarity: str = "cosine") -> float:
     heads = metric.shape[1] if metric.dim() == 4 else 1
     terms = metric.shape[-1] + 2 * heads + 8
     scale = 1.0
-    # Where heads cancel, the error of their mean is relative to the heads, not to the mean.
+    # If heads cancel, the error of their mean is relative to the heads, not to the mean.
     rows = metric.detach().double()
     rows = rows.abs().mean(1) if metric.dim() == 4 else rows
     lengths = rows.norm(dim=-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples and calls of all operators, which tests and tools about operators iterate over.
+"""Samples and calls of all operators, over which tests and tools iterate.
 
 Each family has its own in ``tokenops/ops/<family>/samples.py``, beside the operators' records.
 A *sample* is a list of arguments of an operator in ``torch.ops.tokenops``; a *call* is a call of
@@ -32,9 +32,9 @@ class Sample(NamedTuple):
 
     Attributes:
         operator: Name of the operator.
-        name: Kind of the arguments; together with the operator it names the sample.
-        arguments: Flat arguments of ``torch.ops.tokenops.<operator>``; tensors that have a gradient
-            require it.
+        name: Kind of the arguments; with the operator it identifies the sample.
+        arguments: Flat arguments of ``torch.ops.tokenops.<operator>``; differentiable tensors
+            require a gradient.
     """
 
     operator: str
@@ -70,12 +70,12 @@ class Sizes:
 
     @property
     def r(self) -> int:
-        """Tokens that merge."""
+        """Number of tokens that merge."""
         return self.tokens // 4 + 1
 
     @property
     def outputs(self) -> int:
-        """Tokens M that remain."""
+        """Number M of output tokens."""
         return self.tokens - self.r
 
     def rows(self, tokens: int, channels: int, seed: int = 0) -> Tensor:
@@ -95,13 +95,13 @@ class Call(NamedTuple):
     """One call of a public function.
 
     Attributes:
-        operator: Name of the operator that the function is about.
-        name: Kind of the call; together with the operator it names the call.
+        operator: Name of the operator that serves the call.
+        name: Kind of the call; with the operator it identifies the call.
         function: Takes the tensors by name and returns a tensor, or a list or tuple of tensors.
-        tensors: Tensors by name; the function is differentiable in those of them that are floating
-            point, where the operator has a gradient.
-        chooses: Whether results are choices among rounded similarities, which another dtype or
-            backend may decide otherwise; the measure is then regret, not equality.
+        tensors: Tensors by name; the function is differentiable in the floating-point ones if the
+            operator has a gradient.
+        chooses: Whether results are choices among rounded similarities, which may differ in another
+            dtype or backend; regret is then compared, not results.
     """
 
     operator: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with key weights, and the attention that keys receive."""
+"""Attention with key weights, and the attention that each key receives."""
 
 from __future__ import annotations
 
@@ -75,21 +75,22 @@ def policy_attention(
             ``[B, Nq]``, ``0 .. Nq - 1`` by default: of kept queries among all keys, or of the last
             tokens of a key cache. ``self_keep`` and ``is_causal`` refer to it. A query whose
             position is outside the keys has no key of its own.
-        self_keep: Keep each token visible to itself, whatever its policy.
+        self_keep: Let each token attend to itself, whatever its policy is.
         eps: Weight of the mean of the values, relative to the largest ``w_ij`` of the row.
-        is_causal: Show a query only the keys up to its position.
+        is_causal: Let a query attend only to the keys up to its position.
         policy_grad: Gradient of the policy. ``"exact"`` is not zero for dropped tokens, so that a
             predictor learns about them. ``"kept"`` is zero for dropped tokens, as if they had been
-            removed. ``"none"`` is no gradient.
+            removed. With ``"none"`` the policy gets no gradient.
         scale: Factor of the logits; ``1 / sqrt(D)`` by default.
-        return_lse: Also return ``lse``.
+        return_lse: Also return the log-sum-exp of each row.
 
     Shape:
         ``[B, H, Nq, D], [B, Hkv, Nk, D], [B, Hkv, Nk, Dv] -> [B, H, Nq, Dv]`` for B images, H heads
-        of queries, Hkv heads of keys and values, Nq queries, Nk keys, and heads D and Dv wide.
+        of queries, Hkv heads of keys and values, Nq queries, Nk keys, and widths D and Dv of a
+        head.
 
     Returns:
-        The output ``[B, H, Nq, Dv]`` in the dtype of ``q``, in memory as ``[B, Nq, H, Dv]``. With
+        The output ``[B, H, Nq, Dv]`` in the dtype of ``q``, laid out as ``[B, Nq, H, Dv]``. With
         ``return_lse`` also the log-sum-exp of each row, ``m_i + log(sum_j w_ij + eps)``,
         ``[B, H, Nq]`` in float32 (float64 for double). A row whose weights are all 0 has output 0,
         ``lse`` -inf and gradients of 0.
@@ -104,13 +105,13 @@ def policy_attention(
         Deterministic: the same bits from run to run, for any number of threads.
 
         Differentiable twice in ``q``, ``k``, ``v``, ``policy`` and ``size``, also through ``lse``.
-        The second derivative keeps maps of queries by keys. Keep policies in float32: the gradient
-        of a dropped key that would dominate its rows overflows float16. Its probability
-        ``exp(s_ij + log(z_j) - lse_i)`` is clamped at ``2^64`` (float64: ``2^512``), which it
-        reaches where its logit exceeds the logits of all kept keys by 44 (float64: 354).
+        The second derivative stores whole attention maps. Keep policies in float32: the gradient
+        of a dropped key with a large logit overflows float16. The probability
+        ``exp(s_ij + log(z_j) - lse_i)`` of a dropped key is clamped at ``2^64`` (float64:
+        ``2^512``), that is, if its logit exceeds the logits of all kept keys by 44 (float64: 354).
 
         Autocast lowers the precision of ``q``, ``k`` and ``v`` as it does for
-        :func:`torch.nn.functional.scaled_dot_product_attention`. ``torch.compile`` compiles again
+        :func:`torch.nn.functional.scaled_dot_product_attention`. ``torch.compile`` recompiles
         for each value of ``eps`` and ``scale``.
 
     Example:
@@ -161,7 +162,7 @@ def attention_scores(
     scale: float | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention that each key receives, by which pruning ranks tokens.
+    """Attention that each key receives: a score to prune tokens by.
 
     ``score_j = sum_i w_i * y_ij`` with the attention ``y`` of :func:`policy_attention` and a weight
     ``w`` of each query. Memory is linear in the number of tokens.
@@ -171,9 +172,9 @@ def attention_scores(
         k: Keys ``[B, Hkv, Nk, D]`` of the dtype of ``q``; ``Hkv`` divides ``H``.
         query_weight: Weight of each query, floating ``[Nq]``, ``[B, Nq]`` or ``[B, H, Nq]``; 1 by
             default. With ``query_index``, R weights take the place of Nq.
-        query_index: Queries that count; all by default. A list of ints, or int32 or int64 ``[R]``
-            or ``[B, R]``; negative indices count from the end. ``[0]`` is the class token (EViT),
-            ``[-1]`` the last token (FastV). Only these rows are computed.
+        query_index: Queries that take part; all by default. A list of ints, or int32 or int64
+            ``[R]`` or ``[B, R]``; negative indices count from the end. ``[0]`` is the class token
+            (EViT), ``[-1]`` the last token (FastV). Only these rows are computed.
         policy: As in :func:`policy_attention`.
         size: As in :func:`policy_attention`.
         self_keep: As in :func:`policy_attention`, for ``Nq == Nk``. It has no effect on a ``q`` of
@@ -186,12 +187,12 @@ def attention_scores(
         key_padding_mask: As in :func:`policy_attention`. Padding has score 0.
         scale: Factor of the logits; ``1 / sqrt(D)`` by default.
         lse: Log-sum-exp ``[B, H, Nq]`` that :func:`policy_attention` returned for the same
-            arguments. It saves time if ``eps`` is 0. It gets no gradient, and all other gradients
-            are as without it.
+            arguments. It saves time if ``eps`` is 0. It gets no gradient and changes no other
+            gradient.
 
     Shape:
         ``[B, H, Nq, D], [B, Hkv, Nk, D] -> [B, Nk]`` for B images, H heads of queries, Hkv heads of
-        keys, Nq queries, Nk keys, and heads D wide; R is the length of ``query_index``.
+        keys, Nq queries, Nk keys, and heads of width D; R is the length of ``query_index``.
 
     Returns:
         Scores ``[B, Nk]``, or ``[B, H, Nk]`` for ``head_reduce="none"``, in float32 (float64 for
@@ -233,7 +234,7 @@ def attention_scores(
     if query_index is not None:
         q, lse, query_position = _take_rows(name, query_index, q, lse)
         if not (self_keep or exclude_self or is_causal):
-            query_position = None  # without effect
+            query_position = None  # it has no effect
     if query_weight is not None:
         query_weight = _query_weight(name, query_weight, q)
     _checks.check_choice(name, "head_reduce", head_reduce, HEAD_REDUCTIONS)
@@ -247,7 +248,7 @@ def attention_scores(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Lower the precision under autocast, as PyTorch does for attention."""
+    """Cast to the dtype of autocast, as PyTorch does for attention."""
     first = tensors[0]
     if not isinstance(first, Tensor):
         return tensors
@@ -325,9 +326,9 @@ def _check_weight_dtype(name: str, argument: str, value: object, expected: str) 
 def _check_not_negative(name: str, argument: str, value: Tensor) -> None:
     if value.dtype == torch.bool or not _checks.values_visible(value) or value.numel() == 0:
         return
-    least = _checks.read(value.detach().amin())  # NaN if there is one
+    least = _checks.read(value.detach().amin())  # NaN if any value is NaN
     if least is not None and not least >= 0:
-        raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"{least} in it")
+        raise _checks.value_mismatch(name, argument, ">= 0 everywhere", f"a minimum of {least}")
 
 
 def _query_weight(name: str, weight: Tensor, q: Tensor) -> Tensor:
@@ -357,7 +358,7 @@ def _take_rows(
     """Rows of q and lse by index, and their positions, int32 [R] or [B, R]."""
     queries = q.shape[2]
 
-    def expected() -> str:  # for errors alone: to print a symbolic size makes it constant
+    def expected() -> str:  # only for errors: formatting a symbolic size specializes it
         return f"in [{-queries}, {queries})"
 
     if isinstance(query_index, (list, tuple, range)):

@@ -2,7 +2,7 @@
 """Arguments and results of the operators of attention, in the order of their schemas.
 
 Letters: B batch, H heads of queries, Hkv heads of keys, Nq queries, Nk keys, D width of queries and
-keys, Dv width of values. Sums have the type ``acc_dtype(q)``.
+keys, Dv width of values. The dtype of sums is ``acc_dtype(q)``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Inputs(NamedTuple):
     q: Tensor  # [B, H, Nq, D]
     k: Tensor  # [B, Hkv, Nk, D]
     v: Tensor  # [B, Hkv, Nk, Dv]
-    policy: Tensor | None  # [B, Nk] or [B, H, Nk] in the type of sums, >= 0
-    size: Tensor | None  # [B, Nk] in the type of sums, >= 0; a key of size 0 is padding
+    policy: Tensor | None  # [B, Nk] or [B, H, Nk] in the dtype of sums, >= 0
+    size: Tensor | None  # [B, Nk] in the dtype of sums, >= 0; a key of size 0 is padding
     key_padding_mask: Tensor | None  # bool [B, Nk], true for padding
     query_position: Tensor | None  # int32 [Nq] or [B, Nq]; 0, 1, 2 ... by default
     self_keep: bool
@@ -36,18 +36,18 @@ class Saved(NamedTuple):
     out: Tensor  # [B, Nq, H, Dv]
     lse: Tensor  # [B, H, Nq], log-sum-exp of each row
     p_eps: Tensor  # [B, H, Nq], share of a row's softmax that eps takes; [B, H, 0] without eps
-    argmax: Tensor  # int32 as p_eps, the key where a row has its maximum; -1 for an empty row
+    argmax: Tensor  # int32, shape of p_eps: key at which a row has its maximum; -1 for an empty row
 
 
 class OutputGrads(NamedTuple):
-    """Gradients that come to the backward."""
+    """Gradients of the outputs, which the backward takes."""
 
     grad_out: Tensor  # [B, Nq, H, Dv]
     grad_lse: Tensor | None  # [B, H, Nq]
 
 
 class Needs(NamedTuple):
-    """Whether the backward computes the gradients besides dq and dk."""
+    """Gradients that the backward computes in addition to dq and dk."""
 
     need_v: bool
     need_policy: bool
@@ -69,7 +69,7 @@ class ScoreInputs(NamedTuple):
 
     q: Tensor
     k: Tensor
-    query_weight: Tensor | None  # [B, Nq] or [B, H, Nq] in the type of sums
+    query_weight: Tensor | None  # [B, Nq] or [B, H, Nq] in the dtype of sums
     policy: Tensor | None
     size: Tensor | None
     key_padding_mask: Tensor | None

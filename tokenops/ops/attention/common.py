@@ -20,7 +20,7 @@ def valid_keys(inputs: Inputs | ScoreInputs) -> Tensor | None:
 
 
 def per_head(x: Tensor, valid: Tensor | None, dtype: torch.dtype, heads: int) -> Tensor:
-    """Keys or values [B, H, Nk, D] of each query head; 0 for padding, whose NaN times 0 is NaN."""
+    """Keys or values [B, H, Nk, D] of each query head; 0 for padding, which may hold NaN."""
     if valid is not None:
         x = torch.where(valid[:, None, :, None], x, 0)
     x = x.to(dtype)
@@ -33,12 +33,12 @@ def per_key_head(x: Tensor, heads: int) -> Tensor:
 
 
 def max_exponent(dtype: torch.dtype) -> float:
-    """Exponent that clamps a dropped key's probability, so that its square does not overflow."""
+    """Maximum log-probability of a dropped key: the square of the probability stays finite."""
     return math.log(torch.finfo(dtype).max) / 2
 
 
 def reduce_heads(scores: Tensor, head_reduce: str) -> Tensor:
-    """Scores [B, Nk] from [B, H, Nk], which ``"none"`` returns."""
+    """Reduce scores [B, H, Nk] to [B, Nk]; ``"none"`` returns them unchanged."""
     if head_reduce == "none":
         return scores
     return scores.mean(1) if head_reduce == "mean" else scores.sum(1)
@@ -47,7 +47,7 @@ def reduce_heads(scores: Tensor, head_reduce: str) -> Tensor:
 def weight_grads(
     dpolicy: Tensor, dlog_size: Tensor, inputs: Inputs, needs: Needs
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of policy and size from gradients of policy and log(size) by head [B, H, Nk]."""
+    """Gradients of policy and size from gradients by head [B, H, Nk] of policy and log(size)."""
     policy, size = inputs.policy, inputs.size
     dsize = dlog_size[..., :0].sum(1)  # [B, 0]
     if size is not None and needs.need_size:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with key weights composed of PyTorch's operators, which serves where no kernel does.
+"""Attention with key weights, composed of PyTorch's operators; serves where no kernel does.
 
-A block is some images, or some rows of one image, so that its maps stay in the cache: q k^T, few
-passes in place, then p v, which is divided by the sum of each row. Nothing here is differentiable
-by autograd: the operators have backward formulas.
+Attention is computed in blocks of several images, or of some rows of one image, so that the maps of
+a block stay in the cache: q k^T, a few passes in place, then p v, divided by the sum of each row.
+Autograd cannot differentiate these functions: the operators have backward formulas.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def policy_attention_backward(
     delta = (grad_out.to(keys.dtype) * out).sum(-1).transpose(1, 2)[..., None]  # [B, H, Nq, 1]
     if grad_lse is not None:
         delta = delta - grad_lse[..., None]
-    shift = torch.where(lse == -math.inf, math.inf, lse)[..., None]  # p of an empty row: 0
+    shift = torch.where(lse == -math.inf, math.inf, lse)[..., None]  # makes p of an empty row 0
     dq = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     # A block with all rows of its images writes dk and dv as one product; other blocks add to them.
     whole = 0 < q.shape[2] <= rows_per_block(q, k)
@@ -104,7 +104,7 @@ def policy_attention_backward(
             queries = dense_rows(q[i, :, r], keys)
             do = dense_rows(grad_out[i, r].transpose(1, 2), keys)  # [b, H, R, Dv]
             p = logits(queries, block, keys, buffers)
-            if policy is None and eps == 0:  # exp(p - lse), but in less time
+            if policy is None and eps == 0:  # faster than exp(p - lse)
                 torch.softmax(p, -1, out=p)
                 if may_be_true(empty := lse[i, :, r] == -math.inf):
                     p.masked_fill_(empty[..., None], 0)
@@ -187,7 +187,7 @@ def attention_scores(inputs: ScoreInputs) -> Tensor:
 def _is_fused(q: Tensor, v: Tensor, keys: Keys) -> bool:
     """Whether the fused attention can serve the call: float32, no key weights except sizes.
 
-    In bfloat16 it takes longer than two products and a softmax.
+    In bfloat16 the fused attention is slower than two products and a softmax.
     """
     if q.dtype != torch.float32 or not q.is_cpu or q.shape[3] != v.shape[3]:
         return False
@@ -195,7 +195,7 @@ def _is_fused(q: Tensor, v: Tensor, keys: Keys) -> bool:
     masked = keys.inputs.is_causal or keys.inputs.exclude_self
     if not plain or masked or min(q.numel(), keys.k.numel()) == 0:
         return False
-    # For a row with a NaN it computes 0, not NaN.
+    # The fused attention computes 0, not NaN, for a row with a NaN.
     return math.isfinite(q.sum() + keys.k.sum())
 
 

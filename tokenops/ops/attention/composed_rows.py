@@ -20,8 +20,8 @@ from ..._library import ROWS_AT_LEAST, acc_dtype, block_entries, may_be_true
 from .arguments import Inputs, ScoreInputs
 from .common import per_head, valid_keys
 
-#: A row's lse is logit - log(probability) of its first key if that probability is at least this.
-#: The error is less than 1e-5, far less than that of logits from bfloat16 products.
+#: Least probability of a row's first key at which lse is computed as its logit - log(probability).
+#: The error is less than 1e-5, far less than the error of logits from bfloat16 products.
 MIN_PROBABILITY = 1e-30
 
 
@@ -30,7 +30,7 @@ class Keys(NamedTuple):
 
     inputs: Inputs | ScoreInputs
     k: Tensor  # [B, H, Nk, D] in the dtype of products, dense; 0 for padding
-    k_exact: Tensor | None  # with eps, k in the dtype of sums: bfloat16 logits may have two maxima
+    k_exact: Tensor | None  # with eps, k in the dtype of sums: bfloat16 logits may tie
     dtype: torch.dtype  # of sums
     log_size: Tensor | None  # [B, 1, 1, Nk], -inf for padding
     policy: Tensor | None  # [B, 1 or H, 1, Nk]
@@ -82,7 +82,7 @@ class OwnKeys:
 
     @contextmanager
     def restored(self, x: Tensor, condition: bool) -> Iterator[None]:
-        """Restore the entries, on a condition, after changes of the map in place."""
+        """Restore the entries after in-place changes of the map, if a condition holds."""
         entries = self.read(x) if condition else None
         yield
         if entries is not None:
@@ -185,14 +185,14 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, is_zero: bool) -> None:
 
 
 class Buffers:
-    """Maps that all blocks reuse: new memory would cost page faults in each block."""
+    """Maps that all blocks reuse, because new memory would cost page faults in each block."""
 
     def __init__(self, keys: Keys, device: torch.device) -> None:
         self._dtypes = keys.dtype, keys.dtype, keys.k.dtype
         self._flat = [torch.empty(0, dtype=dtype, device=device) for dtype in self._dtypes]
 
     def take(self, which: int, *shape: int) -> Tensor:
-        """Buffer 0 or 1 in the dtype of sums (0: logits), 2 in that of products; uninitialized."""
+        """Uninitialized buffer: 0 (logits) or 1 in the dtype of sums, 2 in that of products."""
         if self._flat[which].numel() < math.prod(shape):
             self._flat[which] = self._flat[which].new_empty(math.prod(shape))
         return self._flat[which][: math.prod(shape)].view(shape)
@@ -310,8 +310,8 @@ def softmax(
 def _logits_and_policy(rows: Tensor, block: Block, keys: Keys, buffers: Buffers) -> Tensor:
     """The logits, plus log(policy) if eps is 0.
 
-    Their maximum is then that of kept keys: a dropped key with a large logit does not make the
-    probabilities of the others underflow.
+    The maximum is then over kept keys: a dropped key with a large logit does not make the
+    probabilities of other keys underflow.
     """
     qk = logits(rows, block, keys, buffers)
     if keys.policy is not None and keys.inputs.eps == 0:
@@ -323,9 +323,9 @@ def _logits_and_policy(rows: Tensor, block: Block, keys: Keys, buffers: Buffers)
 def _softmax(qk: Tensor, min_probability: float) -> Tensor | None:
     """Softmax of each row, in place; returns lse [b, H, R].
 
-    For any key, lse = logit - log(probability). The first key avoids two passes for the maximum.
-    Returns None, with ``qk`` overwritten, if its probability is below ``min_probability`` or NaN
-    (an empty row).
+    For any key, lse = logit - log(probability). Using the first key saves two passes that find the
+    maximum. Returns None, with ``qk`` overwritten, if the probability of the first key is below
+    ``min_probability`` or NaN (an empty row).
     """
     logit = qk[..., 0].clone()
     p = torch.softmax(qk, -1, out=qk)[..., 0]
@@ -340,4 +340,4 @@ def _argmax(qk: Tensor, m_i: Tensor, buffer: Tensor) -> Tensor:
     keys = qk.shape[3]
     from_end = torch.arange(keys, 0, -1, dtype=qk.dtype, device=qk.device)
     found = torch.ge(qk, m_i, out=buffer).mul_(from_end).amax(-1, keepdim=True)
-    return (keys - found).clamp_(max=keys - 1)  # a row of NaN alone finds nothing
+    return (keys - found).clamp_(max=keys - 1)  # nothing is found in a row of NaN only

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention with key weights in plain PyTorch: the oracle of every kernel.
 
-A row is one query of one head. Its own key is the one at its position. It sees the keys that are
+A row is one query of one head. Its own key is the key at its position. It sees the keys that are
 valid (neither padding nor of size 0) and, if attention is causal, not after its position.
 """
 
@@ -18,8 +18,8 @@ from ..._library import acc_dtype, no_autocast
 from .arguments import InputGrads, Inputs, Needs, OutputGrads, Saved, ScoreInputs
 from .common import max_exponent, per_head, per_key_head, reduce_heads, valid_keys, weight_grads
 
-#: Most entries of the attention map of a block of rows: memory is linear in N. Autograd through
-#: these functions still keeps the whole map.
+#: Maximum number of entries of the attention map of a block of rows, so that memory is linear in N.
+#: Autograd through these functions still stores the whole map.
 BLOCK_ENTRIES = 1 << 24
 
 
@@ -60,7 +60,7 @@ def _attend(inputs: Inputs | ScoreInputs, rows: slice) -> _Rows:
     policy = torch.ones_like(qk)
     if inputs.policy is not None:
         policy = inputs.policy.to(dtype)
-        # 1 / policy overflows for subnormal policies: they count as 0, with a gradient.
+        # 1 / policy overflows for subnormal policies, which count as 0 but keep their gradient.
         policy = torch.where(policy < torch.finfo(dtype).tiny, policy - policy.detach(), policy)
         policy = policy[:, None, None] if policy.dim() == 2 else policy[:, :, None]
         policy = policy.expand(qk.shape)
@@ -92,7 +92,7 @@ def _normalize(
         no_key = torch.full_like(zero, -1, dtype=torch.int32)
         return zero - math.inf, zero, qk, zero + 1, no_key
     kept = policy.detach() > 0
-    argmax = qk.detach().argmax(-1, keepdim=True)  # the first of equals
+    argmax = qk.detach().argmax(-1, keepdim=True)  # the first maximum
     m_i = qk.gather(-1, argmax)
     m_i = torch.where(m_i == -math.inf, 0, m_i)
     shift = m_i.detach()
@@ -116,7 +116,7 @@ def _normalize(
 
 
 def _differentiable(inputs: Inputs) -> Inputs:
-    """Inputs whose policy has the gradient that ``policy_grad`` asks for."""
+    """Inputs whose policy has the gradient that ``policy_grad`` selects."""
     policy, policy_grad = inputs.policy, inputs.policy_grad
     if policy is None or policy_grad == "exact":
         return inputs
@@ -148,7 +148,7 @@ def policy_attention(inputs: Inputs) -> Saved:
             rows = _attend(inputs, block)
             out = (rows.attention @ v).to(q.dtype).transpose(1, 2)
             parts.append((out, rows.lse, rows.p_eps, rows.argmax))
-    dims = (1, 2, 2, 2)  # along which each output has its rows
+    dims = (1, 2, 2, 2)  # the dimension of the rows in each output
     out, lse, p_eps, argmax = (torch.cat([p[i] for p in parts], dims[i]) for i in range(4))
     if inputs.eps == 0:
         p_eps, argmax = p_eps[..., :0], argmax[..., :0]

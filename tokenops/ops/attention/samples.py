@@ -15,7 +15,7 @@ from ...testing.samples import B, C, Call, N, Sample, Sizes
 from .api import attention_scores, policy_attention
 from .arguments import Inputs, ScoreInputs
 
-#: Kinds of inputs, and options that are not ``DEFAULTS``.
+#: For each kind: options of ``random_attention``, and options that differ from ``DEFAULTS``.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "policy": ({"policy": "hard"}, {"self_keep": True}),
@@ -41,7 +41,7 @@ DEFAULTS = {
 
 
 def samples() -> Iterator[Sample]:
-    """Every kind of inputs, each forward, backward and as scores."""
+    """Every kind of inputs, for attention, its backward and scores."""
     for name, (kind, options) in KINDS.items():
         position = None
         if name in ("eps", "none", "half"):
@@ -74,14 +74,14 @@ def samples() -> Iterator[Sample]:
 
 
 def _leaves(arguments: Iterable[Any]) -> tuple[Any, ...]:
-    """Arguments whose floating tensors are leaves that require a gradient."""
+    """Arguments whose floating-point tensors are leaves that require a gradient."""
     return tuple(
         t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t
         for t in arguments
     )
 
 
-#: Kinds of calls: inputs, and options of the function.
+#: For each kind of call: options of ``random_attention``, and options of the function.
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "soft": ({"policy": "soft"}, {"eps": 1e-3}),

@@ -15,7 +15,7 @@ from .arguments import InputGrads, Inputs, Needs, OutputGrads, Saved, ScoreInput
 
 
 def _differentiable(ops: Any) -> Any:
-    """References if autograd records the backward: kernels of backwards have no backward."""
+    """References if the backward is differentiated: backward kernels have no backward."""
     return _library.references if differentiates() else ops
 
 
@@ -57,7 +57,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Inputs], output: tuple[Tensor, ...]
 def _attention_backward(
     ops: Any, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: Tensor | None
 ) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors  # activation checkpointing lets each be read only once
+    tensors = ctx.saved_tensors  # activation checkpointing allows a single read
     inputs, saved = Inputs(*tensors[:_TENSORS], *ctx.options), Saved(*tensors[_TENSORS:])
     if grad_out is None and grad_lse is None:
         return (None,) * len(Inputs._fields)
@@ -142,11 +142,11 @@ def _scores_setup(ctx: Any, inputs: tuple[ScoreInputs], output: Tensor) -> None:
 
 
 def _scores_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Attention whose values are the gradients of the scores, one number per key.
+    """Backward of scores: attention whose values are the gradients of the scores.
 
     With ``v_j = grad_j``, the output ``o_i = sum_j y_ij grad_j`` of a row is the gradient of the
-    query's weight. The gradients of q, k, policy and size are those of this attention if its output
-    has the gradient ``w_i``.
+    query's weight. The gradients of q, k, policy and size are the gradients of this attention for
+    ``w_i`` as the gradient of its output.
     """
     q, k, query_weight, *tensors = ctx.saved_tensors
     needs = ctx.needs

@@ -44,11 +44,11 @@ def nearest(
 
     Shape:
         ``[B, Na, D], [B, Nb, D] -> [B, Na], [B, Na]`` for B images, Na and Nb tokens of width D;
-        attention keys have a dimension of H heads more.
+        attention keys have an additional dimension of H heads.
 
     Returns:
         ``score`` ``[B, Na]`` in float32 (float64 for double inputs) and ``index``, int32
-        ``[B, Na]``; -inf and -1 for a row that takes no part or has no candidate.
+        ``[B, Na]``; -inf and -1 for a row that is masked out or has no candidate.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -103,15 +103,15 @@ def match(
 
     For each source, ``node_max`` is the largest similarity to a destination and ``node_idx`` the
     lowest destination that has it; the similarity matrix is not stored. The ``r`` sources with the
-    largest ``node_max`` merge, of equal ones those of the lowest token index.
+    largest ``node_max`` merge; ties go to the lowest token index.
 
     Args:
         metric: ``[B, N, D]``, or attention keys ``[B, H, N, D]`` whose mean over heads is the
             metric; float16, bfloat16, float32 or float64; any strides, for example a view of a
             packed qkv.
         r: Number of tokens to merge away, clamped to the number of sources outside the prefix. To
-            export a share of N under a named ``Dim``, give ``torch.export.export`` the option
-            ``prefer_deferred_runtime_asserts_over_guards=True``.
+            export an ``r`` that is a share of N, where N is a named ``Dim``, pass
+            ``prefer_deferred_runtime_asserts_over_guards=True`` to ``torch.export.export``.
         num_prefix: Number of leading tokens (class, distillation, registers) that neither merge
             nor receive.
         protected: Bool ``[N]`` or ``[B, N]``, true for tokens that neither merge nor receive. The
@@ -120,24 +120,24 @@ def match(
             be checked without waiting for the device, protected sources merge as a last resort.
         split: Sources and destinations: ``alternate()`` (ToMe), ``strided(k)``, ``random(n)``,
             ``grid(h, w, sy, sx)`` (tomesd), or a pair of index tensors ``([Ns] or [B, Ns],
-            [Nd] or [B, Nd])``, which name tokens outside the prefix at most once. Tokens that
-            neither of them names stay as they are.
-        threshold: Least similarity of a pair that merges; at most ``r`` pairs do. Counts then
+            [Nd] or [B, Nd])``, which list tokens outside the prefix, each at most once. Unlisted
+            tokens stay as they are.
+        threshold: Minimum similarity of a pair that merges; at most ``r`` pairs merge. Counts then
             differ between images: the map has N output tokens, of which ``counts`` are live. A
             floating-point tensor of shape ``[]`` or ``[B]`` may change its values under CUDA
-            graphs; NaN in it merges nothing. The cosine of equal tokens may round to just below 1.
-            If a float is an argument of a compiled function, its second value compiles the function
-            once more, and further values do not.
-        order: Order of the output tokens. ``"position"``: that of their first members.
+            graphs; a NaN threshold merges nothing. The cosine of equal tokens may round to just
+            below 1. If a float is an argument of a compiled function, its second value recompiles
+            the function; further values do not.
+        order: Order of the output tokens. ``"position"``: by the index of their first members.
             ``"tome"``: prefix, unmerged sources, destinations, as ToMe concatenates them.
         similarity: ``"cosine"`` or ``"dot"``.
 
     Shape:
-        ``[B, N, D] -> assign [B, N]`` for B images and N tokens of width D; attention keys have a
-        dimension of H heads more. A split has Ns sources and Nd destinations.
+        ``[B, N, D] -> assign [B, N]`` for B images and N tokens of width D; attention keys have an
+        additional dimension of H heads. A split has Ns sources and Nd destinations.
 
     Returns:
-        A map of N tokens to N - r (to N, padded, with a ``threshold``).
+        A map of N tokens to N - r; with a ``threshold``, to N, padded.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -218,7 +218,7 @@ def _check_threshold(threshold: object, metric: Tensor) -> tuple[float | None, T
         raise _checks.type_error("match", "threshold", expected, threshold)
     if threshold != threshold:  # NaN, in a form that torch.compile traces
         raise _checks.value_error("match", "threshold", "a number", threshold)
-    if torch.compiler.is_dynamo_compiling():  # else the graph serves this value only
+    if torch.compiler.is_dynamo_compiling():  # a constant would specialize the graph
         each: Tensor = metric.new_zeros(batch, dtype=acc_dtype(metric)) + threshold  # type: ignore[assignment]
         return None, each
     return float(threshold), None
@@ -227,7 +227,7 @@ def _check_threshold(threshold: object, metric: Tensor) -> tuple[float | None, T
 def _check_enough_tokens(
     r: int, batch: int, tokens: int, protected: Tensor, split: SplitArgs
 ) -> None:
-    """Check that each image has r sources and a destination that are free."""
+    """Check that each image has r sources and a destination that may merge."""
     if not _checks.values_visible(protected) or r == 0:
         return
     token = torch.arange(tokens, device=protected.device)
@@ -245,5 +245,5 @@ def _check_enough_tokens(
             f"match: r must be at most the number of unprotected sources, with at least one "
             f"unprotected destination, in each image; got r = {r} and, in image {image}, "
             f"{int(src[image].sum())} sources and {int(dst[image].sum())} "
-            f"destinations (threshold=-inf lifts this, at the price of a padded map)"
+            f"destinations (threshold=-inf allows this, with a padded map)"
         )

@@ -9,12 +9,13 @@ from torch import Tensor
 
 
 class Request(NamedTuple):
-    """What a match asks for.
+    """Number, thresholds and order of a match.
 
     Attributes:
         r: Number of sources to merge, at most.
-        threshold: Least similarity of a pair that merges, for all images; None for any.
-        thresholds: The same for each image, float32 or float64 ``[B]``; replaces ``threshold``.
+        threshold: Minimum similarity of a pair that merges, for all images; None for no minimum.
+        thresholds: Minimum similarity for each image, float32 or float64 ``[B]``; replaces
+            ``threshold``.
         order: Order of the output tokens: ``"position"`` or ``"tome"``.
     """
 
@@ -41,7 +42,7 @@ class SplitArgs(NamedTuple):
         protected: Bool ``[N]`` or ``[B, N]``, true for tokens that neither merge nor receive.
         src_index: Listed sources, int32 or int64 ``[Ns]`` or ``[B, Ns]``; None for a pattern.
         dst_index: Listed destinations, int32 or int64 ``[Nd]`` or ``[B, Nd]``.
-        stride: Distance of destinations, or the width of a cell.
+        stride: Distance between destinations, or the width of a cell.
         grid_width: Tokens in a row of the grid; 0 for a stride.
         cell_height: Rows of a cell.
         cell: Offset ``y * stride + x`` of the destination in each cell, row by row: int32 or int64
@@ -59,12 +60,13 @@ class SplitArgs(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best destination of each source, sources in the order of the split.
+    """The best destination of each source; sources are in the order of the split.
 
     Attributes:
-        node_max: Its similarity, float32 or float64 ``[B, Ns]``; -inf if none is above -inf.
-        node_idx: Its index among the ascending destinations, int32 ``[B, Ns]``; -1 if all of them
-            are protected.
+        node_max: Similarity to this destination, float32 or float64 ``[B, Ns]``; -inf if none is
+            above -inf.
+        node_idx: Index of this destination in the ascending list of destinations, int32
+            ``[B, Ns]``; -1 if all destinations are protected.
     """
 
     node_max: Tensor

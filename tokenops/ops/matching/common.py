@@ -33,8 +33,8 @@ class Sides(NamedTuple):
 class Counts(NamedTuple):
     """Number of sources and destinations, and how many of them are in the prefix.
 
-    Under a stride, tokens of the prefix count as sources or destinations, too; under lists or a
-    grid they do not.
+    With a stride, tokens of the prefix also count as sources or destinations; with lists or a grid
+    they do not.
     """
 
     num_src: int
@@ -44,7 +44,7 @@ class Counts(NamedTuple):
 
 
 def check_split(operator: str, split: SplitArgs) -> None:
-    """Check that a split is two lists, or a pattern by numbers in their range.
+    """Check that a split has both lists or none, and that the numbers of its pattern are in range.
 
     Raises:
         ValueError: If it is not.
@@ -55,7 +55,7 @@ def check_split(operator: str, split: SplitArgs) -> None:
     ):
         if index is None and other is not None:
             raise ValueError(
-                f"{operator}: {missing} must be given where the other list is, got None and a list "
+                f"{operator}: {missing} must be given if the other list is, got None and a list "
                 f"of shape {list(other.shape)}"
             )
     if split.stride < 1 or split.grid_width < 0 or split.cell_height < 1:
@@ -116,11 +116,11 @@ def sides(operator: str, batch: int, tokens: int, split: SplitArgs, device: torc
                 offset = cell.long().clamp(0, split.cell_height * stride - 1)
                 offset = offset[..., number.clamp(0, num_dst - 1)]  # [N] or [B, N]
             is_dst = inside & (y % split.cell_height * stride + x % stride == offset)
-            kind = torch.where(after < 0, 2, is_dst.byte())  # a grid leaves the prefix out
-        # Stable sorts in place of masks: shapes must not depend on values.
+            kind = torch.where(after < 0, 2, is_dst.byte())  # a grid excludes the prefix
+        # Stable sorts instead of masks: shapes must not depend on values.
         order = kind.argsort(dim=-1, stable=True)
         src, dst = order[..., :num_src], order[..., num_src : num_src + num_dst]
-    # Clamped, for the values of a user's indices may be unchecked.
+    # Clamped, because the values of a user's indices may be unchecked.
     last = max(tokens - 1, 0)
     dst = dst.long().clamp(0, last).expand(batch, -1)  # [B, Nd]
     src = src.long().clamp(0, last).expand(batch, -1)  # [B, Ns]
@@ -141,7 +141,7 @@ def protected_tokens(batch: int, tokens: int, split: SplitArgs, device: torch.de
 def rank_sources(
     node_max: Tensor, src: Tensor, protected: Tensor, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rank sources: those of grade 0 merge first, of grade 1 as a last resort, of grade 2 never.
+    """Rank sources: grade 0 merges first, grade 1 as a last resort, grade 2 never.
 
     Args:
         node_max: ``[B, Ns]`` score of each source, in the order of their tokens.
@@ -150,8 +150,8 @@ def rank_sources(
         prefix: Number of tokens in the prefix, which have grade 2.
 
     Returns:
-        Scores, with -inf for grades above 0; grades; indices of the sources by falling score; and
-        by grade, then falling score. Of equal sources the first comes first.
+        Scores, with -inf for grades above 0; grades; indices of the sources by descending score;
+        indices by grade, then descending score. Ties are in the order of sources.
     """
     grade = protected.gather(1, src).int() + (src < prefix)
     node_max = node_max.masked_fill(grade > 0, -math.inf)
@@ -161,7 +161,7 @@ def rank_sources(
 
 
 def thresholds(request: Request, dtype: torch.dtype) -> float | Tensor | None:
-    """Least similarity of a pair that merges: a number, one for each image [B, 1], or None."""
+    """Minimum similarity of a pair that merges: a float, [B, 1] with one per image, or None."""
     if request.thresholds is None:
         return request.threshold
     return request.thresholds.to(dtype)[:, None]
@@ -189,7 +189,7 @@ def select(
     prefix, r = max(split.num_prefix, 0), mergeable(tokens, request.r)
     least = thresholds(request, best.node_max.dtype)
     token = torch.arange(tokens, device=device)
-    src, by_token = src.sort(dim=1)  # of equal scores, the one of the lowest token comes first
+    src, by_token = src.sort(dim=1)  # ties go to the lowest token
     node_max, node_idx = best.node_max.gather(1, by_token), best.node_idx.gather(1, by_token)
     node_max, grade, by_score, ranking = rank_sources(node_max, src, protected, prefix)
     if dst.shape[1] == 0:
@@ -203,7 +203,7 @@ def select(
 
     # The root of a token is its destination if it merges, else the token itself.
     root = token.repeat(batch, 1).scatter(1, src, torch.where(merged, target, src))
-    if request.order == "position" or r == 0:  # where nothing merges, both orders are the identity
+    if request.order == "position" or r == 0:  # if nothing merges, both orders are the identity
         first = torch.full_like(root, tokens).scatter_reduce(
             1, root, token.expand(batch, -1), "amin"
         )

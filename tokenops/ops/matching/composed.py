@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matching by PyTorch's operators, which serves where there is no kernel.
+"""Matching, composed of PyTorch's operators; serves where no kernel does.
 
 The search multiplies blocks of rows with all candidates and takes the maximum while a block is in
-the cache. The selection takes the best sources by one partial sort and numbers output tokens by
+the cache. The selection finds the best sources by a partial sort and numbers output tokens by
 prefix sums.
 
 Letters: B batch, N tokens, Na or Ns sources, Nb or Nd destinations, D width of the metric.
@@ -23,9 +23,9 @@ from .arguments import Best, Map, Request, SplitArgs
 
 
 class _Sides(NamedTuple):
-    """Sources and destinations: those of a stride, else ascending lists, int64 ``[B, .]``.
+    """Sources and destinations: a stride, or ascending lists, int64 ``[B, .]``.
 
-    Sources and destinations are named by their index in ascending order.
+    An index of a source or destination is its place in ascending order.
     """
 
     tokens: int
@@ -33,7 +33,7 @@ class _Sides(NamedTuple):
     stride: int  # 0 where tokens are listed
     num_src: int
     num_dst: int
-    prefix_src: int = 0  # sources and destinations in the prefix; a stride only
+    prefix_src: int = 0  # sources and destinations in the prefix; with a stride only
     prefix_dst: int = 0
     src: Tensor | None = None
     dst: Tensor | None = None
@@ -73,8 +73,8 @@ class _Pairs(NamedTuple):
 
     src: Tensor
     dst: Tensor
-    live: Tensor | None  # bool, false for a pair that does not merge after all; None if all do
-    by_score: Tensor | None  # all sources [B, Ns] by falling score, where they are sorted
+    live: Tensor | None  # bool, false for a pair that does not merge; None if all merge
+    by_score: Tensor | None  # all sources [B, Ns] by descending score, if they are sorted
 
 
 def nearest(
@@ -170,8 +170,8 @@ def _few_pairs(
 ) -> _Pairs | None:
     """The best pairs, if all scores fit into one block and none of them is NaN.
 
-    ``amax`` takes a fraction of the time of ``max``, which also finds the index of the maximum:
-    destinations are looked up for the r sources that merge only.
+    ``amax`` is several times faster than ``max``, which also returns indices: destinations are
+    looked up only for the r sources that merge.
     """
     batch = metric.shape[0]
     num_src, num_dst = sides.num_src - sides.prefix_src, sides.num_dst - sides.prefix_dst
@@ -184,10 +184,10 @@ def _few_pairs(
     b = b[:, sides.prefix_dst :] if sides.prefix_dst > 0 else b
     with no_autocast(a.device.type):
         scores = torch.bmm(a, b.mT)  # [B, Ns, Nd]
-    best = scores.amax(dim=2)  # NaN if there is one
+    best = scores.amax(dim=2)  # NaN if any score is NaN
     src, by_score = _top(best, r, _sorts(request, sides))
     if math.isnan(best.amax()):
-        return None  # topk and argsort take NaN for the largest
+        return None  # topk and argsort treat NaN as the largest
     dst = scores.gather(1, src[..., None].expand(-1, -1, num_dst)).argmax(dim=2)  # the first
     least = common.thresholds(request, best.dtype)
     live = None if least is None else best.gather(1, src) >= least
@@ -199,7 +199,7 @@ def _few_pairs(
 
 
 def _comparable(x: Tensor, cosine: bool) -> Tensor:
-    """Rows [B, N, D], in the type of sums, whose dot products are the similarities."""
+    """Rows [B, N, D], in the dtype of sums, whose dot products are the similarities."""
     dtype = acc_dtype(x)
     # The metric of attention keys [B, H, N, D] is their mean over heads.
     x = x.mean(1, dtype=dtype) if x.dim() == 4 else x.to(dtype)
@@ -233,11 +233,11 @@ def _search_block(
         scores = torch.bmm(a, b.transpose(1, 2), out=out)  # [B, block, Nb]
     if b_mask is not None:
         scores.masked_fill_(~b_mask[:, None, :], -math.inf)
-    score, index = scores.max(dim=2)  # the first of equal maxima; NaN if there is one
+    score, index = scores.max(dim=2)  # the first maximum; NaN if any score is NaN
     if may_be_true(score.isnan()):
         scores.masked_fill_(scores.isnan(), -math.inf)
         score, index = scores.max(dim=2)
-    # Where no score is above -inf: the first candidate that takes part, else -1.
+    # If no score is above -inf: the first candidate that is not masked out, else -1.
     if may_be_true(none := score == -math.inf):
         first = torch.zeros_like(index[:, :1])
         if b_mask is not None:
@@ -250,15 +250,15 @@ def _search_block(
 
 
 def _sorts(request: Request, sides: _Sides) -> bool:
-    """Whether unmerged sources are ordered by score, for which all sources must be sorted."""
+    """Whether unmerged sources are ordered by score, so that all sources must be sorted."""
     return request.order == "tome" and sides.prefix == 0
 
 
 def _top(score: Tensor, r: int, sort: bool) -> tuple[Tensor, Tensor | None]:
-    """The r best sources [B, r], of equal ones the first; and all by falling score if ``sort``."""
+    """The r best sources [B, r], ties to the first; if ``sort``, also all by descending score."""
     if not sort and score.is_cpu and r > 0:
         best, index = score.topk(min(r + 1, score.shape[1]), dim=1)
-        # topk takes any of equal scores: it serves where the last one taken has no equal.
+        # topk breaks ties arbitrarily: use it only if the last score that it takes has no tie.
         if all(a != b for a, *rest in best[:, r - 1 :].tolist() for b in rest):
             return index[:, :r], None
     by_score = score.argsort(dim=1, descending=True, stable=True)
@@ -305,7 +305,7 @@ def _map(pairs: _Pairs, sides: _Sides, r: int, request: Request) -> Map:
     if sides.stride > 0 and (request.limited() or (pairs.live is None and merged == r)):
         inverse = invert_partition(number, outputs)
         return Map(number.sub_(1).int(), *inverse, counts)
-    # If too few sources could merge, there are more segments than outputs: drop the last ones.
+    # If too few sources can merge, there are more segments than outputs: drop the last ones.
     assign = torch.where(number <= outputs, number - 1, -1)
     return Map(assign.int(), *invert(assign, outputs), counts)
 
@@ -333,7 +333,7 @@ def _as_tome(pairs: _Pairs, sides: _Sides) -> Tensor:
     batch, device, prefix = pairs.src.shape[0], pairs.src.device, sides.prefix
     stays = torch.ones(batch, sides.num_src, dtype=torch.int64, device=device)
     stays.scatter_(1, pairs.src, 0 if pairs.live is None else (~pairs.live).long())
-    # Tokens of the prefix that are no sources come first; `stays` counts the sources.
+    # Tokens of the prefix that are not sources come first; `stays` counts the sources.
     first: Tensor | int = prefix - sides.prefix_src
     neither, dst_order = None, sides.dst_order
     if sides.stride == 0 and prefix + sides.num_src + sides.num_dst > 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matching by compiled CUDA kernels: small images in one launch, others by search and select."""
+"""Matching by compiled CUDA kernels: one launch for small images, else search and select."""
 
 # mypy: disable-error-code="empty-body"
 
@@ -22,7 +22,7 @@ class Lists(NamedTuple):
 
 @declare
 def grid_sides(metric: Tensor, split: SplitArgs) -> Lists:
-    """List the sides of a grid."""
+    """List the sources and destinations of a grid."""
 
 
 @declare
@@ -34,13 +34,13 @@ def match_fits(
 
 @declare
 def match_image(metric: Tensor, similarity: str, request: Request, split: SplitArgs) -> Map:
-    """Match in one launch, each image by one block."""
+    """Match in one launch, with one thread block per image."""
 
 
 def match(metric: Tensor, similarity: str, request: Request, split: SplitArgs) -> Map:
     """Bipartite matching; see :func:`tokenops.match`."""
     if split.grid_width > 0 and split.src_index is None and split.dst_index is None:
-        # match_image, search and select take lists: make them once.
+        # match_image, search and select all take lists: make the lists once.
         src_index, dst_index = grid_sides(metric, *split)
         split = SplitArgs(split.num_prefix, split.protected, src_index, dst_index)
     if match_fits(metric, split.src_index, split.dst_index, split.stride):

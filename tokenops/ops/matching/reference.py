@@ -16,7 +16,7 @@ from ..merging.reference import invert
 from . import common
 from .arguments import Best, Map, Request, SplitArgs
 
-#: Scores that are computed at a time, in blocks of rows, so that memory is linear in N.
+#: Maximum number of scores in a block of rows, so that memory is linear in N.
 SCORES_AT_A_TIME = 1 << 24
 
 
@@ -39,7 +39,7 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Most similar row of ``b`` for each row of ``a``: score [B, Na] and index [B, Na].
 
-    Differentiable by ordinary autograd through the score.
+    The score is differentiable by autograd.
     """
     cosine = similarity == "cosine"
     a, b = _comparable(a, cosine), _comparable(b, cosine)
@@ -82,8 +82,8 @@ def _search_block(a: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]
     with no_autocast(a.device.type):
         scores = a @ b.transpose(1, 2)  # [B, block, Nb]
     scores = scores.masked_fill(scores.isnan() | ~b_mask[:, None, :], -math.inf)
-    score, index = scores.max(dim=2)  # the first of equal maxima
-    # Where no score is above -inf: the first candidate that takes part, else -1.
+    score, index = scores.max(dim=2)  # the first maximum
+    # If no score is above -inf: the first candidate that is not masked out, else -1.
     first = b_mask.int().argmax(dim=1)
     fallback = torch.where(b_mask.any(dim=1), first, -1)[:, None]
     return score, torch.where(score == -math.inf, fallback, index).int()
@@ -98,8 +98,8 @@ def match(metric: Tensor, similarity: str, request: Request, split: SplitArgs) -
 def search(metric: Tensor, similarity: str, split: SplitArgs) -> Best:
     """Best destination of each source.
 
-    A split names each token once: the result for a token that is listed twice may differ from
-    backend to backend.
+    A split must list each token at most once: the result for a token that is listed twice may
+    differ between backends.
     """
     x = _comparable(metric, similarity == "cosine")
     batch, tokens, _ = x.shape

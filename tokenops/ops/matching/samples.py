@@ -102,7 +102,7 @@ def calls(sizes: Sizes) -> Iterator[Call]:
 
 
 def _fields(metric: Tensor, r: int, options: dict[str, Any]) -> list[Tensor]:
-    """Results of the operator match: fields of the token map."""
+    """Fields of the token map that ``match`` returns."""
     token_map = match(metric, r, **options)
     fields = token_map.assign, token_map.offsets, token_map.members, token_map.counts
     return [field for field in fields if field is not None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _backend
 from ..._library import acc_dtype, register
-from ..merging import schema as _merging  # noqa: F401 - registers what the backward calls
+from ..merging import schema as _merging  # noqa: F401 - registers operators of the backward
 from . import common, composed, cuda, reference
 from .arguments import Best, Map, Request, SplitArgs
 
@@ -58,7 +58,7 @@ def _nearest_backward(ops: Any, ctx: Any, grad: Tensor, _: Tensor | None) -> tup
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Replace NaN and inf, which rows without a gradient may hold: 0 times them must be 0."""
+    """Replace NaN and inf by 0: rows may hold them, and their product with a gradient of 0 is 0."""
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -89,13 +89,13 @@ register(
 
 # ---- match, search and select ----
 
-#: Arguments that may have one row for all images.
+#: Arguments that may be 1-D and then apply to all images.
 _SHARED = ("protected", "src_index", "dst_index", "cell")
 
 
 def _map_fake(like: Tensor, tokens: int, request: Request) -> Map:
     batch, outputs = like.shape[0], tokens
-    if not request.limited():  # at least one token is left: an export with r ~ N needs to know
+    if not request.limited():  # at least one token is left, which an export with r ~ N relies on
         outputs = torch.sym_max(tokens - torch.sym_max(request.r, 0), torch.sym_min(tokens, 1))
     shapes = (batch, tokens), (batch, outputs + 1), (batch, tokens), (batch,)
     return Map(*(like.new_empty(shape, dtype=torch.int32) for shape in shapes))

@@ -36,8 +36,8 @@ def merge(
     Args:
         x: Tokens ``[B, N, C]`` of float16, bfloat16, float32 or float64; any strides, fastest when
             the last dimension is contiguous. Or a list of such tensors, for example queries, keys
-            and values, whose widths may differ: if all have one dtype, they share a launch on CUDA
-            devices, except for weights together with another reduction than the sum.
+            and values, whose widths may differ. Tensors of one dtype share a launch on CUDA
+            devices, except with ``weight`` and a reduction other than the sum.
         token_map: Map of N to M tokens.
         reduce: ``"sum"``, ``"mean"``, ``"amax"``, ``"amin"`` or ``"prod"``.
         weight: Weight of each member, floating ``[B, N]`` or ``[B, N, 1]``.
@@ -46,7 +46,8 @@ def merge(
         ``[B, N, C] -> [B, M, C]`` for B images, N input tokens, M output tokens and C channels.
 
     Returns:
-        ``[B, M, C]`` of the dtype of ``x``; a list for a list. Half types accumulate in float32.
+        ``[B, M, C]`` of the dtype of ``x``; a list for a list. float16 and bfloat16 accumulate in
+        float32.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -84,16 +85,16 @@ def merge_wavg(
         token_map: Map of N to M tokens.
         size: Number of patches that each token stands for, floating ``[B, N]`` or ``[B, N, 1]``;
             ones if None.
-        weight: Weight of each member beside its size, floating ``[B, N]`` or ``[B, N, 1]``; ones
-            if None.
+        weight: Weight of each member, multiplied by its size; floating ``[B, N]`` or ``[B, N,
+            1]``; ones if None.
 
     Shape:
         ``[B, N, C] -> [B, M, C], [B, M, 1]`` for B images, N input tokens, M output tokens and C
         channels.
 
     Returns:
-        The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]``: float64 where
-            ``x`` and ``size`` are, else float32 (bfloat16 counts exactly up to 256 only).
+        The means ``[B, M, C]`` of the dtype of ``x``, and the sizes ``[B, M, 1]``: float64 if ``x``
+        and ``size`` are float64, else float32 (bfloat16 would count exactly only up to 256).
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -135,8 +136,8 @@ def unmerge(
         y: Tokens ``[B, M, C]`` of float16, bfloat16, float32 or float64, any strides. Or a list of
             such tensors, as for :func:`merge`.
         token_map: Map of N to M tokens.
-        residual: ``[B, N, C]``, added in the same pass where it has the dtype of ``y``; for one
-            tensor only.
+        residual: ``[B, N, C]``, added in the same pass if it has the dtype of ``y``; not for a
+            list of tensors.
 
     Shape:
         ``[B, M, C] -> [B, N, C]`` for B images, N input tokens, M output tokens and C channels.

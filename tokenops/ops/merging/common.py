@@ -18,7 +18,7 @@ def compose_assign(assign: Tensor, earlier: Tensor, num_tokens: int) -> Tensor:
 
 
 def product_of_others(values: Tensor, index: Index, longest: int | None = None) -> Tensor:
-    """Product of all other members of each token's segment, without a division: some may be zero.
+    """Product of all other members of each token's segment, without dividing, as some may be zero.
 
     The product of the members before each one times the product of the members after it.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging composed of PyTorch's operators: serves where there is no kernel.
+"""Merging, composed of PyTorch's operators; serves where no kernel does.
 
 ``embedding_bag`` takes a token map in CSR form: the members of an output token are a bag of rows of
 ``x``, which one thread sums in one pass, in their order, in float32. So the sums are deterministic
@@ -49,7 +49,7 @@ def invert_partition(slot: Tensor, num_tokens: int) -> Inverse:
 
 
 def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> Index:
-    """The map through ``earlier`` and ``assign``."""
+    """The token map of ``earlier`` followed by ``assign``."""
     composed = common.compose_assign(assign, earlier, num_tokens)
     return Index(composed, *invert(composed, num_tokens))
 
@@ -78,8 +78,8 @@ def merge_wavg(x: Tensor, index: Index, size: Tensor | None) -> Wavg:
     empty = total == 0
     if total.shape[1] == 0:
         return Wavg(x.new_zeros(x.shape[0], 0, x.shape[2]), total)
-    # Divide the sizes, not the sums: one pass less over rows. A product with the reciprocal of a
-    # small total would be infinite.
+    # Divide the sizes, not the sums, which saves a pass over rows. Multiplying by the reciprocal of
+    # a small total would overflow.
     divisor = torch.where(empty, 1, total).gather(1, _clamped(index.assign, total.shape[1]).long())
     out = _sum(x, index, size / divisor, False)
     if may_be_true(empty):
@@ -148,15 +148,15 @@ def _sum(x: Tensor, index: Index, factor: Tensor | None, mean: bool) -> Tensor:
     outputs = index.num_tokens
     if x.numel() == 0 or outputs == 0:
         return x.new_zeros(batch, outputs, channels)
-    # Dropped tokens are at the end of ``members``. If there may be some, they get an extra bag.
+    # Dropped tokens are at the end of ``members``. If there may be any, they get an extra bag.
     drops = may_be_true(offsets[:, -1] != tokens)
-    # Whatever the map holds, embedding_bag gets ascending starts and nothing out of bounds.
+    # For any map, even an invalid one, embedding_bag gets ascending starts within bounds.
     starts = offsets[:, : outputs + drops].clamp(0, tokens).cummax(1).values
     starts[:, 0] = 0
     order = members.clamp(0, tokens - 1)  # [B, N]
     if factor is not None:
         factor = factor.gather(1, order.long())
-    if mean and x.dtype == torch.float16:  # whose sum may overflow before the division
+    if mean and x.dtype == torch.float16:  # the sum may overflow before the division
         bags = _bags(x.float(), order, starts, None, _MEAN)
     else:
         bags = _bags(x, order, starts, factor, _MEAN if mean else _SUM)
@@ -166,7 +166,7 @@ def _sum(x: Tensor, index: Index, factor: Tensor | None, mean: bool) -> Tensor:
 def _take(y: Tensor, assign: Tensor, factor: Tensor | None, *, upcast: bool = False) -> Tensor:
     """Row of each token's output token times a factor, 0 if dropped: [B, M, C] -> [B, N, C].
 
-    In the dtype of sums if ``upcast``, else in that of ``y``.
+    In the dtype of sums if ``upcast``, else in the dtype of ``y``.
     """
     batch, outputs, channels = y.shape
     tokens = assign.shape[1]

@@ -15,7 +15,7 @@ from ... import _backend, _checks
 from ..._library import acc_dtype
 from . import schema  # noqa: F401 - registers the operators
 
-#: The fields of ``arguments.Index`` as a plain tuple, which every call makes in less time.
+#: The fields of ``arguments.Index`` as a plain tuple, which is faster to make in every call.
 MapTensors = tuple[Tensor, Tensor, Tensor]
 
 REDUCTIONS = ("sum", "mean", "amax", "amin", "prod")
@@ -104,7 +104,7 @@ def _output_shape(index: MapTensors) -> tuple[int, int]:
 
 
 def _share_launch(name: str, tensors: Sequence[Tensor]) -> bool:
-    """Whether one operator can take all tensors: plain ones of one dtype, not the reference."""
+    """Whether one operator call takes all tensors: plain, of one dtype, and not the reference."""
     if len(tensors) < 2 or _backend.dispatches_to_reference(name, tensors[0]):
         return False
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
@@ -133,6 +133,6 @@ def _check_tokens(
     batch, tokens = shape
     got = x.shape
     if got[0] != batch or got[1] != tokens:
-        expected = f"of shape [{batch}, {tokens}, C] as token_map has it"
+        expected = f"of shape [{batch}, {tokens}, C] to match token_map"
         raise _checks.value_error(name, argument, expected, x)
     _checks.check_same_device(name, argument, x, index[0])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging in plain PyTorch: the declaration of each operator, and the oracle of its kernels.
 
-Letters: B batch, N tokens in, M tokens out, C channels. The dtype of sums is float64 for double
-data, float32 for all other. All functions but ``invert`` and ``compose`` are differentiable by
+Letters: B batch, N tokens in, M tokens out, C channels. The dtype of sums is float64 for
+float64, else float32. All functions but ``invert`` and ``compose`` are differentiable by
 autograd.
 """
 
@@ -36,7 +36,7 @@ def invert(assign: Tensor, num_tokens: int) -> Inverse:
 
 
 def compose(assign: Tensor, earlier: Tensor, num_tokens: int) -> Index:
-    """The map through two maps: ``earlier`` int32 [B, N0], then ``assign`` int32 [B, N]."""
+    """The token map of ``earlier`` int32 [B, N0] followed by ``assign`` int32 [B, N]."""
     composed = common.compose_assign(assign, earlier, num_tokens)
     return Index(composed, *invert(composed, num_tokens))
 
@@ -64,7 +64,8 @@ def merge(x: Tensor, index: Index, factors: Factors, reduce: str) -> Tensor:
         out = common.product(values, index)
     else:
         slot = _slot(assign, num_tokens)[..., None].expand_as(values)
-        # Start from NaN: a start equal to a member would share the gradient of that member.
+        # Start from NaN: an initial value equal to a member would share the gradient of this
+        # member.
         out = values.new_full((x.shape[0], num_tokens + 1, x.shape[2]), math.nan)
         out = out.scatter_reduce(1, slot, values, reduce, include_self=False)[:, :num_tokens]
         out = torch.where((index.offsets.diff(dim=1) > 0)[..., None], out, 0)
@@ -191,7 +192,7 @@ def _sum(values: Tensor, assign: Tensor, num_tokens: int) -> Tensor:
 
 def _take(rows: Tensor, assign: Tensor) -> Tensor:
     """Row of each token's output token, 0 for dropped tokens: [B, M, C] -> [B, N, C]."""
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, 1))  # the last row, zero, is for dropped ones
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, 1))  # the last row is 0, for dropped tokens
     slot = _slot(assign, rows.shape[1])[..., None]
     return padded.gather(1, slot.expand(-1, -1, rows.shape[2]))
 

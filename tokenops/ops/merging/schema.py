@@ -54,12 +54,12 @@ def _grad_of_factors(
 
 
 def _reduce_backward(ops: Any) -> Any:
-    """``merge_reduce_backward``: the kernel, or the formula where that is differentiated itself."""
+    """``merge_reduce_backward``: the kernel, or the reference if it is itself differentiated."""
     return (references if differentiates() else ops).merge_reduce_backward
 
 
 def _mapped(grads: Any) -> bool:
-    """Whether ``is_grads_batched`` maps over gradients: it cannot map operators of lists."""
+    """Whether ``is_grads_batched`` maps over gradients: it cannot map operators that take lists."""
     return any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
 
 
@@ -293,8 +293,8 @@ def _merge_wavg_fake(x: Tensor, index: Index, size: Tensor | None) -> Wavg:
 def _merge_wavg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, index, size = inputs
     _, total = output
-    # Only the gradient of the sizes reads x. If sizes need none, the summed sizes need none either:
-    # sizes that go from layer to layer would keep the graph of all layers alive.
+    # Only the gradient of the sizes reads x. If sizes need no gradient, neither do the summed
+    # sizes: sizes that are passed from layer to layer would keep the graph of all layers alive.
     need_size = ctx.needs[4]
     if not need_size:
         ctx.mark_non_differentiable(total)
