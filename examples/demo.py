@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ViT-B/16 looks at a photograph, four ways: ``make demo ARGS=...``.
+"""Runs a ViT-B/16 on a photograph in four ways: ``make demo ARGS=...``.
 
-``dense`` is the model as it is, ``eager ToMe`` merges tokens by PyTorch operators, ``tokenops`` by
-the kernels of this project, and the ``slicing bound`` gets the same token counts for free. Prints a
-table and draws which patches of the photograph became one token.
+``dense`` is the unchanged model, ``eager ToMe`` merges tokens by PyTorch operators, ``tokenops`` by
+the kernels of this project, and ``slicing bound`` slices to the same token counts at no cost.
+Prints a table and draws the patches of the photograph that became one token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHECKPOINT = "google/vit-base-patch16-224"
 SEED = 0
 HUB_SECONDS = 4.0
 
-#: Computes the logits and tells the number of tokens after the last layer.
+#: Returns the logits and the number of tokens after the last layer.
 Run = Callable[[], tuple[Tensor, int]]
 
 
@@ -69,7 +69,7 @@ def main() -> None:
         runs = make_runs(model.to(dtype), crops.to(dtype), schedule)
         tokens, peaks = {}, {}
         for name, run in runs.items():
-            tokens[name] = run()[1]  # a warm-up, too
+            tokens[name] = run()[1]  # also a warm-up
             progress.update()
         samples = measure.interleave(runs, options.repeats, device, progress.update)
         progress.set_description("measuring memory")
@@ -82,11 +82,11 @@ def main() -> None:
     print(f"{options.batch} crops of {options.image or 'grace_hopper.jpg'}, r = {options.r}")
     print(f"{options.dtype} on {machine(device)}\n")
     print_table(samples, peaks, tokens, options.batch)
-    print(f"\nms         median of {options.repeats} runs in turns, disturbed ones left out")
+    print(f"\nms         median of {options.repeats} interleaved runs, without disturbed ones")
     if min(sum(s.clean for s in one) for one in samples.values()) < 3:
-        print("           BUSY MACHINE: too few are undisturbed, the calmest third was taken")
+        print("           BUSY MACHINE: few undisturbed runs, so the least disturbed third")
     counter = "CUDA's allocator" if device.type == "cuda" else "torch.profiler"
-    print(f"peak MB    of tensors beside model and input, by {counter}")
+    print(f"peak MB    of tensors except model and input, by {counter}")
     print(f"logits     eager ToMe and tokenops differ by at most {difference:.1e} (float32)")
     print(f"picture    {picture}")
 
@@ -118,7 +118,7 @@ def positive(text: str) -> int:
 
 
 def load_model() -> tuple[Any, str]:
-    """The pretrained model where the hub or its cache has it, else random weights, and which."""
+    """The model, pretrained if the hub or its cache has it, and a name of its weights."""
     from transformers import ViTConfig, ViTForImageClassification
     from transformers.utils import logging
 
@@ -139,7 +139,7 @@ def load_model() -> tuple[Any, str]:
 
 
 def hub_answers() -> bool:
-    """Whether the hub answers at once; a thread, since looking up its name knows no timeout."""
+    """Whether the hub answers soon; in a thread, since the name lookup has no timeout."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -171,7 +171,7 @@ def load_photo(path: Path | None) -> Image.Image:
 
 
 def random_crops(photo: Image.Image, size: int, count: int) -> Tensor:
-    """Squares of half to all of the photo, [count, 3, size, size] as the ViT wants them."""
+    """Squares of half to all of the photo, [count, 3, size, size] in the range of the ViT."""
     draw_from = np.random.default_rng(SEED)
     crops = []
     for _ in range(count):
@@ -209,7 +209,7 @@ def make_runs(model: Any, crops: Tensor, schedule: list[int]) -> dict[str, Run]:
 def draw_groups(
     model: Any, photo: Image.Image, schedule: list[int], weights: str, path: Path
 ) -> None:
-    """Draw the groups of patches after a third, two thirds and all of the layers."""
+    """Draw the segments of patches after a third, two thirds and all of the layers."""
     merged = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     apply_patch(merged, schedule, track_source=True)
     pixels = to_pixels(photo, model.config.image_size)[None].to(model.device)

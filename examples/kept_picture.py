@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws digits, and which of their pixels were kept."""
+"""Draws digits and their kept pixels."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 INK = "#1f2933"
-#: Of pixels that the first stage dropped, and that a later one did.
+#: Colours of pixels that the first stage dropped, and that a later stage dropped.
 DROPPED = np.array([[0.96, 0.87, 0.70], [0.86, 0.93, 0.97]])
 
 
 def draw(images: np.ndarray, stages: Mapping[str, np.ndarray], path: Path, caption: str) -> None:
     """Write a row of ``images`` [n, h, w] and, by name, a row of ``stages`` [n, h, w] for each.
 
-    A stage is 0 for pixels that the first stage dropped, 1 for those that a later one did and 2 for
-    those that were kept.
+    A stage is 0 for pixels that the first stage dropped, 1 for pixels that a later stage dropped,
+    and 2 for kept pixels.
     """
     rows = {"digits": np.full(images.shape, 2), **stages}
     figure = Figure(figsize=(0.95 * len(images) + 1.1, 0.95 * len(rows) + 0.5), facecolor="white")

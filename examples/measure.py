@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of rivals that do the same work, on a machine that others use too."""
+"""Time and memory of rivals that do the same work, on a shared machine."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-# The profiler's greetings and the allocator's remarks on it; read when torch loads.
+# Silence messages of the profiler and the allocator; torch reads these when it loads.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-#: An idle system interrupts a running thread a few times per second whatever happens; a competing
-#: process does so a hundred times and more.
+#: An idle system interrupts a running thread a few times per second, a competing process a hundred
+#: times and more.
 INTERRUPTIONS_PER_SECOND = 20
 
 
 class Sample(NamedTuple):
-    """One run: how long it took and how often another process took a core away from it."""
+    """One run: its time, and the number of interruptions by other processes."""
 
     seconds: float
     interruptions: int
@@ -49,7 +49,7 @@ def interleave(
     device: torch.device,
     tick: Callable[[], object],
 ) -> dict[str, list[Sample]]:
-    """Run everything ``repeats`` times in turns, each round beginning with another rival."""
+    """Run each rival ``repeats`` times in turns; each round begins with another rival."""
     samples: dict[str, list[Sample]] = {name: [] for name in runs}
     names = list(runs)
     for round_ in range(repeats):
@@ -61,17 +61,17 @@ def interleave(
 
 
 def undisturbed(samples: list[Sample]) -> list[Sample]:
-    """The clean samples, or the third with the fewest interruptions if that is more."""
+    """The clean samples, or the third with the fewest interruptions if this is larger."""
     by_quiet = sorted(samples, key=lambda sample: sample.interruptions)
     clean = sum(sample.clean for sample in samples)
     return by_quiet[: max(clean, (len(samples) + 2) // 3)]
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most memory that the tensors of ``run`` took at once, beside what was there before.
+    """Peak memory of the tensors of ``run``, without tensors that existed before.
 
-    On CUDA the allocator counts; on a CPU it reports each allocation to PyTorch's profiler. What
-    libraries allocate for themselves is in neither figure.
+    CUDA's allocator counts it; on a CPU, PyTorch's profiler records each allocation. Internal
+    allocations of libraries are in neither figure.
     """
     if device.type == "cuda":
         synchronize(device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws a photograph beside the groups of patches that became one token."""
+"""Draws a photograph beside its segments: the patches that became one token."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def show(axis: Axes, pixels: np.ndarray, title: str) -> None:
 
 
 def mean_colours(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Each group of patches filled with the mean colour of its pixels."""
+    """Each segment of patches filled with the mean colour of its pixels."""
     patch = pixels.shape[0] // labels.shape[0]
     full = np.kron(labels, np.ones((patch, patch), dtype=labels.dtype))
     groups = full.ravel()
@@ -54,7 +54,7 @@ def mean_colours(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def seams(labels: np.ndarray, size: int) -> list[list[tuple[float, float]]]:
-    """Lines between neighbouring patches of different groups, in pixels."""
+    """Lines between neighbouring patches of different segments, in pixels."""
     rows, columns = labels.shape
     high, wide = size / rows, size / columns
     lines = [

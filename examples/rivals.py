@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo compares tokenops with, inside the same Hugging Face ViT.
+"""Rivals of tokenops in the demo, inside the same Hugging Face ViT.
 
 ``eager_tome`` is ToMe (Bolya et al., ICLR 2023) written out in PyTorch operators: cosine
 similarity of the head-mean keys, even tokens against odd ones, sort, gather, scatter, and sizes in
-the attention. ``slicing`` gets the same number of tokens for free, and wrong: it drops the last
-ones, and attends by the kernels that the patched model attends by. Whatever merges tokens takes
-longer than that; how much longer is the price of choosing and merging.
+the attention. ``slicing`` reaches the same number of tokens at no cost, with wrong results: it
+drops the last tokens, and attends by the kernels of the patched model. It is a lower bound: a model
+that merges tokens also pays for matching and merging.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 
 
 def replace_layers(model: Any, layer_forward: Callable[..., Tensor], r: Sequence[int]) -> None:
-    """Let the layers of ``model.vit`` compute ``layer_forward``, getting rid of ``r[l]`` tokens."""
+    """Let layer l of ``model.vit`` compute ``layer_forward``, which removes ``r[l]`` tokens."""
     state: State = {}
     model.vit.register_forward_pre_hook(lambda *_: state.clear())
     for layer, r_layer in zip(model.vit.layers, r, strict=True):
@@ -39,7 +39,7 @@ def eager_tome(layer: Any, r: int, state: State, x: Tensor, mask: None = None) -
 
 
 def slicing(layer: Any, r: int, state: State, x: Tensor, mask: None = None) -> Tensor:
-    """A layer that gets rid of ``r`` tokens by a view: not even a copy is charged for it."""
+    """A layer that removes ``r`` tokens by a view, without a copy."""
     left = x.shape[1] - clamp(r, x.shape[1])
     x = attend(layer, x, state.get("size"), fused_attention)[0][:, :left]
     if "size" not in state:
@@ -49,13 +49,13 @@ def slicing(layer: Any, r: int, state: State, x: Tensor, mask: None = None) -> T
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
-    """Attention to tokens of a size [B, N, 1] by a bias, [B, H, N, D]."""
+    """Attention, [B, H, N, D], with the sizes [B, N, 1] of tokens as a bias."""
     bias = None if size is None else size.log()[:, None, None, :, 0]
     return scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
-    """The same by tokenops, as in a patched model: from the layer on in which tokens have sizes."""
+    """The same attention by tokenops, as in a patched model, once tokens have sizes."""
     if size is None:
         return scaled_dot_product_attention(q, k, v)
     return tokenops.policy_attention(q, k, v, size=size)
@@ -76,7 +76,7 @@ def attend(
 
 
 def merge_by_size(x: Tensor, key: Tensor, r: int, state: State) -> Tensor:
-    """Merge ``r`` tokens into the mean of each group, weighted by size."""
+    """Merge ``r`` tokens: each segment becomes its mean weighted by size."""
     if r == 0:
         return x
     merge = soft_matching(key.mean(1), r)
@@ -89,12 +89,12 @@ def merge_by_size(x: Tensor, key: Tensor, r: int, state: State) -> Tensor:
 
 
 def clamp(r: int, tokens: int) -> int:
-    """At most half of the tokens beside the class token can merge in one layer."""
+    """Limit r: at most half of the tokens except the class token can merge in one layer."""
     return min(r, (tokens - 1) // 2)
 
 
 def soft_matching(metric: Tensor, r: int) -> Callable[[Tensor], Tensor]:
-    """Choose which ``r`` of the even tokens merge into which odd ones; token 0 never does."""
+    """Match ``r`` even tokens with odd tokens to merge into; token 0 never merges."""
     r = clamp(r, metric.shape[1])
     unit = metric / metric.norm(dim=-1, keepdim=True)  # [B, N, D]
     scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # [B, Na, Nb]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small ViT that learns which tokens it can do without, or merges those that are alike.
+"""A small ViT with keep predictors, or with token merging.
 
-The methods ``mask``, ``gather`` and ``probe`` are the three ways to drop tokens while predictors
-learn which; docs/policy-gradient.md tells what gradient each of them gives.
+The methods ``mask``, ``gather`` and ``probe`` drop tokens in the three modes of training;
+docs/policy-gradient.md defines the gradient of each mode.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tokenops.layers import KeepPredictor, MergeStep, PolicyBlock
 
 class Output(NamedTuple):
     logits: Tensor  # [B, classes]
-    decisions: list[Tensor]  # of each stage, [B, patches, 1], 1 for tokens that it keeps
-    maps: list[TokenMap]  # of each stage or merging layer: where its tokens went; none for a mask
+    decisions: list[Tensor]  # of each stage, [B, patches, 1], 1 for kept tokens
+    maps: list[TokenMap]  # of each stage or merging layer; empty in mode mask
 
 
 class SparseViT(nn.Module):
@@ -51,7 +51,7 @@ class SparseViT(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def forward(self, pixels: Tensor, mode: str = "dense", ratio: float = 1.0) -> Output:
-        """Classify images [B, 1, side, side]; ``mode`` is a way to drop tokens, or none."""
+        """Classify images [B, 1, side, side]; ``mode``: dense, random, mask, gather or probe."""
         x, policy = self.tokens(pixels), None
         decisions, maps = [], []
         for layer, block in enumerate(self.blocks):
@@ -78,7 +78,7 @@ class SparseViT(nn.Module):
     def mask(
         self, block: PolicyBlock, predictor: KeepPredictor, x: Tensor, policy: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """All tokens stay, and attention overlooks the dropped ones, whose number is drawn."""
+        """All tokens stay; attention ignores dropped tokens, whose number is random."""
         before = None if policy is None else policy[:, 1:]
         decision = gumbel_keep(predictor(x[:, 1:], before), before)
         policy = pad(decision, (0, 0, 1, 0), value=1.0)  # the class token stays
@@ -87,7 +87,7 @@ class SparseViT(nn.Module):
     def choose(
         self, predictor: KeepPredictor, x: Tensor, policy: Tensor | None, keep: int, blindly: bool
     ) -> tuple[Tensor, TokenMap]:
-        """The policy [B, N, 1] of the tokens that are left, and the map of those to keep."""
+        """The policy [B, N, 1] of the remaining tokens, and the map to the kept tokens."""
         patches = x[:, 1:]
         scores = torch.rand(patches.shape[:2]) if blindly else predictor(patches)[..., 0].exp()
         scores = pad(scores, (1, 0))
@@ -96,15 +96,15 @@ class SparseViT(nn.Module):
         return decision, prune(scores, keep, num_prefix=1)
 
     def gather(self, block: PolicyBlock, x: Tensor, policy: Tensor, kept: TokenMap) -> Tensor:
-        """Dropped tokens are removed; the policy is 1 for the others, and has a gradient."""
+        """Remove dropped tokens; the policy of kept tokens is 1 and has a gradient."""
         return block(merge(x, kept), merge(policy, kept))
 
     def probe(self, block: PolicyBlock, x: Tensor, policy: Tensor, kept: TokenMap) -> Tensor:
-        """Dropped tokens are keys of this one layer, so that their policy has a gradient, too."""
+        """Dropped tokens are keys in this layer only, so their policy has a gradient too."""
         return block(x, policy, queries=kept.members[:, : kept.num_tokens])
 
     def merged(self, pixels: Tensor, r: int, reduce: str) -> Output:
-        """Logits while each layer merges ``r`` tokens, the plain mean of them or by their size."""
+        """Logits if each layer merges ``r`` tokens to their mean, or mean weighted by size."""
         step = MergeStep(r, num_prefix=1, reduce=reduce)
         x, size, maps = self.tokens(pixels), None, []
         for block in self.blocks:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
-    """A table that is legible as it stands and as Markdown."""
+    """Print a Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for index, (name, *cells) in enumerate(rows):
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]

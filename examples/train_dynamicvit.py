@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small ViT learns to read digits, then which tokens it can do without: ``make train ARGS=...``.
+"""Trains a small ViT to classify digits, then to drop tokens: ``make train ARGS=...``.
 
-A dense model is trained on scikit-learn's 8x8 digits, with a token for each pixel. From it, models
-with keep predictors are trained in the three modes of docs/policy-gradient.md, and one that merges
-tokens in every layer. All are tested with the tokens removed. Prints accuracies, and time and
-memory of a training step beside the eager method; draws which pixels were kept.
+A dense model is trained on scikit-learn's 8x8 digits, with a token for each pixel. Copies of it are
+trained with keep predictors, in the three modes of docs/policy-gradient.md, and one copy with token
+merging in every layer. All are tested with the tokens removed. Prints accuracies, and time and
+memory of a training step beside the eager method; draws the kept pixels.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ import tokenops
 
 SIDE, STAGES = 8, (1, 3)
 SMALL = {"side": SIDE, "dim": 48, "heads": 3, "layers": 5, "stages": STAGES}
-#: For time and memory: as wide as DeiT-Ti, with its patches of 384 x 384 pixels.
+#: For time and memory: the width of DeiT-Ti, and its number of patches for 384 x 384 pixels.
 LARGE = {"side": 24, "dim": 192, "heads": 3, "layers": 4, "stages": STAGES, "mlp_ratio": 4.0}
-#: The modes, and how much faster than the rest predictors learn in them. Under masks that are drawn
-#: slow ones stay undecided, while the model gets used to random tokens; under a choice by rank fast
-#: ones run into saturation, where all scores are 1.
+#: The modes, with the factor of the predictors' learning rate. With random masks, slow predictors
+#: stay undecided while the model adapts to random tokens. With a choice by rank, fast predictors
+#: saturate: all scores become 1.
 MODES = {"mask": 20.0, "gather": 5.0, "probe": 5.0}
 RATIO = 0.5  # to train for
 RATIOS = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1)  # to test
@@ -59,7 +59,7 @@ class Digits(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """Images to train on and to test with, rounds through the former, and timed runs."""
+    """Numbers of training images, test images, epochs and timed runs."""
 
     images: int = 1347
     test: int = 450
@@ -97,7 +97,7 @@ def main() -> None:
     progress.close()
 
     trained, tested = len(digits.train_labels), len(digits.labels)
-    print(f"{trained} digits to train on, {tested} to test with; ViT of {SMALL['layers']} layers,")
+    print(f"{trained} training digits, {tested} test digits; ViT of {SMALL['layers']} layers,")
     print(f"{SIDE * SIDE} tokens and a class token; predictors before layers 2 and 4\n")
     print_ratios(dense, models, digits)
     print_merging(dense, merging, digits)
@@ -107,7 +107,7 @@ def main() -> None:
         if options.quick and config is LARGE:
             config, batch = {**LARGE, "layers": 2, "stages": (1,)}, 1
         print_steps(name, config, batch, budget.repeats)
-    print("\nms: median of a step, peak MB: of its tensors, probe beside mask with eager attention")
+    print("\nms: median of a step; peak MB: of its tensors; probe is against mask, eager")
     print(f"picture: {picture}")
 
 
@@ -116,7 +116,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and training (0)")
     parser.add_argument("--out", type=Path, default=Path("build/train"), help="(build/train)")
     parser.add_argument(
-        "--quick", action="store_true", help="an epoch each: to see whether it runs"
+        "--quick", action="store_true", help="one epoch each, to check that it runs"
     )
     return parser.parse_args()
 
@@ -134,7 +134,7 @@ def load(seed: int, budget: Budget) -> Digits:
 def train(
     model: SparseViT, forward: Forward, digits: Digits, epochs: int, rate: float, faster: float
 ) -> Iterator[int]:
-    """Train the model in place, predictors so much faster; yields after each epoch."""
+    """Train the model in place, predictors at ``faster`` times the rate; yield after each epoch."""
     predictors = list(model.predictors.parameters())
     known = {id(p) for p in predictors}
     rest = [p for p in model.parameters() if id(p) not in known]
@@ -155,7 +155,7 @@ def train(
 
 
 def loss_of(output: Output, labels: Tensor) -> Tensor:
-    """Classification, and the share of kept tokens where it is drawn, not chosen."""
+    """Cross entropy, plus the loss on the keep ratio where the ratio is random."""
     loss = cross_entropy(output.logits, labels, label_smoothing=0.1)
     if output.decisions and not output.maps:
         ratios = [RATIO ** (stage + 1) for stage in range(len(output.decisions))]
@@ -174,7 +174,7 @@ def shifted(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(forward: Forward, digits: Digits) -> float:
-    """Share of the test images that are read right, in percent."""
+    """Share of correctly classified test images, in percent."""
     right = forward(digits.images).logits.argmax(1) == digits.labels
     return 100 * right.float().mean().item()
 
@@ -193,10 +193,8 @@ def print_ratios(dense: SparseViT, models: dict[str, SparseViT], digits: Digits)
         cells = (f"{value:.1f}" for value in (statistics.mean(drawn), *of_models))
         rows.append((f"{ratio:g}", tokens_of(ratio), *cells))
     print_columns(rows)
-    print(
-        "\nTest accuracy in percent, tokens removed: at random from the dense model, or chosen by"
-    )
-    print(f"models that were trained for {RATIO:g} in each of the modes.\n")
+    print("\nTest accuracy in percent with tokens removed: random tokens of the dense model, or")
+    print(f"tokens chosen by the models that were trained for {RATIO:g} in each mode.\n")
 
 
 def tokens_of(ratio: float) -> str:
@@ -205,12 +203,12 @@ def tokens_of(ratio: float) -> str:
 
 @torch.no_grad()
 def print_merging(dense: SparseViT, merging: SparseViT, digits: Digits) -> None:
-    """Accuracy of merging, by a model that was trained for it and by one that was not."""
+    """Accuracy with merging, of the dense model and of the model trained with merging."""
     left = merging.merged(digits.images[:1], MERGED, "mean").maps[-1].num_tokens
     runs = {
         "none": (dense, 1 + SIDE * SIDE),
-        "mean by size, not trained for": (lambda x: dense.merged(x, MERGED, "wavg"), left),
-        "plain mean, trained for": (lambda x: merging.merged(x, MERGED, "mean"), left),
+        "mean by size, dense model": (lambda x: dense.merged(x, MERGED, "wavg"), left),
+        "plain mean, trained model": (lambda x: merging.merged(x, MERGED, "mean"), left),
     }
     rows = [("merging", "tokens left", "accuracy")]
     for name, (run, tokens) in runs.items():
@@ -221,7 +219,7 @@ def print_merging(dense: SparseViT, merging: SparseViT, digits: Digits) -> None:
 
 @torch.no_grad()
 def draw_kept(models: dict[str, SparseViT], digits: Digits, path: Path) -> None:
-    """Draw what each model keeps of one test image of each digit."""
+    """Draw the pixels that each model keeps of one test image of each digit."""
     chosen = torch.stack([(digits.labels == digit).nonzero()[0, 0] for digit in range(10)])
     images = digits.images[chosen]
     stages = {}
@@ -240,7 +238,7 @@ def draw_kept(models: dict[str, SparseViT], digits: Digits, path: Path) -> None:
 def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, *, eps: float, **_: Any
 ) -> Tensor:
-    """DynamicViT's attention in PyTorch operators, with its maps of queries by keys."""
+    """DynamicViT's attention in PyTorch operators, with its maps [B, H, N, N]."""
     logits = q @ k.mT / math.sqrt(q.shape[3])  # [B, H, N, N]
     tokens = q.shape[2]
     own = torch.eye(tokens)
@@ -252,7 +250,7 @@ def eager_attention(
 
 
 def print_steps(name: str, config: dict[str, Any], batch: int, repeats: int) -> None:
-    """Time and memory of a step of training by mode, with tokenops and with eager attention."""
+    """Time and memory of a training step by mode, with tokenops and with eager attention."""
     torch.manual_seed(0)
     model = SparseViT(**config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -272,7 +270,7 @@ def print_steps(name: str, config: dict[str, Any], batch: int, repeats: int) -> 
         (mode, eager): make_step(mode, eager)
         for mode in MODES
         for eager in (True, False)
-        if not (mode == "probe" and eager)  # the eager method has no such thing
+        if not (mode == "probe" and eager)  # the eager method has no probe
     }
     for step in steps.values():
         step()
@@ -293,10 +291,10 @@ def print_steps(name: str, config: dict[str, Any], batch: int, repeats: int) -> 
                 "" if eager else f"{peaks[base] / peaks[mode, eager]:.2f}x",
             )
         )
-    print(f"\nA step of training: {name}, {config['dim']} channels, batch {batch}")
+    print(f"\nA training step: {name}, {config['dim']} channels, batch {batch}")
     print_columns(rows)
     if min(sum(s.clean for s in one) for one in samples.values()) < 3:
-        print("BUSY MACHINE: too few runs are undisturbed, the calmest third was taken")
+        print("BUSY MACHINE: few undisturbed runs, so the least disturbed third")
 
 
 if __name__ == "__main__":
