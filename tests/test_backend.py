@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tokenops
 from tokenops import TokenMap, _backend, _choice, _library, _native
 from tokenops.info import report
-from tokenops.testing import assert_same_bits, random_tokens
+from tokenops.testing import assert_same_bits, random_tokens, samples
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,16 +38,10 @@ def calls(monkeypatch):
 
 
 def call_everything():
-    x = random_tokens(2, 9, 4)
-    token_map = tokenops.match(x, 2)
-    tokenops.nearest(x, x)
-    tokenops.merge(x, token_map)
-    tokenops.merge_wavg(x, token_map)
-    tokenops.unmerge(x[:, :7], token_map)
-    tokenops.unmerge(tokenops.merge([x, x, x], token_map), token_map)
-    tokenops.policy_attention(x[:, None], x[:, None], x[:, None])
-    tokenops.attention_scores(x[:, None], x[:, None])
-    kept = tokenops.prune(x[:, :7, 0], 3)
+    for call in samples.calls(samples.Sizes(dtype=torch.float32)):
+        call.function(**call.tensors)
+    token_map = tokenops.match(random_tokens(2, 9, 4), 2)
+    kept = tokenops.prune(random_tokens(2, 7, 1)[..., 0], 3)
     TokenMap.from_assign(kept.assign, 3).compose(token_map)
 
 
@@ -418,21 +412,11 @@ def test_why_not():
 
 @pytest.mark.parametrize("operator", _library.operators)
 def test_an_explicit_choice_never_falls_back(operator, monkeypatch):
-    x = random_tokens(1, 8, 4)
-    token_map = tokenops.match(x, 2)
-    arguments = {
-        "match": (x, 2),
-        "nearest": (x, x),
-        "merge": (x, token_map),
-        "merge_wavg": (x, token_map),
-        "unmerge": (x[:, :6], token_map),
-        "policy_attention": (x[:, None],) * 3,
-        "attention_scores": (x[:, None],) * 2,
-    }
+    call = next(c for c in samples.calls(samples.Sizes()) if c.operator == operator)
     monkeypatch.setattr(_backend, "_interpreting", False)
     message = rf"{operator}: backend 'triton' was chosen but cannot serve it: Triton has no CPU"
     with tokenops.use_backend("triton"), pytest.raises(NotImplementedError, match=message):
-        getattr(tokenops, operator)(*arguments[operator])
+        call.function(**call.tensors)
 
 
 def test_backends_agree(backend, device):
