@@ -48,8 +48,8 @@ def make_match(shape: Shape, device: torch.device) -> tuple[tokenops.TokenMap, r
     return ours, rivals.Match(unmerged, merged, target, *index)
 
 
-def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
+def _outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def setup(operator: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Work:
@@ -93,14 +93,14 @@ def setup(operator: str, shape: Shape, dtype: torch.dtype, device: torch.device)
         # A compiled backward otherwise overwrites saved tensors, and could run only once.
         functorch.donated_buffer = False
         leaf = leaf.detach().requires_grad_()
-        out = _first(function(leaf, *arguments))
+        out = _outputs(function(leaf, *arguments))[0]
         return lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
 
     def difference(name: str, result: Any, expected: Any) -> float:
-        result, expected = _first(result), _first(expected)
+        result, expected = _outputs(result), _outputs(expected)
         if name in ("eager", "compile") and (public == "unmerge") == backward:  # output tokens
-            result = rivals.unmerge(result, match)
-            expected = tokenops.unmerge(expected, token_map)
+            result = tuple(rivals.unmerge(out, match) for out in result)
+            expected = tuple(tokenops.unmerge(out, token_map) for out in expected)
         return relative(result, expected)
 
     return Work(
@@ -118,6 +118,9 @@ def setup(operator: str, shape: Shape, dtype: torch.dtype, device: torch.device)
         inference=not backward,
     )
 
+
+#: Operators that take sizes, which Stable Diffusion does not have.
+WITH_SIZES = ("merge_wavg", "merge_wavg_backward")
 
 _VIT_B = Shape(32, 197, 768, 16, prefix=1)
 _VIT_L = Shape(4, 1025, 1024, 40, prefix=1)
@@ -150,7 +153,7 @@ def _cases(shapes: Mapping[str, Mapping[str, Shape]], **options: Any) -> list[Ca
         case
         for operator, of in shapes.items()
         for case in cases_of(operator, partial(setup, operator), of, **options)
-        if case.shape.grid is None or "wavg" not in operator  # Stable Diffusion has no sizes
+        if case.shape.grid is None or operator not in WITH_SIZES
     ]
 
 

@@ -5,6 +5,7 @@ The tests of the operators check the results, under Triton's interpreter (``make
 CUDA devices.
 """
 
+import ast
 import importlib
 import os
 import re
@@ -28,6 +29,7 @@ from benchmarks.ahead_of_time import record
 from tokenops._triton import VERIFIED, launch, release
 from tokenops._triton.launch import Launch, Settings
 
+ROOT = Path(__file__).resolve().parent.parent
 compiled_here = pytest.mark.skipif(launch.interpreting, reason="kernels are Python functions")
 
 
@@ -383,6 +385,20 @@ def test_the_budget_is_complete(arch):
     """It has each kernel with each setting; ``benchmarks.resources --write`` adds missing ones."""
     known = {(*budget.key(row), row["tile"]) for row in store.read(resources.BUDGET)}
     assert {job[:4] for job in resources.jobs([arch])} == {row for row in known if arch in row}
+
+
+def test_the_budget_has_every_kernel():
+    """``benchmarks/launches.py`` lists the launches of a new kernel. Helpers are called by one."""
+    functions, called = set(), set()
+    for path in (ROOT / "tokenops" / "ops").glob("*/triton/*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if "triton.jit" in map(ast.unparse, getattr(node, "decorator_list", ())):
+                functions.add(node.name)
+                calls = (n for n in ast.walk(node) if isinstance(n, ast.Call))
+                called |= {
+                    n.id for call in calls for n in ast.walk(call) if isinstance(n, ast.Name)
+                }
+    assert functions - called == {row["kernel"] for row in store.read(resources.BUDGET)}
 
 
 @pytest.mark.parametrize("version", VERIFIED)

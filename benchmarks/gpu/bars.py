@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import store
+from ..merging import WITH_SIZES
 
 NAN = float("nan")
 
@@ -139,7 +140,7 @@ def all_bars(graph: Table, events: Table, folder: Path, device: Ceilings) -> Ite
         yield beats(graph, "match", case, "bmm+max", 1.3)
     for operator in (*MERGES, *(f"{name}_backward" for name in MERGES)):
         for case in (*VIT, *SD, "vlm-2880-4096"):
-            if "wavg" not in operator or case not in SD:  # Stable Diffusion has no sizes
+            if operator not in WITH_SIZES or case not in SD:
                 yield from _merging(operator, case, graph, events, device)
     yield from _attention(events, device)
     for case in ("vit-b-256-class", "vlm-2880-columns"):
