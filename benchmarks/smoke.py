@@ -44,7 +44,11 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    for operator, name in sorted(call[:2] for call in samples.calls(Sizes())):
+    known = sorted(call[:2] for call in samples.calls(Sizes()))
+    for beginning in {beginning for _, names in SIZES for beginning in names}:
+        if not any(" ".join(name).startswith(beginning) for name in known):
+            raise ValueError(f"no call's name begins with {beginning!r}")
+    for operator, name in known:
         for sizes, names in SIZES:
             if f"{operator} {name}".startswith(names):
                 yield Case(operator, name, sizes)

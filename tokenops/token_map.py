@@ -57,7 +57,7 @@ class TokenMap:
         return self.assign.shape[-1]
 
     @property
-    def _index(self) -> functional.MapTensors:
+    def _index(self) -> functional.IndexTensors:
         """The tensors of the map that operators take."""
         return self.assign, self.offsets, self.members
 

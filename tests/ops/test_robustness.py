@@ -62,7 +62,14 @@ def of_attention(dtype, device="cpu"):
     operators = [n for n in _library.operators if "attention" in n]
     few = Sizes(1, 2, 301, 40, channels=1, dtype=dtype, device=device)
     many = Sizes(5, 4, 67, 32, channels=1, dtype=dtype, device=device)
-    return results_and_gradients(few, operators) + results_and_gradients(many, operators)
+    inputs = random_attention(1, 2, 301, 40, dtype=dtype, device=device)
+    _, lse = tokenops.policy_attention(**inputs, return_lse=True)
+    q, k = inputs["q"], inputs["k"]
+    return [
+        *results_and_gradients(few, operators),
+        *results_and_gradients(many, operators),
+        tokenops.attention_scores(q, k, lse=lse, exclude_self=True),
+    ]
 
 
 @pytest.fixture
@@ -112,14 +119,16 @@ def test_inputs_are_left_alone(name, backend, device):
     sizes = Sizes(tokens=30, dtype=torch.float32, device=device)
     call = next(c for c in calls(sizes) if f"{c.operator}-{c.name}" == name)
     leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in call.tensors.items()}
-    copies = {n: t.detach().clone() for n, t in leaves.items()}
+    options = getattr(call.function, "keywords", {})  # of a partial: masks, positions
+    given = {**leaves, **{n: t for n, t in options.items() if isinstance(t, torch.Tensor)}}
+    copies = {n: t.detach().clone() for n, t in given.items()}
     results = tree_leaves(call.function(**leaves))
     loss = [y.sum() for y in results if y.requires_grad]
     if loss:
         sum(loss).backward()
     for tensor, before in copies.items():
-        assert_same_bits(leaves[tensor].detach(), before, name=tensor)
-    inputs = {t.untyped_storage().data_ptr() for t in leaves.values()}
+        assert_same_bits(given[tensor].detach(), before, name=tensor)
+    inputs = {t.untyped_storage().data_ptr() for t in given.values()}
     assert all(y.untyped_storage().data_ptr() not in inputs for y in results)
 
 

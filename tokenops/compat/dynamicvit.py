@@ -278,18 +278,18 @@ class _Softmax(torch.autograd.Function):
         own = torch.eye(tokens, dtype=torch.bool, device=weight.device)
         keep = torch.where(own, 1, policy[:, None, None, :, 0].to(weight.dtype))  # [B, 1, N, N]
         total = _nonzero((weight * keep).sum(-1, keepdim=True) + ctx.eps)
-        share = weight / total  # attention before the policy
-        floor = ctx.eps / total  # [B, H, N, 1]
+        p = weight / total  # attention before the policy
+        p_eps = ctx.eps / total  # [B, H, N, 1]
         grad = grad.to(weight.dtype)
         mean = grad.sum(-1, keepdim=True) / max(tokens, 1)
-        delta = (grad * share * keep).sum(-1, keepdim=True) + floor * mean
-        share = share * (grad - delta)
+        delta = (grad * p * keep).sum(-1, keepdim=True) + p_eps * mean
+        ds = p * (grad - delta)
         d_attn = d_policy = None
         if ctx.needs_input_grad[0]:
             at_top = top == torch.arange(tokens, device=weight.device)
-            d_attn = (share * keep + floor * (mean - delta) * at_top).to(attn.dtype)
+            d_attn = (ds * keep + p_eps * (mean - delta) * at_top).to(attn.dtype)
         if ctx.needs_input_grad[1]:
-            d_policy = share.masked_fill(own, 0).sum((1, 2))[..., None].to(policy.dtype)
+            d_policy = ds.masked_fill(own, 0).sum((1, 2))[..., None].to(policy.dtype)
         return d_attn, d_policy, None
 
 

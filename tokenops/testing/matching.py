@@ -101,11 +101,10 @@ def matching_regret(
     together = (assign[:, :, None] == assign[:, None, :]) & (assign[:, :, None] >= 0)  # [B, N, N]
     together = together & (token[:, None] != token)
     alone = ~together.any(2)
-    require(bool((free | alone).all()), "a prefix or protected token is in a group")
-    require(bool((src | dst | alone).all()), "a token outside the split is in a group")
+    require(bool((free | alone).all()), "a prefix or protected token has merged")
+    require(bool((src | dst | alone).all()), "a token outside the split has merged")
     pairs = together & dst[:, None, :]
-    groups = pairs.sum(2)[src]
-    require(bool((groups <= 1).all()), "two destinations are in one group")
+    require(bool((pairs.sum(2)[src] <= 1).all()), "two destinations are in one segment")
     merged = src & pairs.any(2)
     require(bool((merged | alone | dst).all()), "sources merged without a destination")
 

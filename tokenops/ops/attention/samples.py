@@ -120,3 +120,6 @@ def calls(sizes: Sizes) -> Iterator[Call]:
             weighted = {**rest, "query_weight": sizes.weights(tokens)}
             scores = partial(attention_scores, exclude_self=True, head_reduce="none")
             yield Call("attention_scores", "weighted", scores, weighted)
+            index = torch.tensor([0, tokens - 1], device=sizes.device)
+            rows = partial(attention_scores, query_index=index, head_reduce="none")
+            yield Call("attention_scores", "rows", rows, rest)

@@ -28,6 +28,7 @@ def _product_flops(q: Any, k: Any, width: int) -> int:
 # ---- policy_attention ----
 
 _TENSORS = 7  # the first fields of Inputs; the others are options
+_NO_GRADIENTS: Any = Inputs(*(None,) * len(Inputs._fields))  # type: ignore[arg-type]
 
 
 def _attention_fake(inputs: Inputs) -> Saved:
@@ -56,11 +57,11 @@ def _attention_setup(ctx: Any, inputs: tuple[Inputs], output: tuple[Tensor, ...]
 
 def _attention_backward(
     ops: Any, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: Tensor | None
-) -> tuple[Any, ...]:
+) -> Any:
     tensors = ctx.saved_tensors  # activation checkpointing allows a single read
     inputs, saved = Inputs(*tensors[:_TENSORS], *ctx.options), Saved(*tensors[_TENSORS:])
     if grad_out is None and grad_lse is None:
-        return (None,) * len(Inputs._fields)
+        return _NO_GRADIENTS
     if grad_out is None:
         grad_out = torch.zeros_like(saved.out)
     needs = ctx.needs
@@ -68,13 +69,12 @@ def _attention_backward(
     dq, dk, dv, dpolicy, dsize = _differentiable(ops).policy_attention_backward(
         *inputs, *saved, grad_out, grad_lse, needs[2], need_policy, needs[4]
     )
-    return (
-        dq.transpose(1, 2) if needs[0] else None,
-        dk.transpose(1, 2) if needs[1] else None,
-        dv.transpose(1, 2) if needs[2] else None,
-        dpolicy if need_policy else None,
-        dsize if needs[4] else None,
-        *(None,) * 8,
+    return _NO_GRADIENTS._replace(
+        q=dq.transpose(1, 2) if needs[0] else None,
+        k=dk.transpose(1, 2) if needs[1] else None,
+        v=dv.transpose(1, 2) if needs[2] else None,
+        policy=dpolicy if need_policy else None,
+        size=dsize if needs[4] else None,
     )
 
 
@@ -124,6 +124,9 @@ register(
 # ---- attention_scores ----
 
 
+_NO_SCORE_GRADIENTS: Any = ScoreInputs(*(None,) * len(ScoreInputs._fields))  # type: ignore[arg-type]
+
+
 def _scores_fake(inputs: ScoreInputs) -> Tensor:
     q, k = inputs.q, inputs.k
     leading = q.shape[:2] if inputs.head_reduce == "none" else q.shape[:1]
@@ -136,12 +139,12 @@ def _scores_flops(inputs: Any) -> int:
 
 
 def _scores_setup(ctx: Any, inputs: tuple[ScoreInputs], output: Tensor) -> None:
-    self_keep, exclude_self, eps, is_causal, scale, ctx.head_reduce = inputs[0][8:]
+    *tensors, _, self_keep, exclude_self, eps, is_causal, scale, ctx.head_reduce = inputs[0]
     ctx.options = self_keep, exclude_self, eps, is_causal, "exact", scale
-    ctx.save_for_backward(*inputs[0][:7])
+    ctx.save_for_backward(*tensors)
 
 
-def _scores_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _scores_backward(ops: Any, ctx: Any, grad: Tensor) -> Any:
     """Backward of scores: attention whose values are the gradients of the scores.
 
     With ``v_j = grad_j``, the output ``o_i = sum_j y_ij grad_j`` of a row is the gradient of the
@@ -174,13 +177,12 @@ def _scores_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         )
         dk = dk.unflatten(2, (heads_k, -1)).sum(3) if dk.shape[2] > heads_k else dk
         dq, dk = dq.transpose(1, 2).to(q.dtype), dk.transpose(1, 2).to(k.dtype)
-    return (
-        dq if needs[0] else None,
-        dk if needs[1] else None,
-        dweight,
-        dpolicy if needs[3] else None,
-        dsize if needs[4] else None,
-        *(None,) * 9,
+    return _NO_SCORE_GRADIENTS._replace(
+        q=dq if needs[0] else None,
+        k=dk if needs[1] else None,
+        query_weight=dweight,
+        policy=dpolicy if needs[3] else None,
+        size=dsize if needs[4] else None,
     )
 
 

@@ -16,12 +16,12 @@ from ..._library import acc_dtype
 from . import schema  # noqa: F401 - registers the operators
 
 #: The fields of ``arguments.Index`` as a plain tuple, which is faster to make in every call.
-MapTensors = tuple[Tensor, Tensor, Tensor]
+IndexTensors = tuple[Tensor, Tensor, Tensor]
 
 REDUCTIONS = ("sum", "mean", "amax", "amin", "prod")
 
 
-def merge(x: Tensor, index: MapTensors, reduce: str, weight: Tensor | None) -> Tensor:
+def merge(x: Tensor, index: IndexTensors, reduce: str, weight: Tensor | None) -> Tensor:
     """See :func:`tokenops.merge`."""
     _check_tokens("merge", "x", x, index, index[0].shape)
     _checks.check_choice("merge", "reduce", reduce, REDUCTIONS)
@@ -36,7 +36,7 @@ def merge(x: Tensor, index: MapTensors, reduce: str, weight: Tensor | None) -> T
 
 
 def merge_many(
-    x: Sequence[Tensor], index: MapTensors, reduce: str, weight: Tensor | None
+    x: Sequence[Tensor], index: IndexTensors, reduce: str, weight: Tensor | None
 ) -> list[Tensor]:
     """Merge each tensor of a list."""
     _check_list("merge", "x", x)
@@ -52,7 +52,7 @@ def merge_many(
 
 
 def merge_wavg(
-    x: Tensor, index: MapTensors, size: Tensor | None, weight: Tensor | None
+    x: Tensor, index: IndexTensors, size: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`tokenops.merge_wavg`."""
     _check_tokens("merge_wavg", "x", x, index, index[0].shape)
@@ -73,7 +73,7 @@ def merge_wavg(
     return out, total[..., None].to(size_dtype)
 
 
-def unmerge(y: Tensor, index: MapTensors, residual: Tensor | None) -> Tensor:
+def unmerge(y: Tensor, index: IndexTensors, residual: Tensor | None) -> Tensor:
     """See :func:`tokenops.unmerge`."""
     _check_tokens("unmerge", "y", y, index, _output_shape(index))
     if residual is not None:
@@ -86,7 +86,7 @@ def unmerge(y: Tensor, index: MapTensors, residual: Tensor | None) -> Tensor:
     return _backend.dispatch("unmerge", y)(y, *index, None, None, residual, False)  # type: ignore[no-any-return]
 
 
-def unmerge_many(y: Sequence[Tensor], index: MapTensors, residual: Tensor | None) -> list[Tensor]:
+def unmerge_many(y: Sequence[Tensor], index: IndexTensors, residual: Tensor | None) -> list[Tensor]:
     """Unmerge each tensor of a list."""
     _check_list("unmerge", "y", y)
     if residual is not None:
@@ -99,7 +99,7 @@ def unmerge_many(y: Sequence[Tensor], index: MapTensors, residual: Tensor | None
     return serve(list(y), *index, None, False)  # type: ignore[no-any-return]
 
 
-def _output_shape(index: MapTensors) -> tuple[int, int]:
+def _output_shape(index: IndexTensors) -> tuple[int, int]:
     return index[0].shape[0], index[1].shape[1] - 1  # B, M
 
 
@@ -126,7 +126,7 @@ def _check_list(name: str, argument: str, tensors: object) -> None:
 
 
 def _check_tokens(
-    name: str, argument: str, x: Tensor, index: MapTensors, shape: Sequence[int]
+    name: str, argument: str, x: Tensor, index: IndexTensors, shape: Sequence[int]
 ) -> None:
     """Check that ``x`` is of shape [*shape, C] and on the device of the token map."""
     _checks.check_floating(name, argument, x, dims=(3,))
