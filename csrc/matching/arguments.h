@@ -41,17 +41,6 @@ inline void check_count(const char* op, const char* what, int64_t count) {
                   ", got ", count);
 }
 
-// Check that a split is two lists, or a pattern whose numbers are in range.
-inline void check_split(const char* op, const SplitArgs& split) {
-  STD_TORCH_CHECK(split.src_index || !split.dst_index, op,
-                  ": src_index must be given where dst_index is, got None");
-  STD_TORCH_CHECK(split.dst_index || !split.src_index, op,
-                  ": dst_index must be given where src_index is, got None");
-  STD_TORCH_CHECK(split.stride >= 1 && split.cell_height >= 1 && split.grid_width >= 0, op,
-                  ": stride and cell_height must be >= 1 and grid_width >= 0, got ", split.stride,
-                  ", ", split.cell_height, " and ", split.grid_width);
-}
-
 inline bool is_cosine(const char* op, const Text& similarity) {
   STD_TORCH_CHECK(similarity == "cosine" || similarity == "dot", op,
                   ": expected similarity cosine or dot, got ", similarity);
@@ -199,11 +188,9 @@ struct Request {
   }
 };
 
-// `split` is two lists or strided: make_lists in split.h turns a grid into lists.
+// `split` was checked by make_lists in split.h, which turns a grid into lists.
 inline Request make_request(const char* op, int64_t batch, int64_t tokens, const RequestArgs& args,
                             const SplitArgs& split) {
-  check_count(op, "tokens", tokens);
-  check_split(op, split);
   STD_TORCH_CHECK(args.order == "position" || args.order == "tome", op,
                   ": expected order position or tome, got ", args.order);
   Request ask = {};
@@ -247,13 +234,13 @@ struct TokenMap {
   }
 };
 
-// New tensors of a token map, as the operators return them.
+// The tensors of a token map, as the operators return them.
 using MapTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-template <class Device>
-MapTensors new_map(const Device& device, const Request& ask, int64_t batch) {
+// New tensors on the device of `like`.
+inline MapTensors new_map(const Tensor& like, const Request& ask, int64_t batch) {
   const auto ints = [&](std::initializer_list<int64_t> sizes) {
-    return device.empty(sizes, ScalarType::Int);
+    return empty(sizes, ScalarType::Int, like);
   };
   return {ints({batch, ask.tokens}), ints({batch, ask.outputs + int64_t{1}}),
           ints({batch, ask.tokens}), ints({batch})};

@@ -117,25 +117,26 @@ const char* const kOp = "tokenops::match";
 bool match_fits(const Tensor& metric, const OptionalTensor& src_index,
                 const OptionalTensor& dst_index, int64_t stride) {
   const Metric x(kOp, metric);
-  const Request ask = make_request(kOp, x.batch, x.tokens, {0, {}, {}, "position"},
-                                   {0, {}, src_index, dst_index, stride, 0, 1, {}});
-  return choose_kernel(ask, MetricRows(x)).fits(Target(kOp, metric));
+  const Target target(kOp, metric);
+  SplitArgs split = {0, {}, src_index, dst_index, stride, 0, 1, {}};
+  const Request ask = device_request(target, kOp, metric, x.tokens, {0, {}, {}, "position"}, split);
+  return choose_kernel(ask, MetricRows(x)).fits(target);
 }
 
 MapTensors match_images(const Tensor& metric, const Text& similarity, const RequestArgs& args,
-                        const SplitArgs& split) {
+                        SplitArgs split) {
   const Metric x(kOp, metric);
   const bool cosine = is_cosine(kOp, similarity);
   const Target target(kOp, metric);
-  const DeviceRequest ask(target, kOp, x.batch, x.tokens, args, split);
+  const Request ask = device_request(target, kOp, metric, x.tokens, args, split);
   const MetricRows rows(x);
   const ImageKernel kernel = choose_kernel(ask, rows);
   STD_TORCH_CHECK(kernel.fits(target), "tokenops::match_image: an image of ", x.tokens, " tokens, ",
                   x.heads, " heads and width ", x.width, " in ", x.dtype,
                   " does not fit one block of this device");
-  const MapTensors maps = new_map(target, ask, x.batch);
-  target.launch(kernel.function, {x.batch, kernel.threads, kernel.shared_bytes}, rows,
-                static_cast<const Request&>(ask), cosine, pointers(maps));
+  const MapTensors maps = new_map(metric, ask, x.batch);
+  target.launch(kernel.function, {x.batch, kernel.threads, kernel.shared_bytes}, rows, ask, cosine,
+                pointers(maps));
   return maps;
 }
 

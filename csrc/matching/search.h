@@ -17,34 +17,19 @@ constexpr A infinity() {
   return static_cast<A>(__builtin_inf());
 }
 
-// The sources or destinations of an image that take part, ascending. Element d of head h of the
-// i-th one is data[list[i] * token_stride + h * head_stride + d * stride].
-template <class T>
+// The sources or destinations of an image that take part, ascending.
 struct Tokens {
-  const T* data;
+  const Metric* metric;
+  int64_t image;
   const int32_t* list;
   int64_t count;
-  int64_t heads, width;
-  int64_t token_stride, head_stride, stride;
 };
-
-template <class T>
-Tokens<T> tokens_of(const Metric& x, int64_t image, const int32_t* list, int64_t count) {
-  return {static_cast<const T*>(x.data) + image * x.batch_stride,
-          list,
-          count,
-          x.heads,
-          x.width,
-          x.token_stride,
-          x.head_stride,
-          x.stride};
-}
 
 template <class T>
 struct Search {
   using A = acc_t<T>;
 
-  Tokens<T> src, dst;
+  Tokens src, dst;
   bool cosine;
   int64_t groups;     // number of groups that the sources are divided into
   A* panels;          // packed destinations

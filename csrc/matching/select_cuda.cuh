@@ -384,13 +384,9 @@ __device__ __forceinline__ void select_image(const Request& ask, const A* node_m
 
 using cuda::Target;
 
-// A request that owns the lists it points to, which a grid has become (select_cuda.cu).
-struct DeviceRequest : Request {
-  DeviceRequest(const Target& target, const char* op, int64_t batch, int64_t tokens,
-                const RequestArgs& args, const SplitArgs& split);
-
- private:
-  Lists lists_;
-};
+// Check the arguments of an operator whose first tensor is `first`. A grid becomes lists, which
+// `split` then owns (select_cuda.cu).
+Request device_request(const Target& target, const char* op, const Tensor& first, int64_t tokens,
+                       const RequestArgs& args, SplitArgs& split);
 
 }  // namespace tokenops::matching
