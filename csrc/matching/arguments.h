@@ -36,9 +36,10 @@ struct SplitArgs {
   }
 };
 
-inline void check_count(const char* op, const char* what, int64_t count) {
+inline int32_t check_count(const char* op, const char* what, int64_t count) {
   STD_TORCH_CHECK(0 <= count && count <= int64_t{1} << 30, op, ": expected at most 2^30 ", what,
                   ", got ", count);
+  return static_cast<int32_t>(count);
 }
 
 inline bool is_cosine(const char* op, const Text& similarity) {
@@ -58,16 +59,18 @@ inline int32_t clamp(int64_t value, int64_t low, int64_t high) {
 struct Metric {
   const void* data;
   ScalarType dtype;
-  int64_t batch, heads, tokens, width;
+  int32_t heads, width;
+  int64_t batch, tokens;
   int64_t batch_stride, head_stride, token_stride, stride;
 
   Metric(const char* op, const Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()) {
     const int64_t dims = t.dim();
     STD_TORCH_CHECK(dims == 3 || dims == 4, op, ": expected [B, N, D] or [B, H, N, D]");
     batch = t.size(0), batch_stride = t.stride(0);
-    heads = dims == 4 ? t.size(1) : 1, head_stride = dims == 4 ? t.stride(1) : 0;
+    heads = dims == 4 ? check_count(op, "heads", t.size(1)) : 1;
+    head_stride = dims == 4 ? t.stride(1) : 0;
     tokens = t.size(dims - 2), token_stride = t.stride(dims - 2);
-    width = t.size(dims - 1), stride = t.stride(dims - 1);
+    width = check_count(op, "channels", t.size(dims - 1)), stride = t.stride(dims - 1);
     STD_TORCH_CHECK(heads > 0, op, ": expected at least one head");
     // The CPU search keeps indices of vectors of at least 4 tokens as float32, exact up to 2^24.
     STD_TORCH_CHECK(tokens <= int64_t{1} << 26, op, ": expected at most 2^26 tokens");
