@@ -242,11 +242,9 @@ using MapTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // New tensors on the device of `like`.
 inline MapTensors new_map(const Tensor& like, const Request& ask, int64_t batch) {
-  const auto ints = [&](std::initializer_list<int64_t> sizes) {
-    return empty(sizes, ScalarType::Int, like);
-  };
-  return {ints({batch, ask.tokens}), ints({batch, ask.outputs + int64_t{1}}),
-          ints({batch, ask.tokens}), ints({batch})};
+  return {empty({batch, ask.tokens}, ScalarType::Int, like),
+          empty({batch, ask.outputs + int64_t{1}}, ScalarType::Int, like),
+          empty({batch, ask.tokens}, ScalarType::Int, like), empty({batch}, ScalarType::Int, like)};
 }
 
 inline TokenMap pointers(const MapTensors& tensors) {

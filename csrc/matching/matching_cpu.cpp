@@ -69,7 +69,7 @@ void run(const Metric& x, int64_t n, int64_t num_src, int64_t num_dst, const Pre
 
   Arena measure(nullptr);
   const Image<T> measured(measure, n, num_src, num_dst, width);  // counts its bytes
-  const int64_t work_bytes = work_words(width) * sizeof(acc_t<T>);
+  const int64_t work_bytes = kGroup * row_words(width) * sizeof(acc_t<T>);
   Scratch<char> memory(held * measure.used() + threads * work_bytes);
   const auto image = [&](int64_t i) {
     Arena arena(memory.data() + i * measure.used());

@@ -122,9 +122,8 @@ template <class A>
 struct Group {
   const A* rows;  // [tiles * kTile][words]
   int64_t words, tiles;
-  A* partial;  // sums of rows longer than kDepth, [tiles][kTile][columns of a panel]
-  A* best;     // [tiles * kTile][W]
-  A* index;    // [tiles * kTile][W]
+  A* best;   // [tiles * kTile][W]
+  A* index;  // [tiles * kTile][W]
 };
 
 template <class A>
@@ -135,31 +134,19 @@ struct Panel {
   int64_t first;  // index of the first vector
 };
 
-// Multiply tile t of a group by one panel of N vectors, over words [k, end). A strict comparison
-// keeps the first of equal scores, and drops NaN.
+// Multiply tile t of a group by one panel of N vectors. A strict comparison keeps the first of
+// equal scores, and drops NaN.
 template <class T, int N, class A>
-TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t t, int64_t k,
-                          int64_t end) {
+TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t t) {
   using V = Vec<A>;
-  A* const partial = group.partial + t * kTile * N * V::W;
   V sum[kTile][N];
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      sum[i][j] = k == 0 ? V::zero() : V::load(partial + (i * N + j) * V::W);
-    }
+    for (int j = 0; j < N; ++j) sum[i][j] = V::zero();
   }
-  multiply_tile<T, N>(group.rows + t * kTile * group.words + k, group.words, 1,
-                      panel.columns + k * N * V::W, end - k, sum);
-  if (end < panel.depth) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sum[i][j].store(partial + (i * N + j) * V::W);
-    }
-    return;
-  }
+  multiply_tile<T, N>(group.rows + t * kTile * group.words, group.words, 1, panel.columns,
+                      panel.depth, sum);
   A* const best = group.best + t * kTile * V::W;
   A* const index = group.index + t * kTile * V::W;
 #pragma GCC unroll 8
@@ -178,18 +165,13 @@ TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t 
   }
 }
 
-// Multiply a whole group by one panel of n <= N vectors, kDepth words at a time.
+// Multiply a whole group by one panel of n <= N vectors.
 template <class T, int N, class A>
 void search_panel(const Group<A>& group, const Panel<A>& panel, int n) {
   if constexpr (N > 1) {
     if (n < N) return search_panel<T, N - 1>(group, panel, n);
   }
-  int64_t k = 0;
-  do {
-    const int64_t end = panel.depth - k < kDepth ? panel.depth : k + kDepth;
-    for (int64_t t = 0; t < group.tiles; ++t) tile<T, N>(group, panel, t, k, end);
-    k = end;
-  } while (k < panel.depth);
+  for (int64_t t = 0; t < group.tiles; ++t) tile<T, N>(group, panel, t);
 }
 
 // For W rows, find the best score over the W lanes, its vector and its lane; of equal scores, those
@@ -234,7 +216,7 @@ void search(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work)
       const int64_t row = from + (i < count ? i : count - 1);  // fills the last tile
       inverse[i] = load_row<T>(src, row, search.cosine, words, rows + i * words);
     }
-    const Group<A> group = {rows, words, (to - from) / kTile, rows + kGroup * words, best, index};
+    const Group<A> group = {rows, words, (to - from) / kTile, best, index};
     for (int64_t v = 0; v < vectors; v += kVectors<A>) {
       const Panel<A> panel = {search.panels + v * V::W * depth, search.inverse + v * V::W, depth,
                               v};

@@ -8,9 +8,8 @@
 
 namespace tokenops::matching {
 
-constexpr int kGroup = 96;   // most sources that share a pass over all panels of destinations
-constexpr int kBlock = 64;   // destinations of a block; a thread packs whole blocks
-constexpr int kDepth = 512;  // words of a row that a tile multiplies at a time
+constexpr int kGroup = 96;  // most sources that share a pass over all panels of destinations
+constexpr int kBlock = 64;  // destinations of a block; a thread packs whole blocks
 
 template <class A>
 constexpr A infinity() {
@@ -41,14 +40,11 @@ struct Search {
   int64_t tiles() const { return (src.count + kTile - 1) / kTile; }
 };
 
-// The kernels of one instruction set. `work` is scratch of one thread, work_words() words.
+// The kernels of one instruction set. `work` is scratch of one thread: kGroup packed rows.
 template <class T>
 struct Kernels {
   void (*pack)(const Search<T>&, int64_t block_begin, int64_t block_end, acc_t<T>* work);
   void (*search)(const Search<T>&, int64_t group_begin, int64_t group_end, acc_t<T>* work);
 };
-
-// Packed rows of a group, and partial sums of it with a panel.
-inline int64_t work_words(int64_t width) { return kGroup * (row_words(width) + kBlock); }
 
 }  // namespace tokenops::matching

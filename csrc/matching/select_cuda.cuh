@@ -366,9 +366,7 @@ __device__ __forceinline__ void select_image(const Request& ask, const A* node_m
   }
   find_keys(ask, node_max, block, work);
   merge_src<A>(block, ask, last_to_merge(ask, block, work), work);
-  const int num_segments =
-      ask.tome_order ? number_as_tome<A>(block, ask, work) : number_by_position(block, ask, work);
-  write_map(ask, num_segments, block, work, maps);
+  write_map(ask, number_outputs<A>(block, ask, work), block, work, maps);
 }
 
 // ---- requests ----
