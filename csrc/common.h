@@ -143,4 +143,25 @@ void parallel_for(int64_t count, int64_t cost, const F& f) {
   torch::stable::parallel_for(0, count, grain, f);
 }
 
+// ---- token maps ----
+
+// Bring the map of an image into CSR form: offsets [outputs + 1] and members [inputs] from assign
+// [inputs], whose values out of range are dropped. A counting sort: count the members of each
+// output token, sum the counts to the segments' ends, then place the tokens from the last one on,
+// which moves each end to the beginning of its segment.
+inline void invert_image(const int32_t* assign, int64_t inputs, int64_t outputs, int32_t* offsets,
+                         int32_t* members) {
+  const auto is_kept = [=](int32_t m) { return 0 <= m && m < outputs; };
+  for (int64_t m = 0; m <= outputs; ++m) offsets[m] = 0;
+  for (int64_t n = 0; n < inputs; ++n) {
+    if (is_kept(assign[n])) ++offsets[assign[n]];
+  }
+  int32_t total = 0;
+  for (int64_t m = 0; m <= outputs; ++m) total = offsets[m] += total;
+  for (int64_t n = total; n < inputs; ++n) members[n] = -1;
+  for (int64_t n = inputs - 1; n >= 0; --n) {
+    if (is_kept(assign[n])) members[--offsets[assign[n]]] = static_cast<int32_t>(n);
+  }
+}
+
 }  // namespace tokenops

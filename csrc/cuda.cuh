@@ -72,11 +72,7 @@ class Target {
 
   // A new contiguous tensor on this device, uninitialised.
   Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
-#if defined(TOKENOPS_EMULATE)
-    return tokenops::empty(sizes, dtype, aoti_torch_device_type_cpu(), 0);
-#else
-    return tokenops::empty(sizes, dtype, aoti_torch_device_type_cuda(), device_);
-#endif
+    return tokenops::empty(sizes, dtype, first_);
   }
 
   // The most bytes of shared memory that a block can have.

@@ -99,6 +99,12 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int3
       device_index, &handle));
   return Tensor(handle);
 }
+// The same on the device of another tensor.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  return empty(sizes, dtype, device_type, like.get_device_index());
+}
 
 // The tensor itself if it is contiguous, else a contiguous copy.
 inline Tensor as_contiguous(const Tensor& t) {

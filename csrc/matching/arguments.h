@@ -36,20 +36,10 @@ struct SplitArgs {
   }
 };
 
-inline void check_count(const char* op, const char* what, int64_t count) {
+inline int32_t check_count(const char* op, const char* what, int64_t count) {
   STD_TORCH_CHECK(0 <= count && count <= int64_t{1} << 30, op, ": expected at most 2^30 ", what,
                   ", got ", count);
-}
-
-// Check that a split is two lists, or a pattern whose numbers are in range.
-inline void check_split(const char* op, const SplitArgs& split) {
-  STD_TORCH_CHECK(split.src_index || !split.dst_index, op,
-                  ": src_index must be given where dst_index is, got None");
-  STD_TORCH_CHECK(split.dst_index || !split.src_index, op,
-                  ": dst_index must be given where src_index is, got None");
-  STD_TORCH_CHECK(split.stride >= 1 && split.cell_height >= 1 && split.grid_width >= 0, op,
-                  ": stride and cell_height must be >= 1 and grid_width >= 0, got ", split.stride,
-                  ", ", split.cell_height, " and ", split.grid_width);
+  return static_cast<int32_t>(count);
 }
 
 inline bool is_cosine(const char* op, const Text& similarity) {
@@ -69,16 +59,18 @@ inline int32_t clamp(int64_t value, int64_t low, int64_t high) {
 struct Metric {
   const void* data;
   ScalarType dtype;
-  int64_t batch, heads, tokens, width;
+  int32_t heads, width;
+  int64_t batch, tokens;
   int64_t batch_stride, head_stride, token_stride, stride;
 
   Metric(const char* op, const Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()) {
     const int64_t dims = t.dim();
     STD_TORCH_CHECK(dims == 3 || dims == 4, op, ": expected [B, N, D] or [B, H, N, D]");
     batch = t.size(0), batch_stride = t.stride(0);
-    heads = dims == 4 ? t.size(1) : 1, head_stride = dims == 4 ? t.stride(1) : 0;
+    heads = dims == 4 ? check_count(op, "heads", t.size(1)) : 1;
+    head_stride = dims == 4 ? t.stride(1) : 0;
     tokens = t.size(dims - 2), token_stride = t.stride(dims - 2);
-    width = t.size(dims - 1), stride = t.stride(dims - 1);
+    width = check_count(op, "channels", t.size(dims - 1)), stride = t.stride(dims - 1);
     STD_TORCH_CHECK(heads > 0, op, ": expected at least one head");
     // The CPU search keeps indices of vectors of at least 4 tokens as float32, exact up to 2^24.
     STD_TORCH_CHECK(tokens <= int64_t{1} << 26, op, ": expected at most 2^26 tokens");
@@ -199,11 +191,9 @@ struct Request {
   }
 };
 
-// `split` is two lists or strided: make_lists in split.h turns a grid into lists.
+// `split` was checked by make_lists in split.h, which turns a grid into lists.
 inline Request make_request(const char* op, int64_t batch, int64_t tokens, const RequestArgs& args,
                             const SplitArgs& split) {
-  check_count(op, "tokens", tokens);
-  check_split(op, split);
   STD_TORCH_CHECK(args.order == "position" || args.order == "tome", op,
                   ": expected order position or tome, got ", args.order);
   Request ask = {};
@@ -247,16 +237,14 @@ struct TokenMap {
   }
 };
 
-// New tensors of a token map, as the operators return them.
+// The tensors of a token map, as the operators return them.
 using MapTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-template <class Device>
-MapTensors new_map(const Device& device, const Request& ask, int64_t batch) {
-  const auto ints = [&](std::initializer_list<int64_t> sizes) {
-    return device.empty(sizes, ScalarType::Int);
-  };
-  return {ints({batch, ask.tokens}), ints({batch, ask.outputs + int64_t{1}}),
-          ints({batch, ask.tokens}), ints({batch})};
+// New tensors on the device of `like`.
+inline MapTensors new_map(const Tensor& like, const Request& ask, int64_t batch) {
+  return {empty({batch, ask.tokens}, ScalarType::Int, like),
+          empty({batch, ask.outputs + int64_t{1}}, ScalarType::Int, like),
+          empty({batch, ask.tokens}, ScalarType::Int, like), empty({batch}, ScalarType::Int, like)};
 }
 
 inline TokenMap pointers(const MapTensors& tensors) {

@@ -17,13 +17,12 @@ constexpr int64_t kMaxImageTokens = 1056;
 TOKENOPS_HOST_DEVICE int64_t kept_bytes(const Request& ask) {
   return (4 * (3 * int64_t{ask.num_src} + ask.num_dst + 1) + 15) / 16 * 16;
 }
-// Bytes of shared memory of a block. Listing, search and selection use the same memory in turn.
+// Bytes of shared memory of a block. Listing, search and selection use the same memory in turn; the
+// listing needs less than the selection.
 TOKENOPS_HOST_DEVICE int64_t block_bytes(const Request& ask, int steps, int tiles) {
   const int64_t search = search_bytes(ask.num_dst, steps, tiles);
   const int64_t select = shared_bytes<float>(ask);
-  const int64_t lists = ask.listed ? (ask.tokens + kMaxThreads / kWarpSize + 1) * int64_t{4} : 0;
-  const int64_t most = search > select ? search : select;
-  return kept_bytes(ask) + (most > lists ? most : lists);
+  return kept_bytes(ask) + (search > select ? search : select);
 }
 
 // List the sources, and the distinct destinations, ascending. Returns the number of destinations.
@@ -97,10 +96,10 @@ ImageKernel image_kernel(const Request& ask) {
 }
 
 // Choose the kernel for a width. Inexact rows take more registers, so they must be narrower.
-ImageKernel choose_kernel(const Request& ask, const MetricRows& x) {
-  if (x.type < 0 || ask.tokens == 0 || ask.tokens > kMaxImageTokens) return {};
+ImageKernel choose_kernel(const Request& ask, const Metric& x) {
+  if (x.dtype == ScalarType::Double || ask.tokens == 0 || ask.tokens > kMaxImageTokens) return {};
   const bool few = ask.num_src <= search_warps(8, 1) * 16;
-  if (x.heads == 1 && x.type != 0) {
+  if (x.heads == 1 && x.dtype != ScalarType::Float) {
     if (x.width > 128) return {};
     if (x.width > 64) return image_kernel<true, 16, 1>(ask);
     return few ? image_kernel<true, 8, 1>(ask) : image_kernel<true, 8, 2>(ask);
@@ -117,25 +116,25 @@ const char* const kOp = "tokenops::match";
 bool match_fits(const Tensor& metric, const OptionalTensor& src_index,
                 const OptionalTensor& dst_index, int64_t stride) {
   const Metric x(kOp, metric);
-  const Request ask = make_request(kOp, x.batch, x.tokens, {0, {}, {}, "position"},
-                                   {0, {}, src_index, dst_index, stride, 0, 1, {}});
-  return choose_kernel(ask, MetricRows(x)).fits(Target(kOp, metric));
+  const Target target(kOp, metric);
+  SplitArgs split = {0, {}, src_index, dst_index, stride, 0, 1, {}};
+  const Request ask = device_request(target, kOp, metric, x.tokens, {0, {}, {}, "position"}, split);
+  return choose_kernel(ask, x).fits(target);
 }
 
 MapTensors match_images(const Tensor& metric, const Text& similarity, const RequestArgs& args,
-                        const SplitArgs& split) {
+                        SplitArgs split) {
   const Metric x(kOp, metric);
   const bool cosine = is_cosine(kOp, similarity);
   const Target target(kOp, metric);
-  const DeviceRequest ask(target, kOp, x.batch, x.tokens, args, split);
-  const MetricRows rows(x);
-  const ImageKernel kernel = choose_kernel(ask, rows);
+  const Request ask = device_request(target, kOp, metric, x.tokens, args, split);
+  const ImageKernel kernel = choose_kernel(ask, x);
   STD_TORCH_CHECK(kernel.fits(target), "tokenops::match_image: an image of ", x.tokens, " tokens, ",
                   x.heads, " heads and width ", x.width, " in ", x.dtype,
                   " does not fit one block of this device");
-  const MapTensors maps = new_map(target, ask, x.batch);
-  target.launch(kernel.function, {x.batch, kernel.threads, kernel.shared_bytes}, rows,
-                static_cast<const Request&>(ask), cosine, pointers(maps));
+  const MapTensors maps = new_map(metric, ask, x.batch);
+  target.launch(kernel.function, {x.batch, kernel.threads, kernel.shared_bytes}, MetricRows(x), ask,
+                cosine, pointers(maps));
   return maps;
 }
 

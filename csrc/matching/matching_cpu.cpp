@@ -53,12 +53,13 @@ void split_among(int64_t threads, int64_t count, const F& f) {
   });
 }
 
-// Search all images of a job: job.prepare lists the tokens of an image, job.finish writes its
+// Search all images: prepare(b, image) lists the tokens of image b, finish(b, image) writes its
 // results. If images divide well among the threads, a thread does all phases of an image, whose
 // data stay in its cache; else the threads share each phase of all images. Both ways give the same
 // bits.
-template <class T, class Job>
-void run(const Job& job, const Metric& x, int64_t n, int64_t num_src, int64_t num_dst) {
+template <class T, class Prepare, class Finish>
+void run(const Metric& x, int64_t n, int64_t num_src, int64_t num_dst, const Prepare& prepare,
+         const Finish& finish) {
   const int64_t batch = x.batch, width = x.width;
   constexpr double kSmall = 2e6;  // fewer multiplications do not pay for a second thread
   const bool small = double(batch) * double(num_src) * double(num_dst) * double(width) < kSmall;
@@ -68,7 +69,7 @@ void run(const Job& job, const Metric& x, int64_t n, int64_t num_src, int64_t nu
 
   Arena measure(nullptr);
   const Image<T> measured(measure, n, num_src, num_dst, width);  // counts its bytes
-  const int64_t work_bytes = work_words(width) * sizeof(acc_t<T>);
+  const int64_t work_bytes = kGroup * row_words(width) * sizeof(acc_t<T>);
   Scratch<char> memory(held * measure.used() + threads * work_bytes);
   const auto image = [&](int64_t i) {
     Arena arena(memory.data() + i * measure.used());
@@ -84,11 +85,11 @@ void run(const Job& job, const Metric& x, int64_t n, int64_t num_src, int64_t nu
     split_among(threads, batch, [&](int64_t thread, int64_t begin, int64_t end) {
       Image<T> im = image(thread);
       for (int64_t b = begin; b < end; ++b) {
-        job.prepare(b, im);
+        prepare(b, im);
         im.plan(1);
         kernels.pack(im.search, 0, im.search.blocks(), work(thread));
         kernels.search(im.search, 0, im.search.groups, work(thread));
-        job.finish(b, im);
+        finish(b, im);
       }
     });
     return;
@@ -102,7 +103,7 @@ void run(const Job& job, const Metric& x, int64_t n, int64_t num_src, int64_t nu
     });
   };
   phase(1, [&](int64_t, int64_t b, int64_t) {
-    job.prepare(b, images[b]);
+    prepare(b, images[b]);
     images[b].plan(threads);
   });
   int64_t blocks = 0, groups = 0;  // the largest numbers of any image
@@ -118,48 +119,19 @@ void run(const Job& job, const Metric& x, int64_t n, int64_t num_src, int64_t nu
     const Search<T>& search = images[b].search;
     if (i < search.groups) kernels.search(search, i, i + 1, work(thread));
   });
-  phase(1, [&](int64_t, int64_t b, int64_t) { job.finish(b, images[b]); });
+  phase(1, [&](int64_t, int64_t b, int64_t) { finish(b, images[b]); });
 }
 
 // ---- nearest ----
 
-template <class T>
-struct NearestJob {
-  void prepare(int64_t image, Image<T>& im) const {
-    int32_t* const src = im.selection.src;
-    int32_t* const dst = im.selection.dst;
-    im.search.src = tokens_of<T>(a, image, src, list(a.tokens, a_mask.image(image), src));
-    im.search.dst = tokens_of<T>(b, image, dst, list(b.tokens, b_mask.image(image), dst));
-    im.search.cosine = cosine;
-  }
-  void finish(int64_t image, Image<T>& im) const {
-    const Search<T>& found = im.search;
-    acc_t<T>* const out_score = score + image * a.tokens;
-    int32_t* const out_index = index + image * a.tokens;
-    std::fill_n(out_score, a.tokens, -infinity<acc_t<T>>());
-    std::fill_n(out_index, a.tokens, -1);
-    for (int64_t i = 0; i < found.src.count; ++i) {
-      const int32_t row = found.src.list[i], best = found.node_idx[i];
-      out_score[row] = found.node_max[i];
-      out_index[row] = best < 0 ? -1 : found.dst.list[best];
-    }
-  }
-  // List the rows that take part in an image, ascending. Returns how many there are.
-  static int64_t list(int64_t rows, const View& takes_part, int32_t* out) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      out[count] = static_cast<int32_t>(i);
-      count += takes_part.data == nullptr || takes_part.flag(i);
-    }
-    return count;
-  }
-
-  Metric a, b;
-  View a_mask, b_mask;
-  bool cosine;
-  acc_t<T>* score;
-  int32_t* index;
-};
+// List the rows of an image that take part.
+Tokens list_rows(const Metric& x, int64_t image, const View& takes_part, int32_t* list) {
+  const View mask = takes_part.image(image);
+  const int count = enumerate(
+      Serial{}, x.tokens, [&](int i) { return mask.data == nullptr || mask.flag(i); },
+      [&](int i, int n) { list[n] = i; });
+  return {&x, image, list, count};
+}
 
 std::tuple<Tensor, Tensor> nearest(const Tensor& a, const Tensor& b, const OptionalTensor& a_mask,
                                    const OptionalTensor& b_mask, const Text& similarity) {
@@ -176,46 +148,29 @@ std::tuple<Tensor, Tensor> nearest(const Tensor& a, const Tensor& b, const Optio
   if (x.batch * x.tokens == 0) return {score, index};
   dispatch(op, x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const NearestJob<T> job = {x,
-                               y,
-                               src,
-                               dst,
-                               cosine,
-                               static_cast<acc_t<T>*>(score.mutable_data_ptr()),
-                               static_cast<int32_t*>(index.mutable_data_ptr())};
-    run<T>(job, x, std::max(x.tokens, y.tokens), x.tokens, y.tokens);
+    acc_t<T>* const scores = static_cast<acc_t<T>*>(score.mutable_data_ptr());
+    int32_t* const indices = static_cast<int32_t*>(index.mutable_data_ptr());
+    const auto prepare = [&](int64_t image, Image<T>& im) {
+      im.search.src = list_rows(x, image, src, im.selection.src);
+      im.search.dst = list_rows(y, image, dst, im.selection.dst);
+      im.search.cosine = cosine;
+    };
+    const auto finish = [&](int64_t image, const Image<T>& im) {
+      const Search<T>& found = im.search;
+      std::fill_n(scores + image * x.tokens, x.tokens, -infinity<acc_t<T>>());
+      std::fill_n(indices + image * x.tokens, x.tokens, -1);
+      for (int64_t i = 0; i < found.src.count; ++i) {
+        const int64_t row = image * x.tokens + found.src.list[i], best = found.node_idx[i];
+        scores[row] = found.node_max[i];
+        indices[row] = best < 0 ? -1 : found.dst.list[best];
+      }
+    };
+    run<T>(x, std::max(x.tokens, y.tokens), x.tokens, y.tokens, prepare, finish);
   });
   return {score, index};
 }
 
 // ---- match ----
-
-template <class T>
-struct MatchJob {
-  void prepare(int64_t image, Image<T>& im) const {
-    Selection<acc_t<T>>& s = im.selection;
-    list_tokens(all.image(image), s);
-    im.search.src = tokens_of<T>(metric, image, s.src, s.num_src);
-    im.search.dst = tokens_of<T>(metric, image, s.dst, s.num_dst);
-    im.search.cosine = cosine;
-  }
-  void finish(int64_t image, Image<T>& im) const {
-    select_image(all.image(image), im.search.node_max, im.search.node_idx, im.selection,
-                 out.image(all, image));
-  }
-
-  Metric metric;
-  bool cosine;
-  Request all;
-  TokenMap out;
-};
-
-// Makes tensors on the CPU, as cuda::Target does on a GPU.
-struct Host {
-  static Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-    return tokenops::empty(sizes, dtype);
-  }
-};
 
 void list_grid(const Grid& grid, int64_t images) {
   const int64_t bands = grid.bands();
@@ -231,19 +186,28 @@ MapTensors match(const Tensor& metric, const Text& similarity, const RequestArgs
   const char* const op = "tokenops::match";
   const Metric x(op, metric);
   const bool cosine = is_cosine(op, similarity);
-  const Lists lists = make_lists(op, Host{}, x.batch, x.tokens, split, list_grid);
-  split.src_index = lists.src, split.dst_index = lists.dst;
+  make_lists(op, metric, x.batch, x.tokens, split, list_grid);
   const Request ask = make_request(op, x.batch, x.tokens, args, split);
-  const MapTensors maps = new_map(Host{}, ask, x.batch);
+  const MapTensors maps = new_map(metric, ask, x.batch);
   const TokenMap out = pointers(maps);
   if (ask.r == 0) {
     for (int64_t b = 0; b < x.batch; ++b) write_identity(ask.tokens, out.image(ask, b));
   } else if (x.batch > 0) {
     dispatch(op, x.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      const MatchJob<T> job = {x, cosine, ask, out};
-      run<T>(job, x, ask.tokens, std::min(ask.tokens, ask.num_src),
-             std::min(ask.tokens, ask.num_dst));
+      const auto prepare = [&](int64_t image, Image<T>& im) {
+        Selection<acc_t<T>>& s = im.selection;
+        list_tokens(ask.image(image), s);
+        im.search.src = {&x, image, s.src, s.num_src};
+        im.search.dst = {&x, image, s.dst, s.num_dst};
+        im.search.cosine = cosine;
+      };
+      const auto finish = [&](int64_t image, const Image<T>& im) {
+        select_image(ask.image(image), im.search.node_max, im.search.node_idx, im.selection,
+                     out.image(ask, image));
+      };
+      run<T>(x, ask.tokens, std::min(ask.tokens, ask.num_src), std::min(ask.tokens, ask.num_dst),
+             prepare, finish);
     });
   }
   return maps;

@@ -27,42 +27,44 @@ TOKENOPS_INLINE V load_strided(const T* p, int64_t stride, int n) {
 // Write the metric of one token as `words` words, zeros at the end. Returns the factor that its
 // scores still need: pairs of bfloat16 are written unscaled and need 1 / length, other rows need 1.
 template <class T>
-inline acc_t<T> load_row(const Tokens<T>& tokens, int64_t i, bool cosine, int64_t words,
+inline acc_t<T> load_row(const Tokens& tokens, int64_t i, bool cosine, int64_t words,
                          acc_t<T>* row) {
   using A = acc_t<T>;
   using V = Vec<A>;
   using P = typename Packed<T>::type;
-  const T* x = tokens.data + tokens.list[i] * tokens.token_stride;
+  const Metric& metric = *tokens.metric;
+  const T* x = static_cast<const T*>(metric.data) + tokens.image * metric.batch_stride +
+               tokens.list[i] * metric.token_stride;
   P* out = reinterpret_cast<P*>(row);
   constexpr int64_t kPerWord = sizeof(A) / sizeof(P);
-  const bool can_copy = sizeof(P) == sizeof(T) && tokens.heads == 1 && tokens.stride == 1;
-  if (can_copy && tokens.width == words * kPerWord) {
+  const bool can_copy = sizeof(P) == sizeof(T) && metric.heads == 1 && metric.stride == 1;
+  if (can_copy && metric.width == words * kPerWord) {
     for (int64_t k = 0; k < words; k += V::W) {
       V::load(reinterpret_cast<const A*>(x) + k).store(row + k);
     }
   } else {
-    const V mean = V::set1(A(1) / static_cast<A>(tokens.heads));
+    const V mean = V::set1(A(1) / static_cast<A>(metric.heads));
     int64_t d = 0;
     // A few vectors at a time, so that heads that are contiguous are read together.
     constexpr int K = 4;
-    for (; tokens.stride == 1 && d + K * V::W <= tokens.width; d += K * V::W) {
+    for (; metric.stride == 1 && d + K * V::W <= metric.width; d += K * V::W) {
       V sum[K];
       for (int k = 0; k < K; ++k) sum[k] = V::load(x + d + k * V::W);
-      for (int64_t h = 1; h < tokens.heads; ++h) {
-        const T* p = x + h * tokens.head_stride + d;
+      for (int64_t h = 1; h < metric.heads; ++h) {
+        const T* p = x + h * metric.head_stride + d;
         for (int k = 0; k < K; ++k) sum[k] = sum[k] + V::load(p + k * V::W);
       }
       for (int k = 0; k < K; ++k)
-        (tokens.heads > 1 ? sum[k] * mean : sum[k]).store(out + d + k * V::W);
+        (metric.heads > 1 ? sum[k] * mean : sum[k]).store(out + d + k * V::W);
     }
-    for (; d < tokens.width; d += V::W) {
-      const int n = tokens.width - d < V::W ? static_cast<int>(tokens.width - d) : V::W;
-      const T* p = x + d * tokens.stride;
-      V sum = load_strided<V>(p, tokens.stride, n);
-      for (int64_t h = 1; h < tokens.heads; ++h) {
-        sum = sum + load_strided<V>(p + h * tokens.head_stride, tokens.stride, n);
+    for (; d < metric.width; d += V::W) {
+      const int n = metric.width - d < V::W ? static_cast<int>(metric.width - d) : V::W;
+      const T* p = x + d * metric.stride;
+      V sum = load_strided<V>(p, metric.stride, n);
+      for (int64_t h = 1; h < metric.heads; ++h) {
+        sum = sum + load_strided<V>(p + h * metric.head_stride, metric.stride, n);
       }
-      if (tokens.heads > 1) sum = sum * mean;
+      if (metric.heads > 1) sum = sum * mean;
       sum.store(out + d);
     }
     std::memset(static_cast<void*>(out + d), 0, (words * kPerWord - d) * sizeof(P));
@@ -88,8 +90,8 @@ void pack(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int kWidth = kVectors<A> * V::W;  // columns of a full panel, divides kBlock
-  const Tokens<T>& tokens = search.dst;
-  const int64_t depth = depth_words<T>(tokens.width);
+  const Tokens& tokens = search.dst;
+  const int64_t depth = depth_words<T>(tokens.metric->width);
   const int64_t words = row_words(depth);
   const int64_t columns = (tokens.count + V::W - 1) / V::W * V::W;
   const int64_t stop = end * kBlock < columns ? end * kBlock : columns;
@@ -97,7 +99,7 @@ void pack(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
     const int n = tokens.count - column < V::W ? static_cast<int>(tokens.count - column) : V::W;
     for (int i = 0; i < V::W; ++i) {
       search.inverse[column + i] =
-          i < n ? load_row(tokens, column + i, search.cosine, words, work + i * words)
+          i < n ? load_row<T>(tokens, column + i, search.cosine, words, work + i * words)
                 : search.inverse[column + n - 1];
     }
     const int64_t panel = column / kWidth * kWidth;
@@ -120,9 +122,8 @@ template <class A>
 struct Group {
   const A* rows;  // [tiles * kTile][words]
   int64_t words, tiles;
-  A* partial;  // sums of rows longer than kDepth, [tiles][kTile][columns of a panel]
-  A* best;     // [tiles * kTile][W]
-  A* index;    // [tiles * kTile][W]
+  A* best;   // [tiles * kTile][W]
+  A* index;  // [tiles * kTile][W]
 };
 
 template <class A>
@@ -133,31 +134,19 @@ struct Panel {
   int64_t first;  // index of the first vector
 };
 
-// Multiply tile t of a group by one panel of N vectors, over words [k, end). A strict comparison
-// keeps the first of equal scores, and drops NaN.
+// Multiply tile t of a group by one panel of N vectors. A strict comparison keeps the first of
+// equal scores, and drops NaN.
 template <class T, int N, class A>
-TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t t, int64_t k,
-                          int64_t end) {
+TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t t) {
   using V = Vec<A>;
-  A* const partial = group.partial + t * kTile * N * V::W;
   V sum[kTile][N];
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      sum[i][j] = k == 0 ? V::zero() : V::load(partial + (i * N + j) * V::W);
-    }
+    for (int j = 0; j < N; ++j) sum[i][j] = V::zero();
   }
-  multiply_tile<T, N>(group.rows + t * kTile * group.words + k, group.words, 1,
-                      panel.columns + k * N * V::W, end - k, sum);
-  if (end < panel.depth) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sum[i][j].store(partial + (i * N + j) * V::W);
-    }
-    return;
-  }
+  multiply_tile<T, N>(group.rows + t * kTile * group.words, group.words, 1, panel.columns,
+                      panel.depth, sum);
   A* const best = group.best + t * kTile * V::W;
   A* const index = group.index + t * kTile * V::W;
 #pragma GCC unroll 8
@@ -176,18 +165,13 @@ TOKENOPS_INLINE void tile(const Group<A>& group, const Panel<A>& panel, int64_t 
   }
 }
 
-// Multiply a whole group by one panel of n <= N vectors, kDepth words at a time.
+// Multiply a whole group by one panel of n <= N vectors.
 template <class T, int N, class A>
 void search_panel(const Group<A>& group, const Panel<A>& panel, int n) {
   if constexpr (N > 1) {
     if (n < N) return search_panel<T, N - 1>(group, panel, n);
   }
-  int64_t k = 0;
-  do {
-    const int64_t end = panel.depth - k < kDepth ? panel.depth : k + kDepth;
-    for (int64_t t = 0; t < group.tiles; ++t) tile<T, N>(group, panel, t, k, end);
-    k = end;
-  } while (k < panel.depth);
+  for (int64_t t = 0; t < group.tiles; ++t) tile<T, N>(group, panel, t);
 }
 
 // For W rows, find the best score over the W lanes, its vector and its lane; of equal scores, those
@@ -216,8 +200,8 @@ template <class T>
 void search(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const Tokens<T>& src = search.src;
-  const int64_t depth = depth_words<T>(src.width);
+  const Tokens& src = search.src;
+  const int64_t depth = depth_words<T>(src.metric->width);
   const int64_t words = row_words(depth);
   const int64_t vectors = (search.dst.count + V::W - 1) / V::W;
   alignas(64) A best[kGroup * V::W], index[kGroup * V::W];
@@ -230,9 +214,9 @@ void search(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work)
     const int64_t count = to < src.count ? to - from : src.count - from;
     for (int64_t i = 0; i < to - from; ++i) {
       const int64_t row = from + (i < count ? i : count - 1);  // fills the last tile
-      inverse[i] = load_row(src, row, search.cosine, words, rows + i * words);
+      inverse[i] = load_row<T>(src, row, search.cosine, words, rows + i * words);
     }
-    const Group<A> group = {rows, words, (to - from) / kTile, rows + kGroup * words, best, index};
+    const Group<A> group = {rows, words, (to - from) / kTile, best, index};
     for (int64_t v = 0; v < vectors; v += kVectors<A>) {
       const Panel<A> panel = {search.panels + v * V::W * depth, search.inverse + v * V::W, depth,
                               v};

@@ -8,43 +8,27 @@
 
 namespace tokenops::matching {
 
-constexpr int kGroup = 96;   // most sources that share a pass over all panels of destinations
-constexpr int kBlock = 64;   // destinations of a block; a thread packs whole blocks
-constexpr int kDepth = 512;  // words of a row that a tile multiplies at a time
+constexpr int kGroup = 96;  // most sources that share a pass over all panels of destinations
+constexpr int kBlock = 64;  // destinations of a block; a thread packs whole blocks
 
 template <class A>
 constexpr A infinity() {
   return static_cast<A>(__builtin_inf());
 }
 
-// The sources or destinations of an image that take part, ascending. Element d of head h of the
-// i-th one is data[list[i] * token_stride + h * head_stride + d * stride].
-template <class T>
+// The sources or destinations of an image that take part, ascending.
 struct Tokens {
-  const T* data;
+  const Metric* metric;
+  int64_t image;
   const int32_t* list;
   int64_t count;
-  int64_t heads, width;
-  int64_t token_stride, head_stride, stride;
 };
-
-template <class T>
-Tokens<T> tokens_of(const Metric& x, int64_t image, const int32_t* list, int64_t count) {
-  return {static_cast<const T*>(x.data) + image * x.batch_stride,
-          list,
-          count,
-          x.heads,
-          x.width,
-          x.token_stride,
-          x.head_stride,
-          x.stride};
-}
 
 template <class T>
 struct Search {
   using A = acc_t<T>;
 
-  Tokens<T> src, dst;
+  Tokens src, dst;
   bool cosine;
   int64_t groups;     // number of groups that the sources are divided into
   A* panels;          // packed destinations
@@ -56,14 +40,11 @@ struct Search {
   int64_t tiles() const { return (src.count + kTile - 1) / kTile; }
 };
 
-// The kernels of one instruction set. `work` is scratch of one thread, work_words() words.
+// The kernels of one instruction set. `work` is scratch of one thread: kGroup packed rows.
 template <class T>
 struct Kernels {
   void (*pack)(const Search<T>&, int64_t block_begin, int64_t block_end, acc_t<T>* work);
   void (*search)(const Search<T>&, int64_t group_begin, int64_t group_end, acc_t<T>* work);
 };
-
-// Packed rows of a group, and partial sums of it with a panel.
-inline int64_t work_words(int64_t width) { return kGroup * (row_words(width) + kBlock); }
 
 }  // namespace tokenops::matching

@@ -27,26 +27,13 @@ TOKENOPS_HOST_DEVICE constexpr int search_warps(int steps, int tiles) {
   return two_per_sm(steps, tiles) ? 7 : 8;
 }
 
-// The rows of a metric [B, N, D] or [B, H, N, D], any strides.
-struct MetricRows {
-  const void* data;
-  int32_t type;  // 0: float, 1: half, 2: bfloat16, -1: not for this search
-  int32_t heads, width;
-  bool paired;  // elements 2 i and 2 i + 1 may be loaded at once
-  int64_t batch_stride, head_stride, token_stride, stride;
+// A metric as kernels read it.
+struct MetricRows : Metric {
+  int32_t type;  // 0: float, 1: half, 2: bfloat16
+  bool paired;   // elements 2 i and 2 i + 1 may be loaded at once
 
-  explicit MetricRows(const Metric& x)
-      : data(x.data),
-        type(-1),
-        heads(clamp(x.heads, 0, INT_MAX)),
-        width(clamp(x.width, 0, INT_MAX)),
-        batch_stride(x.batch_stride),
-        head_stride(x.head_stride),
-        token_stride(x.token_stride),
-        stride(x.stride) {
-    if (x.dtype == ScalarType::Float) type = 0;
-    if (x.dtype == ScalarType::Half) type = 1;
-    if (x.dtype == ScalarType::BFloat16) type = 2;
+  explicit MetricRows(const Metric& x) : Metric(x) {
+    type = dtype == ScalarType::Float ? 0 : dtype == ScalarType::Half ? 1 : 2;
     const int64_t pair = type == 0 ? 8 : 4;  // bytes
     paired = stride == 1 && width % 2 == 0 && batch_stride % 2 == 0 && head_stride % 2 == 0 &&
              token_stride % 2 == 0 && reinterpret_cast<uintptr_t>(data) % pair == 0;

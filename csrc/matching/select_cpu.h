@@ -54,26 +54,17 @@ void list_tokens(const Request& ask, Selection<A>& s) {
   }
 }
 
-// Write the map of `num_segments` segments.
+// Write the map of `num_segments` segments. If too few sources could merge, there are more segments
+// than outputs: drop the last ones.
 template <class A>
 void write_map(const Request& ask, int32_t num_segments, const Selection<A>& s,
                const TokenMap& out) {
-  const int32_t n = ask.tokens, m = ask.outputs;
-  std::fill_n(out.offsets, m + 1, 0);
-  for (int32_t t = 0; t < n; ++t) {
-    // If too few sources could merge, there are more segments than outputs: drop the last ones.
-    const int32_t a = s.output[s.root[t]];
-    out.assign[t] = a < m ? a : -1;
-    if (a < m) ++out.offsets[a];
+  for (int32_t t = 0; t < ask.tokens; ++t) {
+    const int32_t m = s.output[s.root[t]];
+    out.assign[t] = m < ask.outputs ? m : -1;
   }
-  int32_t total = 0;
-  for (int32_t a = 0; a <= m; ++a) total = out.offsets[a] += total;
-  std::fill(out.members + total, out.members + n, -1);
-  // Place the tokens from the last one on, which moves each end to the beginning of its segment.
-  for (int32_t t = n; t-- > 0;) {
-    if (out.assign[t] >= 0) out.members[--out.offsets[out.assign[t]]] = t;
-  }
-  *out.count = std::min(num_segments, m);
+  invert_image(out.assign, ask.tokens, ask.outputs, out.offsets, out.members);
+  *out.count = std::min(num_segments, ask.outputs);
 }
 
 // Write the map of an image in which nothing merges.
@@ -116,9 +107,7 @@ void select_image(const Request& ask, const A* node_max, const int32_t* node_idx
   }
   constexpr Serial kTeam;
   merge_src<A>(kTeam, ask, last, s);
-  const int num_segments =
-      ask.tome_order ? number_as_tome<A>(kTeam, ask, s) : number_by_position(kTeam, ask, s);
-  write_map(ask, num_segments, s, out);
+  write_map(ask, number_outputs<A>(kTeam, ask, s), s, out);
 }
 
 }  // namespace tokenops::matching

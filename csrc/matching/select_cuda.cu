@@ -19,23 +19,12 @@ __global__ void __launch_bounds__(kListThreads) list_grid(Grid grid) {
 
 const cuda::Reported reported_grid("list_grid", list_grid, kListThreads, kListBytes);
 
-Lists list_sides(const Target& target, const char* op, int64_t batch, int64_t tokens,
-                 const SplitArgs& split) {
-  target.expect("protected", split.protected_tokens);
-  target.expect("src_index", split.src_index);
-  target.expect("dst_index", split.dst_index);
-  target.expect("cell", split.cell);
-  return make_lists(op, target, batch, tokens, split, [&](const Grid& grid, int64_t images) {
-    target.launch(list_grid, {images * grid.bands(), kListThreads, kListBytes}, grid);
-  });
-}
-
-std::tuple<Tensor, Tensor> grid_sides(const Tensor& metric, const SplitArgs& split) {
+std::tuple<Tensor, Tensor> grid_sides(const Tensor& metric, SplitArgs split) {
   const char* const op = "tokenops::match";
   const Metric x(op, metric);
-  const Lists lists = list_sides(Target(op, metric), op, x.batch, x.tokens, split);
   STD_TORCH_CHECK(split.grid_width > 0 && !split.src_index, op, ": expected a grid");
-  return {*lists.src, *lists.dst};
+  device_request(Target(op, metric), op, metric, x.tokens, {0, {}, {}, "position"}, split);
+  return {*split.src_index, *split.dst_index};
 }
 
 // ---- selection ----
@@ -93,14 +82,14 @@ const cuda::Reported reported_select[] = {report<float, true>("select_images<flo
                                           report<double, false>("select_images<double, false>")};
 
 MapTensors select(const Tensor& node_max, const Tensor& node_idx, int64_t num_tokens,
-                  const RequestArgs& args, const SplitArgs& split) {
+                  const RequestArgs& args, SplitArgs split) {
   const char* const op = "tokenops::select";
   STD_TORCH_CHECK(node_max.dim() == 2 && node_idx.dim() == 2, op,
                   ": expected node_max and node_idx [B, Ns]");
   const int64_t batch = node_max.size(0);
   const Target target(op, node_max);
   target.expect("node_idx", node_idx);
-  const DeviceRequest ask(target, op, batch, num_tokens, args, split);
+  const Request ask = device_request(target, op, node_max, num_tokens, args, split);
   STD_TORCH_CHECK(node_idx.size(0) == batch && node_idx.size(1) == node_max.size(1) &&
                       (node_max.size(1) == ask.num_src || num_tokens == 0),
                   op, ": expected node_max and node_idx [", batch, ", ", ask.num_src, "], got [",
@@ -112,7 +101,7 @@ MapTensors select(const Tensor& node_max, const Tensor& node_idx, int64_t num_to
   STD_TORCH_CHECK(node_idx.scalar_type() == ScalarType::Int, op,
                   ": expected node_idx of dtype int32, got ", node_idx.scalar_type());
   const Tensor score = as_contiguous(node_max), index = as_contiguous(node_idx);
-  const MapTensors maps = new_map(target, ask, batch);
+  const MapTensors maps = new_map(node_max, ask, batch);
   const auto launch = is_double ? launch_select<double> : launch_select<float>;
   launch(target, ask, batch, score, index, pointers(maps));
   return maps;
@@ -120,13 +109,18 @@ MapTensors select(const Tensor& node_max, const Tensor& node_idx, int64_t num_to
 
 }  // namespace
 
-DeviceRequest::DeviceRequest(const Target& target, const char* op, int64_t batch, int64_t tokens,
-                             const RequestArgs& args, const SplitArgs& split)
-    : lists_(list_sides(target, op, batch, tokens, split)) {
+Request device_request(const Target& target, const char* op, const Tensor& first, int64_t tokens,
+                       const RequestArgs& args, SplitArgs& split) {
   target.expect("thresholds", args.thresholds);
-  SplitArgs listed = split;
-  listed.src_index = lists_.src, listed.dst_index = lists_.dst;
-  static_cast<Request&>(*this) = make_request(op, batch, tokens, args, listed);
+  target.expect("protected", split.protected_tokens);
+  target.expect("src_index", split.src_index);
+  target.expect("dst_index", split.dst_index);
+  target.expect("cell", split.cell);
+  const int64_t batch = first.size(0);
+  make_lists(op, first, batch, tokens, split, [&](const Grid& grid, int64_t images) {
+    target.launch(list_grid, {images * grid.bands(), kListThreads, kListBytes}, grid);
+  });
+  return make_request(op, batch, tokens, args, split);
 }
 
 }  // namespace tokenops::matching

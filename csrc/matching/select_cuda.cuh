@@ -277,19 +277,13 @@ template <class A>
 __device__ __forceinline__ void write_map(const Request& ask, int num_segments, const Block& block,
                                           const Work<A>& work, const TokenMap& maps) {
   const TokenMap out = maps.image(ask, blockIdx.x);
-  const int n = ask.tokens, outputs = ask.outputs;
-  const int bits = short_bits(n), one_placed = 2 << bits;
+  const int n = ask.tokens, outputs = ask.outputs, short_count = 1 << short_bits(n);
   __syncthreads();
-  // `count` of a short segment holds two numbers: its members in the lower bits + 1 bits, and above
-  // them the members placed so far. `count` of a long segment becomes negative.
   block.for_each(n, [&](int t) {
     if (work.root[t] != t) return;
     const int count = work.count[t];
     work.start[work.output[t]] = count;
-    if (count > 1 << bits) {
-      work.long_segments[atomicAdd(&work.counters->num_long, 1)] = t;
-      work.count[t] = -count;
-    }
+    if (count > short_count) work.long_segments[atomicAdd(&work.counters->num_long, 1)] = t;
   });
   __syncthreads();
   block.scan(
@@ -303,38 +297,35 @@ __device__ __forceinline__ void write_map(const Request& ask, int num_segments, 
   __syncthreads();
 
   struct Place {
-    int32_t root, m, count, begin;
+    int32_t root, m, begin, end;
   };
-  block.for_each(
-      n,
-      [&](int t) {
-        Place place;
-        place.root = work.root[t];
-        place.m = work.output[place.root];
-        place.count = atomicAdd(&work.count[place.root], 0);  // a load: other threads add to it
-        place.begin = work.start[place.m];
-        return place;
-      },
-      [&](int t, const Place& place) {
-        // If too few sources could merge, there are more segments than outputs: drop the last ones.
-        const bool kept = place.m < outputs;
-        out.assign[t] = kept ? place.m : -1;
-        if (place.count == 1) {
-          out.members[place.begin] = kept ? t : -1;
-        } else if (place.count > 0) {
-          const int placed = atomicAdd(&work.count[place.root], one_placed) >> (bits + 1);
-          work.unsorted[place.begin + placed] = t;
-        }
-      });
+  const auto place_of = [&](int t) {
+    Place place;
+    place.root = work.root[t];
+    place.m = work.output[place.root];
+    place.begin = work.start[place.m];
+    place.end = place.m + 1 < num_segments ? work.start[place.m + 1] : n;
+    return place;
+  };
+  block.for_each(n, place_of, [&](int t, const Place& place) {
+    // If too few sources could merge, there are more segments than outputs: drop the last ones.
+    const bool kept = place.m < outputs;
+    const int count = place.end - place.begin;
+    out.assign[t] = kept ? place.m : -1;
+    if (count == 1) {
+      out.members[place.begin] = kept ? t : -1;
+    } else if (count <= short_count) {  // `count` of the root falls to 0
+      work.unsorted[place.begin + atomicAdd(&work.count[place.root], -1) - 1] = t;
+    }
+  });
   __syncthreads();
   block.for_each(n, [&](int t) {
-    const int root = work.root[t], count = work.count[root];
-    if (count <= 1) return;
-    const int m = work.output[root], begin = work.start[m];
-    const int end = begin + (count & (one_placed - 1));
-    int at = begin;  // each smaller member moves t one place further
-    for (int i = begin; i < end; ++i) at += work.unsorted[i] < t;
-    out.members[at] = m < outputs ? t : -1;
+    const Place place = place_of(t);
+    const int count = place.end - place.begin;
+    if (count == 1 || count > short_count) return;
+    int at = place.begin;  // each smaller member moves t one place further
+    for (int i = place.begin; i < place.end; ++i) at += work.unsorted[i] < t;
+    out.members[at] = place.m < outputs ? t : -1;
   });
   // For each long segment, one warp goes over all tokens.
   const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
@@ -375,22 +366,16 @@ __device__ __forceinline__ void select_image(const Request& ask, const A* node_m
   }
   find_keys(ask, node_max, block, work);
   merge_src<A>(block, ask, last_to_merge(ask, block, work), work);
-  const int num_segments =
-      ask.tome_order ? number_as_tome<A>(block, ask, work) : number_by_position(block, ask, work);
-  write_map(ask, num_segments, block, work, maps);
+  write_map(ask, number_outputs<A>(block, ask, work), block, work, maps);
 }
 
 // ---- requests ----
 
 using cuda::Target;
 
-// A request that owns the lists it points to, which a grid has become (select_cuda.cu).
-struct DeviceRequest : Request {
-  DeviceRequest(const Target& target, const char* op, int64_t batch, int64_t tokens,
-                const RequestArgs& args, const SplitArgs& split);
-
- private:
-  Lists lists_;
-};
+// Check the arguments of an operator whose first tensor is `first`. A grid becomes lists, which
+// `split` then owns (select_cuda.cu).
+Request device_request(const Target& target, const char* op, const Tensor& first, int64_t tokens,
+                       const RequestArgs& args, SplitArgs& split);
 
 }  // namespace tokenops::matching

@@ -46,18 +46,20 @@ struct Grid {
   }
 };
 
-// Sources and destinations as lists, given or made from a grid; none for a strided split.
-struct Lists {
-  OptionalTensor src, dst;
-};
-
-// `device` makes tensors; list(grid, images) has to call grid.list for all bands of all images.
-template <class Device, class List>
-Lists make_lists(const char* op, const Device& device, int64_t batch, int64_t tokens,
-                 const SplitArgs& split, const List& list) {
-  check_split(op, split);
-  if (split.src_index || split.grid_width == 0) return {split.src_index, split.dst_index};
+// Check a split, and replace a grid by lists on the device of `like`. list(grid, images) has to
+// call grid.list for all bands of all images.
+template <class List>
+void make_lists(const char* op, const Tensor& like, int64_t batch, int64_t tokens, SplitArgs& split,
+                const List& list) {
   check_count(op, "tokens", tokens);
+  STD_TORCH_CHECK(split.src_index || !split.dst_index, op,
+                  ": src_index must be given where dst_index is, got None");
+  STD_TORCH_CHECK(split.dst_index || !split.src_index, op,
+                  ": dst_index must be given where src_index is, got None");
+  STD_TORCH_CHECK(split.stride >= 1 && split.cell_height >= 1 && split.grid_width >= 0, op,
+                  ": stride and cell_height must be >= 1 and grid_width >= 0, got ", split.stride,
+                  ", ", split.cell_height, " and ", split.grid_width);
+  if (split.src_index || split.grid_width == 0) return;
   constexpr int64_t kMost = int64_t{1} << 30;  // no image has more tokens
   Grid grid = {};
   grid.tokens = static_cast<int32_t>(tokens);
@@ -69,12 +71,11 @@ Lists make_lists(const char* op, const Device& device, int64_t batch, int64_t to
   grid.columns = grid.rows > 0 ? grid.width / grid.cell_width : 0;
   grid.cell = make_list(op, "cell", split.cell, batch, grid.num_dst());
   const int64_t images = grid.cell.batch_bytes != 0 ? batch : 1;  // 1: all images share the lists
-  const Tensor src = device.empty({images, grid.num_src()}, ScalarType::Int);
-  const Tensor dst = device.empty({images, grid.num_dst()}, ScalarType::Int);
-  grid.src = static_cast<int32_t*>(src.mutable_data_ptr());
-  grid.dst = static_cast<int32_t*>(dst.mutable_data_ptr());
+  split.src_index = empty({images, grid.num_src()}, ScalarType::Int, like);
+  split.dst_index = empty({images, grid.num_dst()}, ScalarType::Int, like);
+  grid.src = static_cast<int32_t*>(split.src_index->mutable_data_ptr());
+  grid.dst = static_cast<int32_t*>(split.dst_index->mutable_data_ptr());
   list(grid, images);
-  return {src, dst};
 }
 
 }  // namespace tokenops::matching

@@ -46,25 +46,12 @@ bool streams(const Tokens& input, int64_t rows, const T* out) {
 
 // ---- invert and compose ----
 
-// Counting sort: count the members of each output token, sum the counts to the segments' ends, then
-// place the tokens from the last one on, which moves each end to the beginning of its segment.
 void invert_into(const int32_t* assign, int64_t batch, int64_t inputs, int64_t outputs,
-                 int32_t* all_offsets, int32_t* all_members) {
+                 int32_t* offsets, int32_t* members) {
   parallel_for(batch, 16 * inputs + 8 * outputs, [=](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const int32_t* a = assign + b * inputs;
-      int32_t* offsets = all_offsets + b * (outputs + 1);
-      int32_t* members = all_members + b * inputs;
-      for (int64_t m = 0; m <= outputs; ++m) offsets[m] = 0;
-      for (int64_t n = 0; n < inputs; ++n) {
-        if (0 <= a[n] && a[n] < outputs) ++offsets[a[n]];
-      }
-      int32_t total = 0;
-      for (int64_t m = 0; m <= outputs; ++m) total = offsets[m] += total;
-      for (int64_t n = total; n < inputs; ++n) members[n] = -1;
-      for (int64_t n = inputs - 1; n >= 0; --n) {
-        if (0 <= a[n] && a[n] < outputs) members[--offsets[a[n]]] = static_cast<int32_t>(n);
-      }
+      invert_image(assign + b * inputs, inputs, outputs, offsets + b * (outputs + 1),
+                   members + b * inputs);
     }
   });
 }
