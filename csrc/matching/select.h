@@ -168,16 +168,20 @@ TOKENOPS_TEAM void merge_src(const Team& team, const Request& ask, const KeyedTo
   team.sync();
 }
 
-// Number the output tokens, by their first member or in ToMe's order: prefix, tokens of neither
-// side, unmerged sources, destinations as they are listed. As in ToMe, sources come by falling
-// score, but by position if there is a prefix. Returns how many output tokens there are.
+// Number the output tokens by their first member. Returns how many there are.
+template <class Team>
+TOKENOPS_TEAM int number_by_position(const Team& team, const Request& ask,
+                                     const Segments& segments) {
+  return enumerate(
+      team, ask.tokens, [&](int t) { return segments.first[segments.root[t]] == t; },
+      [&](int t, int n) { segments.output[segments.root[t]] = n; });
+}
+
+// Number the output tokens in ToMe's order: prefix, tokens of neither side, unmerged sources,
+// destinations as they are listed. As in ToMe, sources come by falling score, but by position if
+// there is a prefix. Returns how many output tokens there are.
 template <class A, class Team, class Work>
-TOKENOPS_TEAM int number_outputs(const Team& team, const Request& ask, const Work& work) {
-  if (!ask.tome_order) {
-    return enumerate(
-        team, ask.tokens, [&](int t) { return work.first[work.root[t]] == t; },
-        [&](int t, int n) { work.output[work.root[t]] = n; });
-  }
+TOKENOPS_TEAM int number_as_tome(const Team& team, const Request& ask, const Work& work) {
   const auto is_root = [&](int t) { return t >= ask.prefix && work.root[t] == t; };
   const auto has_score = [&](int t) { return work.key[t] < kUnscored<A>; };
   int sorted = 0;

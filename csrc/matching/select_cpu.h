@@ -107,7 +107,9 @@ void select_image(const Request& ask, const A* node_max, const int32_t* node_idx
   }
   constexpr Serial kTeam;
   merge_src<A>(kTeam, ask, last, s);
-  write_map(ask, number_outputs<A>(kTeam, ask, s), s, out);
+  const int num_segments =
+      ask.tome_order ? number_as_tome<A>(kTeam, ask, s) : number_by_position(kTeam, ask, s);
+  write_map(ask, num_segments, s, out);
 }
 
 }  // namespace tokenops::matching

@@ -320,9 +320,8 @@ __device__ __forceinline__ void write_map(const Request& ask, int num_segments, 
   });
   __syncthreads();
   block.for_each(n, [&](int t) {
+    if (work.count[work.root[t]] != 0) return;  // neither alone nor in a long segment
     const Place place = place_of(t);
-    const int count = place.end - place.begin;
-    if (count == 1 || count > short_count) return;
     int at = place.begin;  // each smaller member moves t one place further
     for (int i = place.begin; i < place.end; ++i) at += work.unsorted[i] < t;
     out.members[at] = place.m < outputs ? t : -1;
@@ -366,7 +365,9 @@ __device__ __forceinline__ void select_image(const Request& ask, const A* node_m
   }
   find_keys(ask, node_max, block, work);
   merge_src<A>(block, ask, last_to_merge(ask, block, work), work);
-  write_map(ask, number_outputs<A>(block, ask, work), block, work, maps);
+  const int num_segments =
+      ask.tome_order ? number_as_tome<A>(block, ask, work) : number_by_position(block, ask, work);
+  write_map(ask, num_segments, block, work, maps);
 }
 
 // ---- requests ----
