@@ -32,7 +32,7 @@ class Strided(Split):
         self, batch: int, num_tokens: int, num_prefix: int, device: torch.device
     ) -> SplitArgs:
         """Apply the split; see :meth:`Split.resolve`."""
-        return SplitArgs(num_prefix, stride=self.k)
+        return SplitArgs(num_prefix, None, None, None, self.k)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ inline acc_t<T> load_row(const Tokens& tokens, int64_t i, bool cosine, int64_t w
   using A = acc_t<T>;
   using V = Vec<A>;
   using P = typename Packed<T>::type;
-  const Metric& metric = *tokens.metric;
+  const Metric metric = *tokens.metric;
   const T* x = static_cast<const T*>(metric.data) + tokens.image * metric.batch_stride +
                tokens.list[i] * metric.token_stride;
   P* out = reinterpret_cast<P*>(row);

@@ -175,7 +175,8 @@ def match(
         _checks.check_shape("match", "protected", protected, [(tokens,), (batch, tokens)])
         _checks.check_same_device("match", "protected", protected, metric)
     resolved = _resolve(split, batch, tokens, num_prefix, metric.device)
-    resolved = SplitArgs(num_prefix, protected, *resolved[2:])
+    if protected is not None:
+        resolved = resolved._replace(protected=protected)
     num_src, num_dst, prefix_src, prefix_dst = common.count_sides("match", tokens, resolved)
     r = min(r, num_src - prefix_src if num_dst > prefix_dst else 0)
     request = Request(r, threshold, thresholds, order)
