@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -29,6 +30,13 @@ from .registry import find
 from .timing import Policy, Sample, Sampler, Series, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
+
+#: Seconds between the turns of two processes: idle OpenMP threads spin for some milliseconds before
+#: they sleep, and would take the processor from the other process.
+PAUSE = 0.02
+
+#: Samples of a turn, of which the last one counts: after a pause, the first ones are slow.
+SETTLE = 5
 
 #: Imports tokenops from one tree and the benchmarks from another one.
 CHILD = """
@@ -72,7 +80,7 @@ def serve(arguments: list[str]) -> None:
                 sample = None  # frees the case before
                 sample = _prepare(*request, options)
             else:
-                answer = asdict(sample())
+                answer = asdict([sample() for _ in range(SETTLE)][-1])
         except Exception as error:
             answer = {"error": measure.explain(error)}
         print(json.dumps(answer), file=out, flush=True)
@@ -145,8 +153,15 @@ def compare(
         if "error" in (answer := process.ask(*request)):
             # an operator may be new in the base
             return f"{name}: {answer['error']}", name == "tree"
-    samplers = {name: lambda of=process: Sample(**of.ask()) for name, process in trees.items()}
-    found = interleave(samplers, policy)
+
+    def sampler(process: Any) -> Sampler:
+        def sample() -> Sample:
+            time.sleep(PAUSE)
+            return Sample(**process.ask())
+
+        return sample
+
+    found = interleave({name: sampler(process) for name, process in trees.items()}, policy)
     median, noise = ratio(**found)
     bad = is_slower(median, noise, threshold)
     times = "".join(f"{found[name].seconds(0.5) * 1e6:>12.4g}" for name in ("base", "tree"))

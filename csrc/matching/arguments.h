@@ -63,6 +63,7 @@ struct Metric {
   int64_t batch, tokens;
   int64_t batch_stride, head_stride, token_stride, stride;
 
+  Metric() = default;
   Metric(const char* op, const Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()) {
     const int64_t dims = t.dim();
     STD_TORCH_CHECK(dims == 3 || dims == 4, op, ": expected [B, N, D] or [B, H, N, D]");
@@ -74,6 +75,14 @@ struct Metric {
     STD_TORCH_CHECK(heads > 0, op, ": expected at least one head");
     // The CPU search keeps indices of vectors of at least 4 tokens as float32, exact up to 2^24.
     STD_TORCH_CHECK(tokens <= int64_t{1} << 26, op, ": expected at most 2^26 tokens");
+  }
+
+  // The metric of one image, whose elements are T.
+  template <class T>
+  Metric image(int64_t i) const {
+    Metric one = *this;
+    one.data = static_cast<const T*>(data) + i * batch_stride;
+    return one;
   }
 };
 

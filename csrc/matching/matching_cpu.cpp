@@ -125,12 +125,13 @@ void run(const Metric& x, int64_t n, int64_t num_src, int64_t num_dst, const Pre
 // ---- nearest ----
 
 // List the rows of an image that take part.
+template <class T>
 Tokens list_rows(const Metric& x, int64_t image, const View& takes_part, int32_t* list) {
   const View mask = takes_part.image(image);
   const int count = enumerate(
       Serial{}, x.tokens, [&](int i) { return mask.data == nullptr || mask.flag(i); },
       [&](int i, int n) { list[n] = i; });
-  return {&x, image, list, count};
+  return {x.image<T>(image), list, count};
 }
 
 std::tuple<Tensor, Tensor> nearest(const Tensor& a, const Tensor& b, const OptionalTensor& a_mask,
@@ -151,8 +152,8 @@ std::tuple<Tensor, Tensor> nearest(const Tensor& a, const Tensor& b, const Optio
     acc_t<T>* const scores = static_cast<acc_t<T>*>(score.mutable_data_ptr());
     int32_t* const indices = static_cast<int32_t*>(index.mutable_data_ptr());
     const auto prepare = [&](int64_t image, Image<T>& im) {
-      im.search.src = list_rows(x, image, src, im.selection.src);
-      im.search.dst = list_rows(y, image, dst, im.selection.dst);
+      im.search.src = list_rows<T>(x, image, src, im.selection.src);
+      im.search.dst = list_rows<T>(y, image, dst, im.selection.dst);
       im.search.cosine = cosine;
     };
     const auto finish = [&](int64_t image, const Image<T>& im) {
@@ -198,8 +199,8 @@ MapTensors match(const Tensor& metric, const Text& similarity, const RequestArgs
       const auto prepare = [&](int64_t image, Image<T>& im) {
         Selection<acc_t<T>>& s = im.selection;
         list_tokens(ask.image(image), s);
-        im.search.src = {&x, image, s.src, s.num_src};
-        im.search.dst = {&x, image, s.dst, s.num_dst};
+        im.search.src = {x.image<T>(image), s.src, s.num_src};
+        im.search.dst = {x.image<T>(image), s.dst, s.num_dst};
         im.search.cosine = cosine;
       };
       const auto finish = [&](int64_t image, const Image<T>& im) {

@@ -32,9 +32,8 @@ inline acc_t<T> load_row(const Tokens& tokens, int64_t i, bool cosine, int64_t w
   using A = acc_t<T>;
   using V = Vec<A>;
   using P = typename Packed<T>::type;
-  const Metric metric = *tokens.metric;
-  const T* x = static_cast<const T*>(metric.data) + tokens.image * metric.batch_stride +
-               tokens.list[i] * metric.token_stride;
+  const Metric& metric = tokens.metric;
+  const T* x = static_cast<const T*>(metric.data) + tokens.list[i] * metric.token_stride;
   P* out = reinterpret_cast<P*>(row);
   constexpr int64_t kPerWord = sizeof(A) / sizeof(P);
   const bool can_copy = sizeof(P) == sizeof(T) && metric.heads == 1 && metric.stride == 1;
@@ -90,8 +89,8 @@ void pack(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int kWidth = kVectors<A> * V::W;  // columns of a full panel, divides kBlock
-  const Tokens& tokens = search.dst;
-  const int64_t depth = depth_words<T>(tokens.metric->width);
+  const Tokens tokens = search.dst;
+  const int64_t depth = depth_words<T>(tokens.metric.width);
   const int64_t words = row_words(depth);
   const int64_t columns = (tokens.count + V::W - 1) / V::W * V::W;
   const int64_t stop = end * kBlock < columns ? end * kBlock : columns;
@@ -200,8 +199,8 @@ template <class T>
 void search(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const Tokens& src = search.src;
-  const int64_t depth = depth_words<T>(src.metric->width);
+  const Tokens src = search.src;
+  const int64_t depth = depth_words<T>(src.metric.width);
   const int64_t words = row_words(depth);
   const int64_t vectors = (search.dst.count + V::W - 1) / V::W;
   alignas(64) A best[kGroup * V::W], index[kGroup * V::W];

@@ -18,8 +18,7 @@ constexpr A infinity() {
 
 // The sources or destinations of an image that take part, ascending.
 struct Tokens {
-  const Metric* metric;
-  int64_t image;
+  Metric metric;  // of this image
   const int32_t* list;
   int64_t count;
 };

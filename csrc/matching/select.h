@@ -119,7 +119,6 @@ TOKENOPS_HOST_DEVICE int short_bits(int64_t tokens) {
 // Arrays [N] of an image. A segment is named by its root: the destination, or the single token.
 // Selection (CPU) and Work (CUDA) derive from this struct and add `key` and
 //   src_index(t)  index of a token among the sources, negative if it is none
-//   target(t)     the destination of a source, -1 for none
 //   put(i, t), sort(team, count), sorted_token(i)  sort tokens by key, then by token
 struct Segments {
   int32_t* root;    // of each token
@@ -148,24 +147,14 @@ TOKENOPS_TEAM void start_segments(const Team& team, const Request& ask, const Se
   team.sync();
 }
 
-// Merge the sources up to `last` whose score reaches the threshold.
-template <class A, class Team, class Work>
-TOKENOPS_TEAM void merge_src(const Team& team, const Request& ask, const KeyedToken<Key<A>>& last,
-                             const Work& work) {
-  const Key<A> limit = limit_of<A>(ask);
-  team.for_each(
-      ask.tokens,
-      [&](int t) {
-        const Key<A> key = work.key[t];
-        return key > limit || last < KeyedToken<Key<A>>{key, t} ? -1 : work.target(t);
-      },
-      [&](int t, int32_t target) {
-        if (target < 0) return;
-        work.root[t] = target;
-        team.add(&work.count[target], 1);
-        if (!ask.tome_order) team.min(&work.first[target], t);
-      });
-  team.sync();
+// Merge source t into `target`, which is negative if it has none.
+template <class Team>
+TOKENOPS_TEAM void merge_one(const Team& team, const Request& ask, int t, int32_t target,
+                             const Segments& segments) {
+  if (target < 0) return;
+  segments.root[t] = target;
+  team.add(&segments.count[target], 1);
+  if (!ask.tome_order) team.min(&segments.first[target], t);
 }
 
 // Number the output tokens by their first member. Returns how many there are.

@@ -26,7 +26,6 @@ struct Selection : Segments {
   }
 
   int32_t src_index(int t) const { return role[t] == kNeitherSide ? -1 : role[t]; }
-  int32_t target(int t) const { return output[t]; }  // until output tokens are numbered
   void put(int i, int t) const { keyed[i] = {key[t], t}; }
   void sort(const Serial&, int count) const { std::sort(keyed, keyed + count); }
   int32_t sorted_token(int i) const { return keyed[i].token; }
@@ -59,12 +58,13 @@ void list_tokens(const Request& ask, Selection<A>& s) {
 template <class A>
 void write_map(const Request& ask, int32_t num_segments, const Selection<A>& s,
                const TokenMap& out) {
-  for (int32_t t = 0; t < ask.tokens; ++t) {
+  const int32_t tokens = ask.tokens, outputs = ask.outputs;
+  for (int32_t t = 0; t < tokens; ++t) {
     const int32_t m = s.output[s.root[t]];
-    out.assign[t] = m < ask.outputs ? m : -1;
+    out.assign[t] = m < outputs ? m : -1;
   }
-  invert_image(out.assign, ask.tokens, ask.outputs, out.offsets, out.members);
-  *out.count = std::min(num_segments, ask.outputs);
+  invert_image(out.assign, tokens, outputs, out.offsets, out.members);
+  *out.count = std::min(num_segments, outputs);
 }
 
 // Write the map of an image in which nothing merges.
@@ -97,16 +97,16 @@ void select_image(const Request& ask, const A* node_max, const int32_t* node_idx
     s.put(i, t);
   }
 
-  // Protected sources that are not in `src` have no target: they must not merge.
-  KeyedToken<Key<A>> last = {kUnscored<A>, INT_MAX};
-  if (ask.r < s.num_src) {
-    std::nth_element(s.keyed, s.keyed + ask.r - 1, s.keyed + s.num_src);
-    last = s.keyed[ask.r - 1];
-  } else if (s.num_unprotected < s.num_src) {
-    last = s.keyed[s.num_src - 1];  // protected
+  const int num_merging = std::min<int>(ask.r, s.num_src);
+  if (num_merging < s.num_src) {
+    std::nth_element(s.keyed, s.keyed + num_merging, s.keyed + s.num_src);
   }
   constexpr Serial kTeam;
-  merge_src<A>(kTeam, ask, last, s);
+  const Key<A> limit = limit_of<A>(ask);
+  for (int i = 0; i < num_merging; ++i) {
+    const auto [key, t] = s.keyed[i];
+    if (key <= limit) merge_one(kTeam, ask, t, s.output[t], s);
+  }
   const int num_segments =
       ask.tome_order ? number_as_tome<A>(kTeam, ask, s) : number_by_position(kTeam, ask, s);
   write_map(ask, num_segments, s, out);

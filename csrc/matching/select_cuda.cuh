@@ -146,6 +146,7 @@ struct Work : Segments {
     if (!ask.listed) return ask.pattern.src_index(t);
     return role[t] < 0 || role[t] == kNeitherSide ? -1 : role[t];
   }
+  // The destination of a source, -1 for none.
   __device__ __forceinline__ int32_t target(int t) const {
     const int32_t best = node_idx[src_index(t)];
     if (ask.has_threshold && best < 0) return -1;
@@ -364,7 +365,17 @@ __device__ __forceinline__ void select_image(const Request& ask, const A* node_m
     __syncthreads();
   }
   find_keys(ask, node_max, block, work);
-  merge_src<A>(block, ask, last_to_merge(ask, block, work), work);
+  // Merge the sources up to the last one whose score reaches the threshold.
+  const KeyedToken<Key<A>> last = last_to_merge(ask, block, work);
+  const Key<A> limit = limit_of<A>(ask);
+  block.for_each(
+      ask.tokens,
+      [&](int t) {
+        const Key<A> key = work.key[t];
+        return key > limit || last < KeyedToken<Key<A>>{key, t} ? -1 : work.target(t);
+      },
+      [&](int t, int32_t target) { merge_one(block, ask, t, target, work); });
+  __syncthreads();
   const int num_segments =
       ask.tome_order ? number_as_tome<A>(block, ask, work) : number_by_position(block, ask, work);
   write_map(ask, num_segments, block, work, maps);
