@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -28,30 +29,36 @@ class Signature(NamedTuple):
     """
 
     schema: str  # "(Tensor x, ...) -> Tensor"
-    groups: tuple[Any, ...]  # the NamedTuple of each parameter of the function, or None
+    #: For each parameter of the function: what makes a group (None: no group) from a slice of the
+    #: arguments, and the slice.
+    steps: tuple[tuple[Callable[[Any], Any] | None, int, int], ...]
     takes_list: bool  # whether the first argument is a list of tensors
 
     @property
     def grouped(self) -> bool:
-        return any(group is not None for group in self.groups)
+        return any(make is not None for make, _, _ in self.steps)
 
-    def group(self, args: Iterable[Any]) -> tuple[Any, ...]:
+    def group(self, args: Sequence[Any]) -> list[Any]:
         """Group the flat arguments of the operator into the parameters of the function."""
-        args = tuple(args)
-        parameters, start = [], 0
-        for group in self.groups:
-            end = start + (1 if group is None else len(group._fields))
-            parameters.append(args[start] if group is None else group._make(args[start:end]))
-            start = end
-        return tuple(parameters)
+        # Each call of a kernel in Python comes here: half a microsecond.
+        return [
+            args[start] if make is None else make(args[start:end])
+            for make, start, end in self.steps
+        ]
 
     def flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function of the grouped parameters, so that it takes the flat arguments."""
         if not self.grouped:
             return function
+        steps = self.steps
 
         def call(*args: Any) -> Any:
-            return function(*self.group(args))
+            return function(
+                *[
+                    args[start] if make is None else make(args[start:end])
+                    for make, start, end in steps
+                ]
+            )
 
         return call
 
@@ -79,7 +86,15 @@ def signature_of(function: Callable[..., Any]) -> Signature:
         results = _SCHEMA_TYPES[result]
     several = hasattr(result, "_fields") or typing.get_origin(result) is tuple
     schema = f"({fields}) -> ({results})" if several else f"({fields}) -> {results}"
-    return Signature(schema, groups, arguments[0][1] == list[Tensor])
+    steps, start = [], 0
+    for group in groups:
+        end = start + (1 if group is None else len(group._fields))
+        # as group._make, without its check of the length
+        steps.append(
+            (None if group is None else functools.partial(tuple.__new__, group), start, end)
+        )
+        start = end
+    return Signature(schema, tuple(steps), arguments[0][1] == list[Tensor])
 
 
 class Operator(NamedTuple):

@@ -130,8 +130,9 @@ def policy_attention(inputs: Inputs) -> Saved:
     out = q.new_empty(batch, seqlen_q, num_heads, v.shape[3])
     sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(batch, num_heads, seqlen_q, dtype=sum_dtype)
-    p_eps = lse.new_empty(batch, num_heads, seqlen_q if inputs.eps > 0 else 0)
-    argmax = q.new_empty(p_eps.shape, dtype=torch.int32)
+    eps_rows = seqlen_q if inputs.eps > 0 else 0
+    p_eps = lse.new_empty(batch, num_heads, eps_rows)
+    argmax = q.new_empty(batch, num_heads, eps_rows, dtype=torch.int32)
     log2_weight, tiles = weights(lse, policy, size, key_padding_mask)
     listed = () if is_short else (tiles,)
     attend(q, k, v, query_position, log2_weight, *listed, out, lse, p_eps, argmax)
