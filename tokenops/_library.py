@@ -29,8 +29,8 @@ class Signature(NamedTuple):
     """
 
     schema: str  # "(Tensor x, ...) -> Tensor"
-    #: For each parameter of the function: what makes a group (None: no group) from a slice of the
-    #: arguments, and the slice.
+    #: For each parameter of the function: the constructor of its group, or None, and the start and
+    #: end of its arguments.
     steps: tuple[tuple[Callable[[Any], Any] | None, int, int], ...]
     takes_list: bool  # whether the first argument is a list of tensors
 
@@ -40,7 +40,7 @@ class Signature(NamedTuple):
 
     def group(self, args: Sequence[Any]) -> list[Any]:
         """Group the flat arguments of the operator into the parameters of the function."""
-        # Each call of a kernel in Python comes here: half a microsecond.
+        # Every call of a Python kernel comes here: half a microsecond.
         return [
             args[start] if make is None else make(args[start:end])
             for make, start, end in self.steps
@@ -50,15 +50,9 @@ class Signature(NamedTuple):
         """Wrap a function of the grouped parameters, so that it takes the flat arguments."""
         if not self.grouped:
             return function
-        steps = self.steps
 
         def call(*args: Any) -> Any:
-            return function(
-                *[
-                    args[start] if make is None else make(args[start:end])
-                    for make, start, end in steps
-                ]
-            )
+            return function(*self.group(args))
 
         return call
 

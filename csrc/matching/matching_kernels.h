@@ -89,7 +89,7 @@ void pack(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int kWidth = kVectors<A> * V::W;  // columns of a full panel, divides kBlock
-  const Tokens tokens = search.dst;
+  const Tokens tokens = search.dst;           // a copy, as vector stores may alias `search`
   const int64_t depth = depth_words<T>(tokens.metric.width);
   const int64_t words = row_words(depth);
   const int64_t columns = (tokens.count + V::W - 1) / V::W * V::W;
@@ -199,7 +199,7 @@ template <class T>
 void search(const Search<T>& search, int64_t begin, int64_t end, acc_t<T>* work) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const Tokens src = search.src;
+  const Tokens src = search.src;  // a copy, as in pack
   const int64_t depth = depth_words<T>(src.metric.width);
   const int64_t words = row_words(depth);
   const int64_t vectors = (search.dst.count + V::W - 1) / V::W;

@@ -58,7 +58,7 @@ void list_tokens(const Request& ask, Selection<A>& s) {
 template <class A>
 void write_map(const Request& ask, int32_t num_segments, const Selection<A>& s,
                const TokenMap& out) {
-  const int32_t tokens = ask.tokens, outputs = ask.outputs;
+  const int32_t tokens = ask.tokens, outputs = ask.outputs;  // the stores may alias `ask`
   for (int32_t t = 0; t < tokens; ++t) {
     const int32_t m = s.output[s.root[t]];
     out.assign[t] = m < outputs ? m : -1;
@@ -97,6 +97,8 @@ void select_image(const Request& ask, const A* node_max, const int32_t* node_idx
     s.put(i, t);
   }
 
+  // Bring the sources that merge to the front. Protected sources that are not in `src` do not
+  // merge.
   const int num_merging = std::min<int>(ask.r, s.num_src);
   if (num_merging < s.num_src) {
     std::nth_element(s.keyed, s.keyed + num_merging, s.keyed + s.num_src);
